@@ -1,0 +1,47 @@
+"""Set-up that every test shares: eight CPU devices, and the fixtures below.
+
+The environment is set before anything imports jax, because jax reads it only once.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+_DEVICES = "--xla_force_host_platform_device_count"
+
+if "jax" in sys.modules:
+    raise RuntimeError(
+        "jax was imported before tests/conftest.py could set its platform; "
+        "remove the pytest plugin (-p ...) that imports it"
+    )
+os.environ["JAX_PLATFORMS"] = "cpu"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+import jax  # noqa: E402
+
+
+@pytest.fixture
+def x64():
+    """Runs the test in 64 bits, so that values can be compared to 12 digits."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Returns the folder of real photographs; skips the test where there is none.
+
+    The environment variable CRA_JAX_SHARED_DATA overrides the usual place, the folder
+    `shared/data` beside the repository.
+    """
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("CRA_JAX_SHARED_DATA") or beside)
+    if not folder.is_dir():
+        pytest.skip(
+            f"SKIPPED, NOT PASSED: no real photographs at {folder}; set "
+            "CRA_JAX_SHARED_DATA to the folder that holds cub_10 and stanford_cars_98"
+        )
+    return folder
