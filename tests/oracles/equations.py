@@ -1,0 +1,212 @@
+"""The paper's equations as slow, obvious loops in float64: the tests' second opinion.
+
+Nothing here is shared with the package. Each function follows the printed equation, not
+a rewritten form of it, so that an error of algebra in the package shows up as a
+difference. Frame: a point is (x, y); -1 and +1 are the centres of the first and the
+last pixel.
+"""
+
+import math
+
+import numpy as np
+
+
+def regular_grid(size):
+    """Returns G as [h, w, 2]: `size` = (h, w) evenly spaced points, each (x, y)."""
+    h, w = size
+    grid = np.zeros((h, w, 2))
+    for i in range(h):
+        for j in range(w):
+            grid[i, j] = -1 + 2 * j / (w - 1), -1 + 2 * i / (h - 1)
+    return grid
+
+
+def affine_grid(theta, size):
+    """[b, 2, 3] -> [b, h, w, 2]: theta times (x, y, 1), point by point. Eq. (2)."""
+    g = regular_grid(size)
+    out = np.zeros((len(theta), *size, 2))
+    for b in range(len(theta)):
+        for i in range(size[0]):
+            for j in range(size[1]):
+                x, y = g[i, j]
+                for row in range(2):
+                    t = theta[b][row]
+                    out[b, i, j, row] = t[0] * x + t[1] * y + t[2] * 1
+    return out
+
+
+def attention_matrix(gamma_res):
+    """Returns the 2 x 3 matrix of one picture's four attention parameters. Eq. (4)."""
+    g1, g2, g3, g4 = (float(g) for g in gamma_res)
+    return np.array(
+        [
+            [g3 * math.cos(g4), -g3 * math.sin(g4), g1],
+            [g3 * math.sin(g4), g3 * math.cos(g4), g2],
+        ]
+    )
+
+
+def attention_grid(gamma_res, size):
+    """[b, 4] -> [b, h, w, 2]. Eq. (4)."""
+    return affine_grid([attention_matrix(g) for g in gamma_res], size)
+
+
+def covered(point, gamma_res):
+    """Tells whether `point` lies in the image of the square [-1, 1]^2 under Eq. (4).
+
+    It asks which (u, v) the matrix sends to `point` by solving the 2 x 2 system. A
+    matrix of scale 0 sends the whole square to one point, and covers that alone.
+    """
+    matrix = attention_matrix(gamma_res)
+    offset = np.asarray(point, np.float64) - matrix[:, 2]
+    if gamma_res[2] == 0:
+        return bool(np.all(offset == 0))
+    u, v = np.linalg.solve(matrix[:, :2], offset)
+    return bool(abs(u) <= 1 and abs(v) <= 1)
+
+
+def edge_distance(point, gamma_res):
+    """Returns how far `point` is from the attention's outline, along its own axes.
+
+    Tests use it to leave out ties, which rounding decides either way.
+    """
+    g1, g2, g3, g4 = (float(g) for g in gamma_res)
+    x, y = point[0] - g1, point[1] - g2
+    across = abs(x * math.cos(g4) + y * math.sin(g4)) - abs(g3)
+    down = abs(-x * math.sin(g4) + y * math.cos(g4)) - abs(g3)
+    return min(abs(across), abs(down))
+
+
+def redundancy(gamma_res, size):
+    """Returns bool [b, h, w]: True at the points of G that stay. Eq. (5)."""
+    g = regular_grid(size)
+    stays = np.zeros((len(gamma_res), *size), bool)
+    for b in range(len(gamma_res)):
+        for i in range(size[0]):
+            for j in range(size[1]):
+                stays[b, i, j] = not covered(g[i, j], gamma_res[b])
+    return stays
+
+
+def restrict(gamma, alpha_p=1.0, alpha_s=0.5):
+    """[..., 4] -> [..., 4]. Eq. (6)."""
+    gamma = np.asarray(gamma, np.float64)
+    out = np.zeros_like(gamma)
+    for index in np.ndindex(*gamma.shape[:-1]):
+        g1, g2, g3, g4 = gamma[index]
+        out[index] = (
+            alpha_p * math.tanh(g1),
+            alpha_p * math.tanh(g2),
+            alpha_s * math.tanh(g3),
+            g4,
+        )
+    return out
+
+
+def bilinear_sample(image, grid):
+    """[b, H, W, c], [b, h, w, 2] -> [b, h, w, c]: the sum over every pixel.
+
+    Source: Jaderberg et al. 2015, Eq. (5): sum over m, n of U[n, m] times
+    max(0, 1 - |x - m|) max(0, 1 - |y - n|). The paper samples as they do.
+    """
+    image = np.asarray(image, np.float64)
+    grid = np.asarray(grid, np.float64)
+    batch, height, width, channels = image.shape
+    h, w = grid.shape[1:3]
+    out = np.zeros((batch, h, w, channels))
+    for b in range(batch):
+        for i in range(h):
+            for j in range(w):
+                x = (grid[b, i, j, 0] + 1) / 2 * (width - 1)
+                y = (grid[b, i, j, 1] + 1) / 2 * (height - 1)
+                for n in range(height):
+                    for m in range(width):
+                        kernel = max(0, 1 - abs(x - m)) * max(0, 1 - abs(y - n))
+                        out[b, i, j] += kernel * image[b, n, m]
+    return out
+
+
+def restriction_loss(
+    gamma_res,
+    expectation=(0, 0, 0.5, 0),
+    threshold=(0.4, 0.4, 0.4, math.pi),
+    eps=1e-300,
+):
+    """[b, 4] -> [b]. Eq. (7), with an eps too small to be seen beside any excess."""
+    out = np.zeros(len(gamma_res))
+    for b in range(len(gamma_res)):
+        total = 0.0
+        for g, e, t in zip(gamma_res[b], expectation, threshold, strict=True):
+            excess = abs(float(g) - e) - t
+            total += max(0, excess) / (excess + eps) * (float(g) - e) ** 2
+        out[b] = math.sqrt(total)
+    return out
+
+
+def distance(p, q, squared=False):
+    """Returns the (squared) Euclidean distance of two vectors."""
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        total += (float(a) - float(b)) ** 2
+    return total if squared else math.sqrt(total)
+
+
+def contrastive_loss(
+    attention_m, attention_n, redundancy_m, redundancy_n, margin=0.7, squared=False
+):
+    """Four [p, d] -> [p]. Eq. (8)."""
+    out = np.zeros(len(attention_m))
+    for k in range(len(attention_m)):
+        am, an = attention_m[k], attention_n[k]
+        rm, rn = redundancy_m[k], redundancy_n[k]
+        first = distance(rm, rn, squared) - distance(rm, am, squared) + margin
+        second = distance(rn, rm, squared) - distance(rn, an, squared) + margin
+        out[k] = max(first, 0) + max(second, 0)
+    return out
+
+
+def learning_rate(epoch, base=1e-3, first_epochs=50, period_epochs=45, factor=0.1):
+    """Returns the rate of a whole epoch, counted from 0, by living through them all.
+
+    Source: Sec. 4.1: base, a decay after 50 epochs, then one for every 45 epochs.
+    """
+    rate, next_decay = base, first_epochs
+    for now in range(epoch + 1):
+        if now == next_decay:
+            rate *= factor
+            next_decay += period_epochs
+    return rate
+
+
+def restriction_weight(epoch, first_epochs=50, period_epochs=45):
+    """Returns 1.0 in the epochs with L_res and 0.0 in those without.
+
+    Source: Sec. 4.1: after the first 50 epochs, off for 45, on for 45, and so on.
+    """
+    weight, next_switch = 1.0, first_epochs
+    for now in range(epoch + 1):
+        if now == next_switch:
+            weight = 1.0 - weight
+            next_switch += period_epochs
+    return weight
+
+
+def full_protocol(features, window, weight, bias):
+    """[h, w, c] features of one whole picture -> [k] scores, averaged over places.
+
+    Every `window` x `window` part of the feature map is mean-pooled and classified
+    (`weight` [c, k], `bias` [k]); the mean of the outputs comes back.
+
+    Source: Sec. 4.3: "average the final prediction scores" without cropping.
+    """
+    features = np.asarray(features, np.float64)
+    h, w, channels = features.shape
+    scores = []
+    for top in range(h - window + 1):
+        for left in range(w - window + 1):
+            pooled = np.zeros(channels)
+            for i in range(top, top + window):
+                for j in range(left, left + window):
+                    pooled += features[i, j]
+            scores.append(pooled / window**2 @ np.asarray(weight) + np.asarray(bias))
+    return sum(scores) / len(scores)
