@@ -1,0 +1,259 @@
+"""Where to look: the attention and redundancy grids, and the sampler (Sec. 3.1).
+
+One coordinate frame serves the whole package. A grid holds ``(x, y)``, x to the right
+and y downwards; -1 and +1 are the *centres* of the first and the last pixel. Outside
+the picture a sample is 0, reached linearly within one pixel of the border.
+
+Shapes: ``b`` batch, ``H W`` the picture's and ``h w`` the grid's height and width,
+``c`` channels.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Covered points are sent here, to the left of and above every picture: with two pixels
+# or more along an axis, a sample is exactly 0 from -3 on.
+_OUTSIDE = -5.0
+
+
+def restrict(gamma: Array, *, alpha_p: float = 1.0, alpha_s: float = 0.5) -> Array:
+    """Keeps location and scale of the attention in a reasonable range.
+
+    Args:
+      gamma: ``[..., 4]``: horizontal place, vertical place, scale, angle in radians.
+      alpha_p: bound of the two places.
+      alpha_s: bound of the scale; 0.5 is half the picture's width.
+
+    Returns:
+      ``[..., 4]``: ``(alpha_p tanh g1, alpha_p tanh g2, alpha_s tanh g3, g4)``.
+
+    Source: Eq. (6).
+    """
+    bound = jnp.array([alpha_p, alpha_p, alpha_s], gamma.dtype)
+    return jnp.concatenate([bound * jnp.tanh(gamma[..., :3]), gamma[..., 3:]], -1)
+
+
+def attention_matrix(gamma_res: Array) -> Array:
+    """The affine matrix that scales, turns and places the attention.
+
+    Args:
+      gamma_res: ``[b, 4]``, restricted attention parameters.
+
+    Returns:
+      ``[b, 2, 3]``, to be used with `affine_grid`.
+
+    Source: Eq. (4).
+    """
+    x, y, scale, angle_rad = jnp.moveaxis(gamma_res, -1, 0)
+    cos, sin = scale * jnp.cos(angle_rad), scale * jnp.sin(angle_rad)
+    return jnp.stack([jnp.stack([cos, -sin, x], -1), jnp.stack([sin, cos, y], -1)], -2)
+
+
+def affine_grid(theta: Array, size: tuple[int, int]) -> Array:
+    """Where each point of the regular grid G lands under an affine map.
+
+    Args:
+      theta: ``[b, 2, 3]``.
+      size: ``(h, w)`` of the grid.
+
+    Returns:
+      ``[b, h, w, 2]``.
+
+    Source: Eq. (2).
+    """
+    x, y = _regular_grid(size, theta.dtype)
+    t = theta[:, :, :, None, None]
+    # Written out rather than as a matrix product: accelerators round those.
+    return jnp.stack(
+        [t[:, row, 0] * x + t[:, row, 1] * y + t[:, row, 2] for row in (0, 1)], -1
+    )
+
+
+def attention_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
+    """Where the attention looks.
+
+    Args:
+      gamma_res: ``[b, 4]``, restricted attention parameters.
+      size: ``(h, w)`` of the grid.
+
+    Returns:
+      ``[b, h, w, 2]``.
+
+    Source: Eq. (4).
+    """
+    return affine_grid(attention_matrix(gamma_res), size)
+
+
+def redundancy_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
+    """The regular grid without what the attention covers.
+
+    Covered points are moved so far outside that they sample exactly 0 (from any
+    picture of 2 x 2 pixels or more). A set difference has no gradient: none reaches
+    `gamma_res`.
+
+    Args:
+      gamma_res: ``[b, 4]``, restricted attention parameters.
+      size: ``(h, w)`` of the grid.
+
+    Returns:
+      ``[b, h, w, 2]``.
+
+    Source: Eq. (5).
+    """
+    grid = jnp.stack(_regular_grid(size, gamma_res.dtype), -1)
+    inside = jax.lax.stop_gradient(_depth_inside(gamma_res, size)) >= 0
+    return jnp.where(inside.all(-1)[..., None], _OUTSIDE, grid)
+
+
+def redundancy_weight(
+    gamma_res: Array, size: tuple[int, int], *, softness: float
+) -> Array:
+    """How much of each grid point the attention leaves: Eq. 5 with soft edges.
+
+    Args:
+      gamma_res: ``[b, 4]``, restricted attention parameters.
+      size: ``(h, w)`` of the grid.
+      softness: width of the logistic edge, in units of the frame.
+
+    Returns:
+      ``[b, h, w]`` in 0..1: 0 deep inside the attention, 1 far from it. Multiplied
+      with the sampled picture it gives a redundancy whose gradient reaches Gamma.
+
+    Differs: Eq. (5) is the limit ``softness -> 0``.
+    """
+    inside = jax.nn.sigmoid(_depth_inside(gamma_res, size) / softness)
+    return 1 - inside.prod(-1)
+
+
+def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
+    """How deep each point of G lies inside the attention: ``[b, h, w, 2]``.
+
+    Turned back into the attention's own axes, a point is ``(u, v)`` away from the
+    centre; the attention reaches to ``|scale|`` along each. The absolute value makes a
+    negative scale, which is a half turn, cover the same region.
+    """
+    grid_x, grid_y = _regular_grid(size, gamma_res.dtype)
+    x, y, scale, angle_rad = (
+        p[:, None, None] for p in jnp.moveaxis(gamma_res, -1, 0)
+    )
+    cos, sin = jnp.cos(angle_rad), jnp.sin(angle_rad)
+    right, down = grid_x - x, grid_y - y
+    u, v = cos * right + sin * down, cos * down - sin * right
+    return jnp.abs(scale)[..., None] - jnp.abs(jnp.stack([u, v], -1))
+
+
+def _regular_grid(size: tuple[int, int], dtype) -> tuple[Array, Array]:
+    """x and y of the regular grid G, ``[h, w]`` each, from -1 to +1."""
+    height, width = size
+    y, x = jnp.meshgrid(
+        jnp.linspace(-1, 1, height, dtype=dtype),
+        jnp.linspace(-1, 1, width, dtype=dtype),
+        indexing="ij",
+    )
+    return x, y
+
+
+@jax.custom_vjp
+def bilinear_sample(image: Array, grid: Array) -> Array:
+    """Samples a picture at the grid's points, bilinearly.
+
+    The backward pass is in closed form: the gradient to the grid needs only the four
+    corners that the forward pass read, and the gradient to the picture is a scatter,
+    which XLA drops where nobody asks for it (in a training step, where pictures are
+    data).
+
+    Args:
+      image: ``[b, H, W, c]``.
+      grid: ``[b, h, w, 2]`` of ``(x, y)``, in float32 or wider: at 448 pixels,
+        bfloat16 coordinates would be off by a pixel.
+
+    Returns:
+      ``[b, h, w, c]`` in the picture's type; 0 outside the picture.
+
+    Source: Sec. 3.1 and the bilinear kernel of Jaderberg et al., 2015.
+    """
+    return _sample_forward(image, grid)[0]
+
+
+def _sample_forward(image: Array, grid: Array):
+    (nw, ne, sw, se), across, down = _corners(image, grid)
+    sample = _mix(_mix(nw, ne, across), _mix(sw, se, across), down)
+    # All that the gradient to the grid will need of the picture: how fast the sample
+    # changes, per pixel, to the right and downwards.
+    slopes = _mix(ne - nw, se - sw, down), _mix(sw - nw, se - ne, across)
+    return sample.astype(image.dtype), (image, grid, slopes)
+
+
+def _sample_backward(residuals, cotangent: Array) -> tuple[Array, Array]:
+    image, grid, slopes = residuals
+    _, height, width, _ = image.shape
+    pixels_per_unit = jnp.array([0.5 * (width - 1), 0.5 * (height - 1)], grid.dtype)
+    cotangent = cotangent.astype(grid.dtype)
+    to_grid = jnp.stack([(cotangent * slope).sum(-1) for slope in slopes], -1)
+    return _gradient_to_image(image, grid, cotangent), pixels_per_unit * to_grid
+
+
+bilinear_sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _mix(a: Array, b: Array, weight: Array) -> Array:
+    return a + (b - a) * weight
+
+
+def _pixel_position(grid: Array, image_shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """``(left, top)`` as integers and ``(across, down)`` as fractions of a pixel."""
+    _, height, width, _ = image_shape
+    # Two pixels outside is as good as infinitely far, and fits an integer.
+    x = jnp.clip((grid[..., 0] + 1) * (0.5 * (width - 1)), -2, width + 1)
+    y = jnp.clip((grid[..., 1] + 1) * (0.5 * (height - 1)), -2, height + 1)
+    left, top = jnp.floor(x), jnp.floor(y)
+    return left.astype(jnp.int32), top.astype(jnp.int32), x - left, y - top
+
+
+def _corner_index(left: Array, top: Array, image_shape: tuple[int, ...]):
+    """Flat index and validity of the four pixels around each point.
+
+    In reading order: top left, top right, bottom left, bottom right.
+    """
+    _, height, width, _ = image_shape
+    for row in (top, top + 1):
+        for column in (left, left + 1):
+            valid = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = (
+                jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
+            )
+            yield index, valid[..., None]
+
+
+def _corners(image: Array, grid: Array) -> tuple[list[Array], Array, Array]:
+    """The four pixels around each point, 0 outside, in the grid's type."""
+    left, top, across, down = _pixel_position(grid, image.shape)
+    flat = image.reshape(image.shape[0], -1, image.shape[-1])
+    take = jax.vmap(partial(jnp.take, axis=0, mode="clip"))
+    corners = [
+        jnp.where(valid, take(flat, index).astype(grid.dtype), 0)
+        for index, valid in _corner_index(left, top, image.shape)
+    ]
+    return corners, across[..., None], down[..., None]
+
+
+def _gradient_to_image(image: Array, grid: Array, cotangent: Array) -> Array:
+    left, top, across, down = _pixel_position(grid, image.shape)
+    across, down = across[..., None], down[..., None]
+    weights = [
+        (1 - down) * (1 - across),
+        (1 - down) * across,
+        down * (1 - across),
+        down * across,
+    ]
+    flat = jnp.zeros(
+        (image.shape[0], image.shape[1] * image.shape[2], image.shape[3]), grid.dtype
+    )
+    corners = _corner_index(left, top, image.shape)
+    for (index, valid), weight in zip(corners, weights, strict=True):
+        share = jnp.where(valid, weight * cotangent, 0)
+        flat = jax.vmap(lambda f, i, s: f.at[i].add(s))(flat, index, share)
+    return flat.reshape(image.shape).astype(image.dtype)

@@ -1,0 +1,69 @@
+"""When the learning rate falls and when L_res is on (Sec. 4.1).
+
+Both are functions of the step alone, on Python numbers or on traced arrays, so that a
+resumed run is in the right phase without remembering anything.
+"""
+
+import jax.numpy as jnp
+
+
+def learning_rate(
+    step,
+    *,
+    steps_per_epoch: int,
+    base: float = 1e-3,
+    first_epochs: int = 50,
+    period_epochs: int = 45,
+    factor: float = 0.1,
+    warmup_epochs: int = 0,
+):
+    """The learning rate of a step: 1e-3, 1e-4 after 50 epochs, x 0.1 every 45 more.
+
+    Args:
+      step: steps already taken, from 0.
+      steps_per_epoch: batches an epoch.
+      base: rate of the first phase.
+      first_epochs: length of the first phase.
+      period_epochs: length of each later phase.
+      factor: what each phase multiplies the rate by.
+      warmup_epochs: epochs over which the rate first rises linearly; the paper has
+        none, training from scratch at a high rate wants a few.
+
+    Returns:
+      A scalar.
+
+    Source: Sec. 4.1.
+    """
+    phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
+    rate = base * jnp.power(factor, phase.astype(jnp.float32))
+    if warmup_epochs:
+        rate *= jnp.minimum(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
+    return rate
+
+
+def restriction_weight(
+    step, *, steps_per_epoch: int, first_epochs: int = 50, period_epochs: int = 45
+):
+    """The weight of L_res: on for 50 epochs, off for 45, on for 45, and so on.
+
+    Args:
+      step: steps already taken, from 0.
+      steps_per_epoch: batches an epoch.
+      first_epochs: length of the first phase, which is on.
+      period_epochs: length of each later phase; 0: always on.
+
+    Returns:
+      A scalar, 0. or 1.
+
+    Source: Sec. 4.1.
+    """
+    if not period_epochs:
+        return jnp.ones_like(jnp.asarray(step, jnp.float32))
+    phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
+    return jnp.where(phase % 2 == 0, 1.0, 0.0)
+
+
+def _phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):
+    """0 in the first phase, then 1, 2, ...: in whole steps, so it is exact."""
+    after = jnp.asarray(step, jnp.int32) - first_epochs * steps_per_epoch
+    return jnp.maximum(0, 1 + after // (period_epochs * steps_per_epoch))
