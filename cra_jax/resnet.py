@@ -1,0 +1,420 @@
+"""ResNet with torchvision's numerics, so that its weights mean the same thing here.
+
+Padding is explicit (Flax's "SAME" differs from torch's on even sizes), the bottleneck
+strides in its 3x3 convolution, and BatchNorm keeps torch's unbiased running variance.
+Names follow torchvision: `conv1`, `bn1`, `layer1_0`, `downsample_conv`, `fc`.
+
+Two dtypes are at work. Images are cast once, on entry, to the compute dtype, and every
+layer follows its input from there: convolutions and activations run in the compute
+dtype, statistics, pooling and scores in at least float32, and parameters are kept in
+float32. float64 images are never cast down: they are computed in float64 whatever the
+compute dtype, so a gradient check needs nothing but float64 arrays.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+_BN_EPSILON = 1e-5
+_BN_MOMENTUM = 0.9  # torch says 0.1: there it is the weight of the new value
+
+
+class Architecture(NamedTuple):
+    """Blocks of each of the four stages, and whether they are bottlenecks."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+
+
+ARCHITECTURES = {
+    "resnet10": Architecture((1, 1, 1, 1), bottleneck=False),
+    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
+}
+
+STEMS = ("imagenet", "small")
+
+
+@struct.dataclass
+class Outputs:
+    """What a ResNet gives for a batch.
+
+    Attributes:
+        logits: `[b, k]` class scores, before any softmax; at least float32.
+        features: `[b, h, w, c]` last feature map, in the compute dtype.
+        pooled: `[b, c]` mean of the features over the picture; at least float32.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    pooled: jax.Array
+
+
+class Conv(nn.Module):
+    """Square convolution without bias, padded with `size // 2` zeros on each side."""
+
+    features: int
+    size: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[b, h, w, c]`; each side shrinks to `ceil(side / stride)`."""
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            (self.size, self.size, x.shape[-1], self.features),
+            jnp.float32,
+        ).astype(x.dtype)
+        if self.size == 1:
+            # XLA's CPU gradient of a 1x1 convolution is up to 3x slower than this.
+            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=[(self.size // 2, self.size // 2)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, as torch does it.
+
+    Pictures are normalised with the biased variance; the running variance is the
+    unbiased one. Statistics are at least float32, whatever the input is.
+
+    Attributes:
+        group_size: consecutive pictures that share statistics; 0: the whole batch.
+        all_mean: array -> its mean over all replicas; None: no synchronisation.
+        num_replicas: how many replicas `all_mean` averages, for the unbiased variance.
+    """
+
+    group_size: int = 0
+    all_mean: Callable[[jax.Array], jax.Array] | None = None
+    num_replicas: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Normalises `[b, h, w, c]`; shape and dtype stay.
+
+        Raises:
+            ValueError: in training, if the groups do not divide the batch, or a channel
+                has a single value: its variance says nothing.
+        """
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        shape = (channels,), jnp.float32
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, *shape)
+
+        stats_dtype = _at_least_float32(x.dtype)
+        wide = x.astype(stats_dtype)
+        if train:
+            wide = wide.reshape(-1, self._group(x.shape), *x.shape[1:])
+            mean, var, unbiased_var = self._statistics(wide)
+            if not self.is_initializing():
+                _update(running_mean, mean)
+                _update(running_var, unbiased_var)
+        else:
+            mean = running_mean.value.astype(stats_dtype)
+            var = running_var.value.astype(stats_dtype)
+        gain = scale.astype(stats_dtype) * jax.lax.rsqrt(var + _BN_EPSILON)
+        y = (wide - mean) * gain + bias.astype(stats_dtype)
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def _group(self, shape: tuple[int, ...]) -> int:
+        """Pictures that share statistics in a batch of this shape."""
+        group = self.group_size or shape[0]
+        if shape[0] % group:
+            raise ValueError(
+                f"bn_group_size={group} does not divide a batch of {shape[0]} pictures;"
+                " choose a batch size that is a multiple of it, or bn_group_size=0"
+            )
+        return group
+
+    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean, biased and unbiased variance of `[groups, g, h, w, c]`."""
+        axes = tuple(range(1, x.ndim - 1))
+        count = self.num_replicas * x[0, ..., 0].size
+        if count == 1:
+            raise ValueError(
+                f"BatchNorm has one value per channel to train on ({x.shape[1:]});"
+                " use a larger batch or larger pictures"
+            )
+        synchronise = self.all_mean
+        if synchronise is None or self.is_initializing():
+            synchronise = _identity
+        mean = synchronise(x.mean(axes, keepdims=True))
+        # The variance does not change with the mean to first order (deviations sum to
+        # 0), so cutting that path changes no gradient and saves a pass over x.
+        deviation = x - jax.lax.stop_gradient(mean)
+        var = synchronise(jnp.square(deviation).mean(axes, keepdims=True))
+        return mean, var, var * (count / (count - 1))
+
+
+class Block(nn.Module):
+    """Residual block: 3x3, 3x3; a bottleneck: 1x1, 3x3, 1x1 and 4x the channels."""
+
+    features: int
+    stride: int
+    bottleneck: bool
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool, extent_px: jax.Array | None
+    ) -> jax.Array:
+        """Maps `[b, h, w, c]`; `extent_px` is the valid part of `x`."""
+        wide = self.features * (4 if self.bottleneck else 1)
+        plain = [(3, self.features, self.stride), (3, self.features, 1)]
+        narrow = [(1, self.features, 1), (3, self.features, self.stride), (1, wide, 1)]
+        y = x
+        layers = enumerate(narrow if self.bottleneck else plain, start=1)
+        for i, (size, features, stride) in layers:
+            if i > 1:
+                y = nn.relu(y)
+            if size > 1:
+                y = _mask(y, extent_px)
+            y = Conv(features, size, stride, name=f"conv{i}")(y)
+            y = self.norm(name=f"bn{i}")(y, train=train)
+            extent_px = _shrink(extent_px, stride)
+        if x.shape[-1] != wide:  # true wherever a block strides, too
+            x = Conv(wide, 1, self.stride, name="downsample_conv")(x)
+            x = self.norm(name="downsample_bn")(x, train=train)
+        return nn.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """Residual network; make one with `create`, which explains and checks these."""
+
+    arch: str
+    num_classes: int
+    width: int = 64
+    stem: str = "imagenet"
+    dtype: Any = jnp.float32
+    bn_group_size: int = 0
+    all_mean: Callable[[jax.Array], jax.Array] | None = None
+    num_replicas: int = 1
+
+    def setup(self) -> None:  # noqa: D102 (Flax's hook)
+        norm = partial(BatchNorm, self.bn_group_size, self.all_mean, self.num_replicas)
+        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        self.conv1 = Conv(self.width, size, stride)
+        self.bn1 = norm()
+        blocks, bottleneck = ARCHITECTURES[self.arch]
+        # Flax names the members of a list layer1_0, layer1_1, ...
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            [
+                Block(
+                    self.width * 2**stage, 2 if stage and not i else 1, bottleneck, norm
+                )
+                for i in range(depth)
+            ]
+            for stage, depth in enumerate(blocks)
+        )
+        self.fc = nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            bias_init=_symmetric_uniform(self.feature_channels**-0.5),
+        )
+
+    @property
+    def stride_px(self) -> int:
+        """Pixels of the picture per place of the feature map: 32, or 8 if small."""
+        return 32 if self.stem == "imagenet" else 8
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the feature map."""
+        return self.width * 8 * (4 if ARCHITECTURES[self.arch].bottleneck else 1)
+
+    @nn.nowrap
+    def feature_extent(self, extent_px: Any) -> Any:
+        """Valid part of the feature map for `[..., 2]` valid (height, width) in pixels.
+
+        Any integer array does; needs no variables. Every operation that strides maps n
+        to ceil(n / 2), and such ceilings compose.
+        """
+        return -(-extent_px // self.stride_px)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        """Scores, feature map and its mean for `[b, H, W, 3]` normalised pictures.
+
+        Args:
+            images: floating point, already normalised.
+            train: normalise with the batch's statistics, and update the running ones:
+                `apply` then needs `mutable=["batch_stats"]`.
+
+        Raises:
+            ValueError: as `extract`.
+        """
+        features = self.extract(images, train=train)
+        pooled = features.mean((1, 2), dtype=_at_least_float32(features.dtype))
+        return Outputs(self.classify(pooled), features, pooled)
+
+    def extract(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        extent_px: jax.Array | None = None,
+    ) -> jax.Array:
+        """Last feature map, `[b, ceil(H / stride_px), ceil(W / stride_px), c]`.
+
+        Args:
+            images: `[b, H, W, 3]`, floating point, already normalised.
+            train: as in `__call__`.
+            extent_px: int `[b, 2]`, valid (height, width) of each picture, if they were
+                padded at the right and the bottom to share a batch. Within
+                `feature_extent(extent_px)` the features are then those of the picture
+                alone, rounding aside; those beyond mean nothing.
+
+        Raises:
+            ValueError: if the shape or dtype of an argument is wrong, if `extent_px` is
+                given in training, or as `BatchNorm`.
+        """
+        _check_images(images, train, extent_px)
+        is_float64 = images.dtype == jnp.float64
+        x = _mask(images.astype(jnp.float64 if is_float64 else self.dtype), extent_px)
+        x = nn.relu(self.bn1(self.conv1(x), train=train))
+        if self.stem == "imagenet":
+            extent_px = _shrink(extent_px, 2)
+            # 0 is as good as -inf beyond the picture's edge: nothing here is negative.
+            x = _mask(x, extent_px)
+            x = nn.max_pool(
+                x,
+                (3, 3),
+                (2, 2),
+                padding=((1, 1), (1, 1)),  # pyright: ignore[reportArgumentType]
+            )
+            extent_px = _shrink(extent_px, 2)
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = block(x, train=train, extent_px=extent_px)
+            extent_px = _shrink(extent_px, block.stride)
+        return x
+
+    def classify(self, pooled: jax.Array) -> jax.Array:
+        """Scores `[..., k]`, at least float32, of pooled features `[..., c]`."""
+        return self.fc(pooled.astype(_at_least_float32(pooled.dtype)))
+
+
+def create(
+    arch: str,
+    num_classes: int,
+    *,
+    width: int = 64,
+    stem: str = "imagenet",
+    dtype: Any = jnp.float32,
+    bn_group_size: int = 0,
+    all_mean: Callable[[jax.Array], jax.Array] | None = None,
+    num_replicas: int = 1,
+) -> ResNet:
+    """A ResNet whose variables are `{"params", "batch_stats"}`.
+
+    Args:
+        arch: a key of `ARCHITECTURES`. `resnet10` is not torchvision's: basic blocks
+            1, 1, 1, 1, for small pictures.
+        num_classes: length of the score vector.
+        width: channels of the first stage; 64 is torchvision's.
+        stem: `"imagenet"`: 7x7 convolution and max-pool, stride 4 together. `"small"`:
+            3x3 convolution without stride, for pictures of 32 to 96 px.
+        dtype: compute dtype of convolutions and activations.
+        bn_group_size: in training, normalise each run of so many pictures on its own;
+            0: all pictures of the device together.
+        all_mean: array -> its mean over all replicas, to share BatchNorm's statistics.
+        num_replicas: how many replicas `all_mean` averages.
+
+    Raises:
+        ValueError: if an argument is unknown, out of range, or contradicts another.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"unknown arch {arch!r}; choose from {', '.join(ARCHITECTURES)}"
+        )
+    if stem not in STEMS:
+        raise ValueError(f"unknown stem {stem!r}; choose from {', '.join(STEMS)}")
+    counts = {"num_classes": num_classes, "width": width, "num_replicas": num_replicas}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if bn_group_size < 0:
+        raise ValueError(f"bn_group_size must be 0 or more, not {bn_group_size}")
+    if bn_group_size and all_mean is not None:
+        raise ValueError(
+            f"bn_group_size={bn_group_size} splits a device's batch and all_mean joins"
+            " the devices; give only one"
+        )
+    if all_mean is None and num_replicas != 1:
+        raise ValueError(
+            f"num_replicas={num_replicas} needs all_mean, which joins them"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating point, like bfloat16, not {dtype}")
+    return ResNet(
+        arch, num_classes, width, stem, dtype, bn_group_size, all_mean, num_replicas
+    )
+
+
+def _mask(x: jax.Array, extent_px: jax.Array | None) -> jax.Array:
+    """`x` with zeros beyond each picture's valid (height, width)."""
+    if extent_px is None:
+        return x
+    rows = jnp.arange(x.shape[1]) < extent_px[:, :1]
+    columns = jnp.arange(x.shape[2]) < extent_px[:, 1:]
+    valid = rows[:, :, None, None] & columns[:, None, :, None]
+    return jnp.where(valid, x, jnp.zeros_like(x))
+
+
+def _shrink(extent_px: jax.Array | None, stride: int) -> jax.Array | None:
+    return None if extent_px is None else -(-extent_px // stride)
+
+
+def _update(running: nn.Variable, new: jax.Array) -> None:
+    """Moves a running statistic towards the mean of the groups' new ones."""
+    old = running.value
+    new = new.mean(tuple(range(new.ndim - 1))).astype(old.dtype)
+    running.value = _BN_MOMENTUM * old + (1 - _BN_MOMENTUM) * new
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _symmetric_uniform(limit: float) -> Callable[..., jax.Array]:
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+def _check_images(images: jax.Array, train: bool, extent_px: jax.Array | None) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be [b, height, width, 3], not {images.shape}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}; normalise them to float first")
+    if extent_px is None:
+        return
+    if train:
+        raise ValueError(
+            "extent_px is for testing: BatchNorm's statistics would count the padding;"
+            " crop the pictures to one size to train"
+        )
+    if extent_px.shape != (len(images), 2):
+        raise ValueError(
+            f"extent_px must hold (height, width) of {len(images)} pictures, not"
+            f" {extent_px.shape}"
+        )
