@@ -23,27 +23,6 @@ from PIL import Image, ImageChops
 
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn; it refuses at twice that
 MAX_ASPECT = 8.0
-SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".mpo",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
 
 # Named, so that junk is never handed to Pillow's laxer readers (EPS runs Ghostscript).
 _FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF"]
