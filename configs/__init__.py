@@ -1,0 +1,1 @@
+"""One file an experiment: `cub` is the paper's recipe, the others say what differs."""

@@ -1,0 +1,123 @@
+"""CUB-200-2011 as in the paper: every number of Sec. 4.1, and what it leaves open.
+
+    python launch.py --config configs/cub.py --config.data.path=CUB_200_2011
+    python launch.py --config configs/cub.py:resnet101,baseline
+
+Variants, joined by commas: a backbone (`resnet18` ... `resnet152`) and a kind
+(`baseline`, `stn`). "(open)" marks what the paper does not say.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from cra_jax.model import KINDS
+from cra_jax.resnet import ARCHITECTURES
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The paper's recipe on CUB-200-2011.
+
+    Args:
+      variant: names of a backbone and a kind, joined by commas.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
+    config = ConfigDict()
+    config.seed = 0  # of weights, order, crops, flips, and drawn pictures or splits
+
+    data = config.data = ConfigDict()
+    data.source = "cub"  # synthetic, cub, cars, folder
+    data.path = ""  # folder of the data set; empty for synthetic
+    data.short_side_px = 512  # resize, aspect kept, antialiased bicubic (Sec. 4.1)
+    data.crop_px = 448  # random in training, the centre in testing (Sec. 4.1)
+    data.flip = True  # random horizontal, in training (open)
+    data.mean = (0.485, 0.456, 0.406)  # of ImageNet's channels, pictures in 0..1
+    data.std = (0.229, 0.224, 0.225)
+    data.prepare = True  # decode once into a file; False: again at each use
+    data.cache_dir = ""  # where that file goes; empty: in or near the data folder
+    data.workers = 2  # threads that make batches
+    data.prefetch_batches = 4  # batches made ahead
+    data.test_share = 0.2  # folder without a test split: share of each class
+    data.num_species = 8  # synthetic: classes
+    data.habitat_share = 0.9  # synthetic: how often the habitat gives the class away
+    data.train_size = 4096  # synthetic: pictures
+    data.test_size = 1024  # synthetic: pictures, in either test split
+
+    model = config.model = ConfigDict()
+    model.kind = "cra"  # cra, baseline, stn (Sec. 3, 4.1; Fig. 4)
+    model.backbone = "resnet50"  # of both streams (Sec. 4.1)
+    model.width = 64  # channels of the first stage; 64 is ResNet's
+    model.stem = "imagenet"  # 7x7 stride 2 and max-pool; "small": 3x3 stride 1
+    model.pretrained = ""  # weights to start from; empty: none
+    model.ar_passes = 1  # attention and redundancy through N_ar in 1 batch or 2 (open)
+
+    bn = config.bn = ConfigDict()
+    bn.group_size = 0  # images that share statistics; 0: all on a device (open)
+    bn.sync = False  # share statistics over devices (open)
+
+    art = config.art = ConfigDict()
+    art.size_px = 224  # of attention and redundancy (Sec. 4.1)
+    art.alpha_p = 1.0  # bound of the attention's place (Eq. 6, Sec. 4.1)
+    art.alpha_s = 0.5  # bound of its scale (Eq. 6, Sec. 4.1)
+    art.init = (0.0, 0.0, 0.45, 0.0)  # Gamma_res at the start, last one in rad (open)
+    art.redundancy = "hard"  # Eq. 5; "soft": logistic edges, with a gradient
+    art.softness = 0.05  # width of those edges; the picture is 2 wide
+    art.gradient_clip = 1.0  # of an image's affine matrix, as released; 0: none (open)
+    art.guard = 0.95  # share of its bound beyond which nothing pushes Gamma; 0: none
+
+    restriction = config.restriction = ConfigDict()
+    restriction.expectation = (0.0, 0.0, 0.5, 0.0)  # E (Eq. 7, Sec. 4.1)
+    restriction.threshold = (0.4, 0.4, 0.4, math.pi)  # T (Eq. 7, Sec. 4.1)
+    restriction.first_epochs = 50  # L_res is on so long (Sec. 4.1)
+    restriction.period_epochs = 45  # then off and on by turns (Sec. 4.1); 0: always on
+
+    contrast = config.contrast = ConfigDict()
+    contrast.margin = 0.7  # Eq. 8, Sec. 4.1
+    contrast.normalize = True  # scale N_ar's output to length 1 (open)
+    contrast.distance = "euclidean"  # Eq. 8; "squared" as in the released layer
+    contrast.pairs = "random"  # disjoint pairs; "all" pairs of a device's batch (open)
+
+    loss = config.loss = ConfigDict()  # weights of the terms of Eq. 9, all 1
+    loss.cls2 = 1.0
+    loss.res = 1.0  # times 0 or 1, see restriction
+    loss.cntr = 1.0
+
+    optim = config.optim = ConfigDict()
+    optim.base_lr = 1e-3  # Sec. 4.1
+    optim.first_epochs = 50  # at base_lr (Sec. 4.1)
+    optim.period_epochs = 45  # then times `factor` each so many (Sec. 4.1)
+    optim.factor = 0.1  # Sec. 4.1
+    optim.warmup_epochs = 0  # linear rise at the start; the paper has none
+    optim.momentum = 0.9  # Sec. 4.1
+    optim.weight_decay = 5e-4  # Sec. 4.1
+    optim.decay_norm_and_bias = True  # or on kernels alone (open)
+    optim.attention_lr_scale = 1.0  # of the head that predicts Gamma
+
+    train = config.train = ConfigDict()
+    train.batch_size = 64  # images, over all devices (Sec. 4.1)
+    train.epochs = 140  # 50 + 45 + 45 (open)
+    train.log_every_steps = 20
+
+    checkpoint = config.checkpoint = ConfigDict()
+    checkpoint.every_epochs = 1
+    checkpoint.every_steps = 0  # also in mid-epoch; 0: at the end of epochs alone
+    checkpoint.keep_latest = 2  # the best on `test` is kept as well
+
+    evaluation = config.eval = ConfigDict()
+    evaluation.protocol = "both"  # center (Sec. 4.2), full (Sec. 4.3), or both
+    evaluation.batch_size = 32  # images; the scores do not depend on it
+    evaluation.bucket_px = 64  # full: sizes are rounded up to multiples; 0: exact
+    evaluation.every_epochs = 5  # while training, protocol center
+    evaluation.checkpoint = "latest"  # --mode eval: latest, best, or a step
+
+    for name in filter(None, variant.split(",")):
+        if name in ARCHITECTURES:
+            model.backbone = name
+        elif name in KINDS:
+            model.kind = name
+        else:
+            known = ", ".join((*ARCHITECTURES, *KINDS))
+            raise ValueError(f"unknown variant {name!r}; choose from {known}")
+    return config

@@ -1,0 +1,219 @@
+"""The config, unpacked: the only room that reads it.
+
+Everything below takes plain arguments; everything above gets what is built here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from ml_collections import ConfigDict
+
+from cra_jax import model, optim, parallel, schedule, sources, steps, store
+
+PROTOCOLS = ("center", "full", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split, ready to be read.
+
+    Attributes:
+      pictures: of `store`.
+      labels: ``[n]``.
+      records: of `sources`, one a picture.
+    """
+
+    pictures: store.Store | store.Streamed
+    labels: np.ndarray
+    records: tuple[sources.Record, ...]
+
+    @functools.cached_property
+    def boxes(self) -> tuple[sources.Box | None, ...]:
+        """Where the object is in each picture, found at first use."""
+        return tuple(record.box for record in self.records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the loop runs.
+
+    Attributes:
+      network: of `model.create`.
+      optimizer: of `optim`.
+      step: ``(state, batch) -> (state, terms)`` on all devices.
+    """
+
+    network: nn.Module
+    optimizer: Any
+    step: Callable
+
+
+def check(config: ConfigDict) -> None:
+    """Finds what is wrong with a config before any work is done.
+
+    Raises:
+      ValueError: with the key, its value, and what to set it to.
+    """
+    data, train, evaluation = config.data, config.train, config.eval
+    contrasts = config.model.kind == "cra" and config.loss.cntr > 0
+    parallel.check_divides(
+        train.batch_size, setting="train.batch_size", least=2 if contrasts else 1
+    )
+    if data.crop_px > data.short_side_px:
+        raise ValueError(
+            f"data.crop_px={data.crop_px} does not fit into pictures whose shorter "
+            f"side is data.short_side_px={data.short_side_px}: raise the latter"
+        )
+    if evaluation.protocol not in PROTOCOLS:
+        raise ValueError(
+            f"unknown eval.protocol {evaluation.protocol!r}; choose from "
+            f"{', '.join(PROTOCOLS)}"
+        )
+    at_least_one = {
+        "train.epochs": train.epochs,
+        "train.log_every_steps": train.log_every_steps,
+        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+        "checkpoint.keep_latest": config.checkpoint.keep_latest,
+        "eval.every_epochs": evaluation.every_epochs,
+        "eval.batch_size": evaluation.batch_size,
+        "data.workers": data.workers,
+        "data.prefetch_batches": data.prefetch_batches,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{key}={value} must be 1 or more")
+    if config.model.pretrained:
+        raise ValueError(
+            f"model.pretrained={config.model.pretrained!r}: starting from weights is "
+            "not part of this version; leave it empty"
+        )
+    backbone(config, num_classes=1)
+    build_network(config, num_classes=1)
+    build_loss(config, nn.Dense(1), steps_per_epoch=1)
+
+
+def load_data(config: ConfigDict) -> sources.Dataset:
+    """Lists the records of the config's data set; opens no picture."""
+    data = config.data
+    options = {key: data[key] for key in sources.OPTIONS[data.source]}
+    return sources.load(data.source, data.path, seed=config.seed, **options)
+
+
+def open_split(config: ConfigDict, dataset: sources.Dataset, name: str) -> Split:
+    """Opens a split, preparing its store where the config wants one."""
+    data = config.data
+    records = dataset.splits[name]
+    if data.prepare:
+        cache_dir = (
+            Path(data.cache_dir).expanduser()
+            if data.cache_dir
+            else store.default_cache_dir(dataset.root)
+        )
+        pictures = store.prepare(
+            records,
+            short_side_px=data.short_side_px,
+            cache_dir=cache_dir,
+            name=f"{dataset.name}-{name}",
+        )
+    else:
+        pictures = store.Streamed(records, data.short_side_px)
+    labels = np.array([record.label for record in pictures.records], np.int32)
+    return Split(pictures, labels, pictures.records)
+
+
+def backbone(
+    config: ConfigDict, num_classes: int, *, training: bool = False
+) -> nn.Module:
+    """The network that predicts; in training it may share BatchNorm statistics."""
+    extra: dict[str, Any] = {}
+    if training and config.bn.sync:
+        extra = {
+            "all_mean": parallel.all_mean,
+            "num_replicas": parallel.device_count(),
+        }
+    return model.create_backbone(
+        config.model.backbone,
+        num_classes,
+        width=config.model.width,
+        stem=config.model.stem,
+        bn_group_size=config.bn.group_size if training else 0,
+        **extra,
+    )
+
+
+def build_network(config: ConfigDict, num_classes: int) -> model.CRACNN:
+    """Both streams and the ART module, as the config's kind has them."""
+    art = config.art
+    return model.create(
+        config.model.kind,
+        partial(backbone, config, num_classes, training=True),
+        art_size_px=art.size_px,
+        alpha_p=art.alpha_p,
+        alpha_s=art.alpha_s,
+        init=art.init,
+        redundancy=art.redundancy,
+        softness=art.softness,
+        gradient_clip=art.gradient_clip,
+        guard=art.guard,
+        ar_passes=config.model.ar_passes,
+    )
+
+
+def build_loss(config: ConfigDict, network: nn.Module, *, steps_per_epoch: int):
+    """Eq. (9) with the config's margins, thresholds and phases."""
+    restriction, contrast = config.restriction, config.contrast
+    return steps.make_loss(
+        network,
+        restriction_weight=partial(
+            schedule.restriction_weight,
+            steps_per_epoch=steps_per_epoch,
+            first_epochs=restriction.first_epochs,
+            period_epochs=restriction.period_epochs,
+        ),
+        expectation=restriction.expectation,
+        threshold=restriction.threshold,
+        margin=contrast.margin,
+        normalize_features=contrast.normalize,
+        distance=contrast.distance,
+        pairs=contrast.pairs,
+        weights=config.loss.to_dict(),
+    )
+
+
+def build_training(
+    config: ConfigDict, num_classes: int, *, steps_per_epoch: int
+) -> Training:
+    """Network, optimiser and the step over all devices."""
+    options = config.optim
+    learning_rate = partial(
+        schedule.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        base=options.base_lr,
+        first_epochs=options.first_epochs,
+        period_epochs=options.period_epochs,
+        factor=options.factor,
+        warmup_epochs=options.warmup_epochs,
+    )
+    network = build_network(config, num_classes)
+    optimizer = optim.make_optimizer(
+        learning_rate,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        decay_norm_and_bias=options.decay_norm_and_bias,
+        attention_lr_scale=options.attention_lr_scale,
+    )
+    step = steps.make_train_step(
+        build_loss(config, network, steps_per_epoch=steps_per_epoch),
+        optimizer,
+        learning_rate=learning_rate,
+        mean=config.data.mean,
+        std=config.data.std,
+        all_mean=parallel.all_mean,
+    )
+    return Training(network, optimizer, parallel.train_step(step))

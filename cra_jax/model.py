@@ -1,0 +1,284 @@
+"""The streams wired together: CRA-CNN, the baseline, and the STN of Fig. 4 (Sec. 3).
+
+Whatever the kind, `params["classification_stream"]` is exactly the tree of the plain
+backbone, and the backbone alone is what evaluation builds, restores and runs. The
+regularization stream and the attention head exist in training only.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from cra_jax import geometry, resnet
+
+KINDS = ("cra", "baseline", "stn")
+REDUNDANCIES = ("hard", "soft")
+
+# A family is a room with `ARCHITECTURES` and `create`; another is one more entry.
+_FAMILIES = (resnet,)
+
+
+@struct.dataclass
+class Outputs:
+    """What training sees of a batch; None where the kind has no such thing.
+
+    Attributes:
+      logits: ``[b, k]`` scores of the classification stream.
+      gamma: ``[b, 4]`` attention parameters before the restriction, Eq. (3); for the
+        STN ``[b, 6]``, Theta in rows, Eq. (2).
+      gamma_res: ``[b, 4]`` after it, Eq. (6).
+      attention_logits: ``[b, k]`` scores of the regularization stream for the
+        attention.
+      redundancy_logits: ``[b, k]`` and for the redundancy.
+    """
+
+    logits: Array
+    gamma: Array | None = None
+    gamma_res: Array | None = None
+    attention_logits: Array | None = None
+    redundancy_logits: Array | None = None
+
+
+class CRACNN(nn.Module):
+    """Both streams and the ART module between them; make one with `create`.
+
+    Attributes:
+      kind: one of `KINDS`.
+      classification_stream: N_cls, a backbone.
+      regularization_stream: N_ar, a backbone of the same shape; None for the baseline.
+      art_size_px: height and width of attention and redundancy.
+      alpha_p: bound of the attention's place, Eq. (6).
+      alpha_s: bound of its scale, Eq. (6).
+      start: Gamma_res before training.
+      redundancy: "hard", Eq. (5), or "soft".
+      softness: width of the soft edge, in units of the frame.
+      gradient_clip: limit on the gradient of one picture's loss to each entry of the
+        affine matrix, as in the authors' released code; 0: none.
+      guard: beyond which share of its bound (a tanh) a parameter of Gamma may not be
+        pushed further outwards; 0: unguarded, as in the paper.
+      ar_passes: 1: attention and redundancy go through N_ar as one batch; 2: one after
+        the other, each with BatchNorm statistics of its own.
+    """
+
+    kind: str
+    classification_stream: nn.Module
+    regularization_stream: nn.Module | None
+    art_size_px: int
+    alpha_p: float
+    alpha_s: float
+    start: tuple[float, float, float, float]
+    redundancy: str
+    softness: float
+    gradient_clip: float
+    guard: float
+    ar_passes: int
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Outputs:
+        """Runs everything that the kind has on ``[b, H, W, 3]`` normalised pictures."""
+        classified = self.classification_stream(images, train)
+        if self.regularization_stream is None:
+            return Outputs(classified.logits)
+        # From the last pooling, in float32 or wider: coordinates need the digits.
+        gamma = nn.Dense(
+            6 if self.kind == "stn" else 4,
+            kernel_init=nn.initializers.normal(1e-3),
+            bias_init=lambda *_: jnp.array(self._start(), jnp.float32),
+            name="attention_head",
+        )(classified.pooled)
+        if self.kind == "stn":
+            attention = self._attend(images, gamma.reshape(-1, 2, 3))
+            regularized = self.regularization_stream(attention, train)
+            return Outputs(
+                classified.logits, gamma, attention_logits=regularized.logits
+            )
+        gamma_res = geometry.restrict(
+            hold_inside(gamma, self.guard) if self.guard else gamma,
+            alpha_p=self.alpha_p,
+            alpha_s=self.alpha_s,
+        )
+        attention = self._attend(images, geometry.attention_matrix(gamma_res))
+        redundancy = self._leave_out(images, gamma_res)
+        if self.ar_passes == 1:
+            both = self.regularization_stream(
+                jnp.concatenate([attention, redundancy]), train
+            ).logits
+            attention_logits, redundancy_logits = jnp.split(both, 2)
+        else:
+            attention_logits = self.regularization_stream(attention, train).logits
+            redundancy_logits = self.regularization_stream(redundancy, train).logits
+        return Outputs(
+            classified.logits, gamma, gamma_res, attention_logits, redundancy_logits
+        )
+
+    def _start(self) -> list[float]:
+        """The attention head's bias, such that training starts at `start`."""
+        x, y, scale, angle_rad = self.start
+        if self.kind == "stn":
+            cos, sin = scale * math.cos(angle_rad), scale * math.sin(angle_rad)
+            return [cos, -sin, x, sin, cos, y]
+        p, s = self.alpha_p, self.alpha_s
+        return [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s), angle_rad]
+
+    def _attend(self, images: Array, matrix: Array) -> Array:
+        """The attention ``[b, s, s, 3]`` that ``[b, 2, 3]`` matrices cut out."""
+        if self.gradient_clip:
+            # The loss is a mean over the batch, so a picture's own gradient is b times
+            # what arrives here.
+            matrix = clip_gradient(matrix, self.gradient_clip / len(images))
+        grid = geometry.affine_grid(matrix, (self.art_size_px,) * 2)
+        return geometry.bilinear_sample(images, grid)
+
+    def _leave_out(self, images: Array, gamma_res: Array) -> Array:
+        """The redundancy ``[b, s, s, 3]``: the whole picture without the attention."""
+        size = (self.art_size_px,) * 2
+        if self.redundancy == "hard":
+            grid = geometry.redundancy_grid(gamma_res, size)
+            return geometry.bilinear_sample(images, jax.lax.stop_gradient(grid))
+        nowhere = jnp.zeros_like(gamma_res).at[:, :2].set(3.0)
+        whole = geometry.bilinear_sample(
+            images, geometry.redundancy_grid(nowhere, size)
+        )
+        weight = geometry.redundancy_weight(gamma_res, size, softness=self.softness)
+        return whole * weight[..., None].astype(whole.dtype)
+
+
+@jax.custom_vjp
+def clip_gradient(x: Array, limit: float) -> Array:
+    """`x` itself; its gradient is clipped to ``[-limit, limit]``, entry by entry."""
+    del limit
+    return x
+
+
+clip_gradient.defvjp(
+    lambda x, limit: (x, limit),
+    lambda limit, cotangent: (jnp.clip(cotangent, -limit, limit), None),
+)
+
+
+@jax.custom_vjp
+def hold_inside(gamma: Array, share: float) -> Array:
+    """`gamma` itself, with a one-way valve in its gradient.
+
+    Where ``|tanh gamma|`` exceeds `share` for place or scale, a descent step may still
+    move it inwards, but nothing pushes it further out, where tanh is flat and no loss
+    could bring it back.
+
+    Args:
+      gamma: ``[b, 4]``, before the restriction.
+      share: of the bound of Eq. (6), in 0..1.
+
+    Returns:
+      ``[b, 4]``.
+
+    Differs: the paper has no such guard; see the README on runaway attention.
+    """
+    del share
+    return gamma
+
+
+def beyond(gamma: Array, share: float) -> Array:
+    """Which of place and scale use more than `share` of their bound: ``[b, 3]``."""
+    return jnp.abs(jnp.tanh(gamma[..., :3])) > share
+
+
+def _hold_inside_backward(residuals, cotangent: Array):
+    gamma, share = residuals
+    outwards = cotangent * jnp.sign(gamma) < 0  # descent adds minus the gradient
+    stop = jnp.pad(beyond(gamma, share), ((0, 0), (0, 1))) & outwards
+    return jnp.where(stop, 0, cotangent), None
+
+
+hold_inside.defvjp(lambda gamma, share: (gamma, (gamma, share)), _hold_inside_backward)
+
+
+def create_backbone(backbone: str, num_classes: int, **arguments: Any) -> nn.Module:
+    """A backbone by its name; `arguments` go to its family's `create`.
+
+    Raises:
+      ValueError: the name is unknown; the message lists the known ones.
+    """
+    for family in _FAMILIES:
+        if backbone in family.ARCHITECTURES:
+            return family.create(backbone, num_classes, **arguments)
+    known = [name for family in _FAMILIES for name in family.ARCHITECTURES]
+    raise ValueError(f"unknown backbone {backbone!r}; choose from {', '.join(known)}")
+
+
+def create(
+    kind: str,
+    make_backbone,
+    *,
+    art_size_px: int = 224,
+    alpha_p: float = 1.0,
+    alpha_s: float = 0.5,
+    init: Sequence[float] = (0.0, 0.0, 0.45, 0.0),
+    redundancy: str = "hard",
+    softness: float = 0.05,
+    gradient_clip: float = 1.0,
+    guard: float = 0.95,
+    ar_passes: int = 1,
+) -> CRACNN:
+    """The network to train; the arguments are `CRACNN`'s attributes.
+
+    Args:
+      kind: "cra", "baseline" or "stn".
+      make_backbone: called without arguments, once for each stream.
+      art_size_px: see `CRACNN`, as for the rest.
+      alpha_p: in (0, 1].
+      alpha_s: in (0, 1].
+      init: strictly inside the bounds.
+      redundancy: one of `REDUNDANCIES`.
+      softness: above 0.
+      gradient_clip: 0 or more.
+      guard: in [0, 1).
+      ar_passes: 1 or 2.
+
+    Raises:
+      ValueError: an argument is unknown or out of range.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown model.kind {kind!r}; choose from {', '.join(KINDS)}")
+    if redundancy not in REDUNDANCIES:
+        raise ValueError(
+            f"unknown art.redundancy {redundancy!r}; choose from {REDUNDANCIES}"
+        )
+    if ar_passes not in (1, 2):
+        raise ValueError(f"model.ar_passes must be 1 or 2, not {ar_passes}")
+    if not (0 < alpha_p <= 1 and 0 < alpha_s <= 1):
+        raise ValueError(
+            f"art.alpha_p={alpha_p} and art.alpha_s={alpha_s} must be in (0, 1]"
+        )
+    bounds = (alpha_p, alpha_p, alpha_s)
+    if any(abs(value) >= bound for value, bound in zip(init, bounds, strict=False)):
+        raise ValueError(
+            f"art.init={tuple(init)} must lie strictly inside the bounds of Eq. 6, "
+            f"{bounds}"
+        )
+    if not 0 <= guard < 1:
+        raise ValueError(f"art.guard must be in [0, 1), not {guard}")
+    if gradient_clip < 0 or softness <= 0 or art_size_px < 1:
+        raise ValueError(
+            f"art.gradient_clip={gradient_clip} must be 0 or more, "
+            f"art.softness={softness} and art.size_px={art_size_px} above 0"
+        )
+    return CRACNN(
+        kind=kind,
+        classification_stream=make_backbone(),
+        regularization_stream=None if kind == "baseline" else make_backbone(),
+        art_size_px=art_size_px,
+        alpha_p=alpha_p,
+        alpha_s=alpha_s,
+        start=tuple(init),  # pyright: ignore[reportArgumentType]
+        redundancy=redundancy,
+        softness=softness,
+        gradient_clip=gradient_clip,
+        guard=guard,
+        ar_passes=ar_passes,
+    )

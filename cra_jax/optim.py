@@ -1,0 +1,51 @@
+"""The optimiser: momentum SGD as torch does it, in one optax chain (Sec. 4.1)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+ATTENTION_HEAD = "attention_head"
+
+
+def make_optimizer(
+    learning_rate: Callable,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    decay_norm_and_bias: bool = True,
+    attention_lr_scale: float = 1.0,
+) -> optax.GradientTransformation:
+    """SGD with momentum; the decay joins the gradient before the momentum.
+
+    Args:
+      learning_rate: step -> rate, from `schedule`.
+      momentum: Sec. 4.1.
+      weight_decay: Sec. 4.1.
+      decay_norm_and_bias: False spares BatchNorm's scales and all biases.
+      attention_lr_scale: multiplies the rate of the head that predicts Gamma.
+
+    Returns:
+      An optax chain whose first argument to `init` is the whole tree of parameters.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(
+            weight_decay, mask=None if decay_norm_and_bias else _is_kernel
+        ),
+        optax.trace(decay=momentum),
+        optax.masked(optax.scale(attention_lr_scale), _is_attention_head),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "kernel", params
+    )
+
+
+def _is_attention_head(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key == ATTENTION_HEAD, params
+    )

@@ -1,0 +1,95 @@
+"""Devices: the only room that names pmap, a device axis or a device count.
+
+State goes in and out of a step without a device axis, batches with one. A step is
+written for one device and gets `all_mean` from its caller, so that it runs alone, too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Batch = Mapping[str, Any]
+_AXIS = "devices"
+
+
+def device_count() -> int:
+    """How many devices share a batch."""
+    return jax.local_device_count()
+
+
+def describe_devices() -> str:
+    """For the log: "8 x TPU v5e"."""
+    return f"{device_count()} x {jax.local_devices()[0].device_kind}"
+
+
+def check_divides(batch_size: int, *, setting: str, least: int = 1) -> None:
+    """Checks that a batch can be shared by the devices.
+
+    Args:
+      batch_size: pictures in a batch.
+      setting: the config key it comes from, for the message.
+      least: pictures that each device must get.
+
+    Raises:
+      ValueError: it does not divide, or leaves a device fewer than `least` pictures.
+    """
+    n = device_count()
+    if batch_size > 0 and batch_size % n == 0 and batch_size // n >= least:
+        return
+    unit = n * least if least > 1 else n
+    below = batch_size // n * n
+    near = sorted({max(unit, below), max(unit, below + n)})
+    need = f", at least {least} pictures on each (L_cntr contrasts pairs)"
+    raise ValueError(
+        f"{setting}={batch_size} cannot be shared evenly by {n} device(s)"
+        f"{need if least > 1 else ''}; sizes that can: "
+        f"{', '.join(map(str, near))} (any multiple of {n} from {unit} on)"
+    )
+
+
+def round_up(batch_size: int) -> int:
+    """The next batch size that the devices can share; evaluation pads its batches."""
+    n = device_count()
+    return -(-batch_size // n) * n
+
+
+def all_mean(tree: Any) -> Any:
+    """The mean over devices; only inside a step that this room runs."""
+    return jax.lax.pmean(tree, _AXIS)
+
+
+def train_step(step: Callable) -> Callable:
+    """Runs ``(state, batch) -> (state, metrics)`` on all devices.
+
+    The state is donated: the caller must not use the one it passed again. What the
+    step returns must be the same on all devices (see `all_mean`).
+    """
+    return jax.pmap(
+        step,
+        axis_name=_AXIS,
+        in_axes=(None, 0),  # pyright: ignore[reportArgumentType]
+        out_axes=None,
+        donate_argnums=(0,),
+    )
+
+
+def eval_step(step: Callable) -> Callable:
+    """Runs ``(variables, batch) -> predictions`` on all devices.
+
+    Takes and returns whole batches: the device axis is added and taken off here.
+    """
+    mapped = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0))  # pyright: ignore[reportArgumentType]
+
+    def run(variables: Any, batch: Batch) -> Any:
+        out = mapped(variables, split(batch))
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), out)
+
+    return run
+
+
+def split(batch: Batch) -> dict[str, Any]:
+    """Gives each array of a batch a device axis: ``[b, ...] -> [n, b / n, ...]``."""
+    n = device_count()
+    return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}

@@ -1,0 +1,219 @@
+"""What a run leaves behind: its config, its numbers, and a lock while it runs."""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+Numbers = Mapping[str, float]
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the run folder for this process; the lock dies with it, however it ends.
+
+    Raises:
+      ValueError: another process holds it; the message says which.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(
+                f"run folder {workdir} is in use by another process ({holder}): wait "
+                "for it, end it, or choose another folder with --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def keep_config(
+    workdir: Path, config: Mapping[str, Any], *, allow_change: bool = False
+) -> None:
+    """Writes `config.json`, or compares with the one that is there.
+
+    Raises:
+      ValueError: the folder's run had another config; the message lists what differs.
+    """
+    path = workdir / "config.json"
+    text = json.dumps(config, indent=2, sort_keys=True)
+    if path.is_file() and not allow_change:
+        before, now = flatten(read_config(workdir)), flatten(json.loads(text))
+        changes = [
+            f"{key}: {before.get(key, 'absent')!r} in the run folder, "
+            f"{now.get(key, 'absent')!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changes:
+            raise ValueError(
+                f"run folder {workdir} was made with another config:\n  "
+                + "\n  ".join(changes)
+                + "\ngive the new run its own --workdir, or go on with the new values "
+                "by --allow_config_change"
+            )
+    write_atomically(path, text + "\n")
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config that a run was made with.
+
+    Raises:
+      ValueError: the folder holds no run.
+    """
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{workdir} holds no run (there is no config.json in it): name the folder "
+            "of a run that was trained, with --workdir"
+        ) from None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def append_metrics(
+    workdir: Path, *, step: int, epoch: int, split: str, numbers: Mapping[str, Any]
+) -> None:
+    """Adds a line to `metrics.jsonl`."""
+    line = json.dumps({"step": step, "epoch": epoch, "split": split, **numbers})
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; one that a crash left unfinished is passed over."""
+    path = workdir / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Log:
+    """The numbers of a run: `metrics.jsonl`, TensorBoard files, and the terminal.
+
+    Where standard error is a terminal, there is a progress bar with an ETA; elsewhere
+    a line each time that numbers are logged.
+
+    Args:
+      workdir: the run folder.
+      first_step: where training goes on from: later lines, which a stopped run has
+        left, are taken out.
+      total_steps: of the whole run.
+    """
+
+    def __init__(self, workdir: Path, *, first_step: int, total_steps: int):
+        self._workdir = workdir
+        self._total_steps = total_steps
+        kept = [x for x in read_metrics(workdir) if x["step"] <= first_step]
+        write_atomically(
+            workdir / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept)
+        )
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1
+        )
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._board.close()
+
+    def advance(self) -> None:
+        """One step was dispatched."""
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar where there is one."""
+        self._bar.write(text, file=sys.stderr)
+
+    def train(self, *, step: int, epoch: int, numbers: Numbers) -> None:
+        """Records the means over the last steps."""
+        self._record(step, epoch, "train", numbers)
+        shown = {
+            "loss": f"{numbers['loss']:.3f}",
+            "top1": f"{numbers['top1']:.3f}",
+            "images/s": f"{numbers['images_per_second']:.0f}",
+        }
+        if self._bar.disable:
+            eta = _duration(numbers["eta_seconds"])
+            parts = " ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step}/{self._total_steps} epoch {epoch} {parts} ETA {eta}")
+        else:
+            self._bar.set_postfix(epoch=epoch, **shown, refresh=False)
+
+    def test(self, *, step: int, epoch: int, split: str, numbers: Numbers) -> None:
+        """Records the scores of a split."""
+        self._record(step, epoch, split, numbers)
+        self.say(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
+
+    def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
+        append_metrics(
+            self._workdir, step=step, epoch=epoch, split=split, numbers=numbers
+        )
+        for name, value in numbers.items():
+            if not isinstance(value, str):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+def describe_scores(numbers: Mapping[str, Any]) -> str:
+    """Scores of a split as a line: "top-1 84.2 %, ... of 5794 images"."""
+    names = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "mean_per_class": "per class",
+        "pointing": "strongest activation in the box",
+    }
+    parts = [
+        f"{text} {100 * numbers[name]:.1f} %"
+        for name, text in names.items()
+        if name in numbers
+    ]
+    return f"{', '.join(parts)} of {numbers['count']} images"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

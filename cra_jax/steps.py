@@ -1,0 +1,216 @@
+"""One step of training, for one device: pure, and testable alone.
+
+The step is told how to average over devices (`all_mean`); by itself it knows none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from cra_jax import losses, model
+
+Batch = Mapping[str, Array]
+Terms = dict[str, Array]
+
+# Beyond this share of its bound, tanh has lost nine tenths of its slope.
+SATURATED = 0.95
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      step: steps taken, a scalar.
+      params: of all streams and the head.
+      batch_stats: BatchNorm's running statistics of all streams.
+      opt_state: optax's.
+    """
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def create_state(
+    key: Array,
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    crop_px: int,
+) -> TrainState:
+    """A fresh state; the same key gives a stream the same weights in any kind."""
+    images = jnp.zeros((2, crop_px, crop_px, 3), jnp.float32)
+    variables = jax.jit(network.init)(key, images)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+    )
+
+
+def normalize(
+    images: Array, *, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32
+) -> Array:
+    """uint8 ``[b, h, w, 3]`` -> floats with mean 0 and deviation 1 on ImageNet.
+
+    0, which is what lies outside a picture for the sampler and for padding, is then
+    the mean colour.
+    """
+    mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
+    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+def make_loss(
+    network: nn.Module,
+    *,
+    restriction_weight: Callable[[Array], Array],
+    expectation: Sequence[float] = (0.0, 0.0, 0.5, 0.0),
+    threshold: Sequence[float],
+    margin: float = 0.7,
+    normalize_features: bool = True,
+    distance: str = "euclidean",
+    pairs: str = "random",
+    weights: Mapping[str, float],
+) -> Callable[..., tuple[Array, tuple[Any, Terms]]]:
+    """Eq. (9) as a function of ``(params, batch_stats, images, labels, step)``.
+
+    Args:
+      network: of `model.create`.
+      restriction_weight: step -> weight of L_res, from `schedule`.
+      expectation: E of Eq. (7).
+      threshold: T of Eq. (7).
+      margin: of Eq. (8).
+      normalize_features: whether N_ar's outputs are scaled to length 1 for Eq. (8).
+      distance: of Eq. (8), one of `losses.DISTANCES`.
+      pairs: which pictures Eq. (8) contrasts, one of `losses.PAIRS`.
+      weights: of the terms ``cls2``, ``res``, ``cntr`` of Eq. (9); the paper's are 1.
+
+    Returns:
+      A function that returns the loss and ``(batch_stats, terms)``, all means over the
+      batch (over pairs for L_cntr).
+    """
+    if pairs not in losses.PAIRS:
+        raise ValueError(f"contrast.pairs {pairs!r} is unknown; one of {losses.PAIRS}")
+    draw_pairs = losses.neighbour_pairs if pairs == "random" else losses.all_pairs
+
+    def loss_function(params, batch_stats, images, labels, step):
+        out, updated = network.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            True,
+            mutable=["batch_stats"],
+        )
+        assert isinstance(out, model.Outputs)
+        correct = out.logits.argmax(-1) == labels
+        terms: Terms = {
+            "loss_cls1": losses.cross_entropy(out.logits, labels).mean(),
+            "top1": correct.mean(),
+        }
+        loss = terms["loss_cls1"]
+        if out.attention_logits is not None:
+            attended = losses.cross_entropy(out.attention_logits, labels).mean()
+            correct = out.attention_logits.argmax(-1) == labels
+            terms |= {"loss_cls2": attended, "attention_top1": correct.mean()}
+            loss += weights["cls2"] * attended
+        if out.gamma_res is not None:
+            outside = losses.restriction_loss(
+                out.gamma_res, expectation=expectation, threshold=threshold
+            ).mean()
+            on = restriction_weight(step)
+            terms |= {"loss_res": outside, "restriction_weight": on}
+            loss += weights["res"] * on * outside
+            terms |= _describe_gamma(out.gamma, out.gamma_res, network)
+        if out.redundancy_logits is not None and weights["cntr"]:
+            m, n = draw_pairs(len(labels))
+            attention, redundancy = out.attention_logits, out.redundancy_logits
+            assert attention is not None
+            if normalize_features:
+                attention = losses.l2_normalize(attention)
+                redundancy = losses.l2_normalize(redundancy)
+            contrast = losses.contrastive_loss(
+                attention[m],
+                attention[n],
+                redundancy[m],
+                redundancy[n],
+                margin=margin,
+                distance=distance,
+            ).mean()
+            terms["loss_cntr"] = contrast
+            loss += weights["cntr"] * contrast
+        terms["loss"] = loss
+        return loss, (updated["batch_stats"], terms)
+
+    return loss_function
+
+
+def make_train_step(
+    loss_function: Callable[..., tuple[Array, tuple[Any, Terms]]],
+    optimizer: optax.GradientTransformation,
+    *,
+    learning_rate: Callable[[Array], Array],
+    mean: Sequence[float],
+    std: Sequence[float],
+    all_mean: Callable[[Any], Any] = lambda tree: tree,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
+    """One update.
+
+    Args:
+      loss_function: of `make_loss`.
+      optimizer: of `optim`.
+      learning_rate: the optimiser's own schedule, to log it.
+      mean: of the channels, for `normalize`.
+      std: of the channels.
+      all_mean: averages a tree over devices.
+
+    Returns:
+      ``(state, batch) -> (state, terms)``. A batch has ``image`` uint8
+      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        images = batch["image"]
+        images = jnp.where(
+            batch["flip"][:, None, None, None], images[:, :, ::-1], images
+        )
+        images = normalize(images, mean=mean, std=std)
+        gradient_function = jax.grad(loss_function, has_aux=True)
+        gradient, (batch_stats, terms) = gradient_function(
+            state.params, state.batch_stats, images, batch["label"], state.step
+        )
+        # Each device has seen its own share: what all keep is the mean.
+        gradient, batch_stats, terms = all_mean((gradient, batch_stats, terms))
+        terms["gradient_norm"] = optax.global_norm(gradient)
+        terms["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        return state, terms
+
+    return train_step
+
+
+def _describe_gamma(gamma: Array, gamma_res: Array, network: nn.Module) -> Terms:
+    """Mean and spread of Gamma_res, and how often it is stuck or held."""
+    mean, spread = gamma_res.mean(0), gamma_res.std(0)
+    terms = {f"gamma{i + 1}_mean": mean[i] for i in range(4)}
+    terms |= {f"gamma{i + 1}_std": spread[i] for i in range(4)}
+    # Not the scale: at its bound the attention is half the picture, as Eq. 7 expects.
+    stuck = model.beyond(gamma, SATURATED)[:, :2].any(-1)
+    terms["gamma_saturated"] = stuck.mean()
+    if network.guard:  # pyright: ignore[reportAttributeAccessIssue]
+        held = model.beyond(gamma, network.guard)  # pyright: ignore[reportAttributeAccessIssue]
+        terms["gamma_guarded"] = held.any(-1).mean()
+    return terms

@@ -1,0 +1,229 @@
+"""The loop: batches in, updates, numbers, checkpoints, and scores at the end."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cra_jax import experiment, parallel, pipeline, run_folder, steps
+from cra_jax.checkpoint import Checkpoints
+from cra_jax.evaluate import Evaluator, classification_variables
+from cra_jax.metrics import Mean
+
+
+def run(
+    config: ConfigDict, workdir: Path, *, allow_change: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Trains to the end, from the run folder's newest checkpoint where there is one.
+
+    Args:
+      config: of `configs/`.
+      workdir: the run folder, made where it is missing.
+      allow_change: whether to go on with a run that another config began.
+
+    Returns:
+      The scores of each test split after the last epoch.
+
+    Raises:
+      ValueError: something about the config, the data or the folder is wrong; raised
+        before any work is done.
+    """
+    experiment.check(config)
+    with run_folder.locked(workdir):
+        run_folder.keep_config(workdir, config.to_dict(), allow_change=allow_change)
+        with Checkpoints(
+            workdir / "checkpoints", keep_latest=config.checkpoint.keep_latest
+        ) as checkpoints:
+            scores = _Run(config, workdir, checkpoints).to_the_end()
+    print("\n".join(_summary(scores, workdir)))
+    return scores
+
+
+class _Run:
+    """One run: what it is made of, and where it is."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints):
+        self._config = config
+        self._workdir = workdir
+        self._checkpoints = checkpoints
+        dataset = experiment.load_data(config)
+        self._class_names = dataset.class_names
+        self._splits = {
+            name: experiment.open_split(config, dataset, name)
+            for name in dataset.splits
+        }
+        train_split = self._splits.pop("train")
+        self._batches = pipeline.TrainBatches(
+            train_split.pictures,
+            train_split.labels,
+            batch_size=config.train.batch_size,
+            crop_px=config.data.crop_px,
+            seed=config.seed,
+            flip=config.data.flip,
+        )
+        self._steps_per_epoch = self._batches.steps_per_epoch
+        self._total_steps = config.train.epochs * self._steps_per_epoch
+        num_classes = len(dataset.class_names)
+        self._training = experiment.build_training(
+            config, num_classes, steps_per_epoch=self._steps_per_epoch
+        )
+        self._evaluator = Evaluator(experiment.backbone(config, num_classes), config)
+        self._state = steps.create_state(
+            jax.random.key(config.seed),
+            self._training.network,
+            self._training.optimizer,
+            crop_px=config.data.crop_px,
+        )
+        self._window = Mean()
+        self._first_step = self._resume()
+        self._dataset_notes = (
+            *dataset.notes,
+            *_describe(config, dataset, self._batches, self._splits),
+        )
+
+    def _resume(self) -> int:
+        """Takes up the newest checkpoint; returns the steps already taken."""
+        step = self._checkpoints.latest_step()
+        if step is None:
+            return 0
+        abstract = jax.eval_shape(lambda: self._state)
+        self._state = self._checkpoints.restore(step, abstract)
+        for numbers in self._checkpoints.meta(step)["window"]:
+            self._window.add(numbers)
+        return step
+
+    def to_the_end(self) -> dict[str, dict[str, Any]]:
+        with run_folder.Log(
+            self._workdir, first_step=self._first_step, total_steps=self._total_steps
+        ) as log:
+            for note in self._dataset_notes:
+                log.say(note)
+            if self._first_step:
+                log.say(f"goes on from step {self._first_step}")
+            self._loop(log)
+            self._checkpoints.wait()
+            return self._scores()
+
+    def _loop(self, log: run_folder.Log) -> None:
+        config = self._config
+        batches = pipeline.prefetch(
+            self._device_batch,
+            self._first_step,
+            self._total_steps,
+            workers=config.data.workers,
+            depth=config.data.prefetch_batches,
+        )
+        clock = _Clock()
+        for step, batch in enumerate(batches, start=self._first_step + 1):
+            self._state, terms = self._training.step(self._state, batch)
+            self._window.add(terms)
+            log.advance()
+            epoch, into_epoch = divmod(step, self._steps_per_epoch)
+            epoch_ends = into_epoch == 0
+            last = step == self._total_steps
+            if epoch_ends or step % config.train.log_every_steps == 0:
+                self._log_window(log, step, clock)
+            measured = epoch_ends and (last or epoch % config.eval.every_epochs == 0)
+            if measured:
+                self._evaluate(log, step, epoch)
+            every = config.checkpoint.every_steps
+            if (
+                last
+                or (epoch_ends and epoch % config.checkpoint.every_epochs == 0)
+                or (every and step % every == 0)
+            ):
+                self._save(step, measured=measured)
+            if epoch_ends:
+                clock.restart()
+
+    def _device_batch(self, step: int) -> dict[str, np.ndarray]:
+        batch = self._batches.batch(step)
+        return parallel.split({k: batch[k] for k in ("image", "flip", "label")})
+
+    def _log_window(self, log: run_folder.Log, step: int, clock: "_Clock") -> None:
+        count = len(self._window)
+        numbers = self._window.take()
+        seconds = clock.seconds_a_step(count)
+        numbers["images_per_second"] = self._config.train.batch_size / seconds
+        numbers["eta_seconds"] = seconds * (self._total_steps - step)
+        epoch = -(-step // self._steps_per_epoch)
+        log.train(step=step, epoch=epoch, numbers=numbers)
+        art = self._config.art
+        if numbers.get("gamma_saturated", 0) > 0.5:
+            log.say(
+                f"warning: at step {step} the attention sits in a corner in "
+                f"{numbers['gamma_saturated']:.0%} of the pictures, where tanh is flat "
+                f"and nothing can move it: set art.guard (now {art.guard}) to 0.9, or "
+                "optim.attention_lr_scale (now "
+                f"{self._config.optim.attention_lr_scale}) lower, and start again"
+            )
+        if not np.isfinite(numbers["loss"]):
+            raise ValueError(
+                f"the loss is {numbers['loss']} by step {step}: training has diverged; "
+                f"lower optim.base_lr (now {self._config.optim.base_lr}) and start "
+                f"again in a new --workdir; earlier checkpoints are in {self._workdir}"
+            )
+
+    def _evaluate(self, log: run_folder.Log, step: int, epoch: int) -> None:
+        variables = classification_variables(
+            self._state.params, self._state.batch_stats
+        )
+        for name, split in self._splits.items():
+            scores = self._evaluator.scores(variables, split, "center")
+            log.test(step=step, epoch=epoch, split=name, numbers=scores)
+
+    def _save(self, step: int, *, measured: bool) -> None:
+        meta = {
+            "step": step,
+            "epoch": -(-step // self._steps_per_epoch),
+            "window": self._window.fetch(),
+            "class_names": list(self._class_names),
+            "config": self._config.to_dict(),
+        }
+        metric = self._scores()["test"]["top1"] if measured else None
+        self._checkpoints.save(step, self._state, meta, metric=metric)
+
+    def _scores(self) -> dict[str, dict[str, Any]]:
+        """The newest scores of each test split."""
+        lines = run_folder.read_metrics(self._workdir)
+        return {x["split"]: x for x in lines if x["split"] in self._splits}
+
+
+class _Clock:
+    """Times steps; what happens between epochs does not count."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
+    def seconds_a_step(self, count: int) -> float:
+        """Mean over `count` steps since this was last asked or restarted."""
+        now = time.perf_counter()
+        seconds, self._last = (now - self._last) / max(count, 1), now
+        return max(seconds, 1e-9)
+
+
+def _summary(scores: dict[str, dict[str, Any]], workdir: Path):
+    for split, numbers in scores.items():
+        yield f"{split:>12}: {run_folder.describe_scores(numbers)}"
+    yield f"  run folder: {workdir}"
+
+
+def _describe(config: ConfigDict, dataset, batches, splits):
+    sizes = ", ".join(f"{name} {len(s.labels)}" for name, s in splits.items())
+    train = len(dataset.splits["train"])
+    yield (
+        f"{config.model.kind} with {config.model.backbone} on "
+        f"{parallel.describe_devices()}; {dataset.name}: "
+        f"{len(dataset.class_names)} classes, train {train}, {sizes} images"
+    )
+    if batches.dropped_per_epoch:
+        yield (
+            f"each epoch leaves out {batches.dropped_per_epoch} of the training "
+            "images, others each time, since batches are whole"
+        )

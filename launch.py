@@ -1,0 +1,71 @@
+"""Trains and evaluates: `python launch.py [--config F] [--workdir D] [--mode M]`.
+
+Without flags it trains the quickstart. Settings are changed, after `--config`, by
+`--config.train.epochs=3` and the like.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = "config"
+_DEFAULT = str(Path(__file__).resolve().parent / "configs" / "quickstart.py")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Defines and parses the flags; a mistake in them ends in one line."""
+    flags.DEFINE_string("workdir", "", "Run folder; empty: runs/<name of the config>.")
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+    flags.DEFINE_bool("allow_config_change", False, "Go on under another config.")
+    flags.DEFINE_bool("traceback", False, "On an error, show where it comes from.")
+    try:
+        help_text = "File of configs/, with variants after a colon."
+        config_flags.DEFINE_config_file(_CONFIG, _DEFAULT, help_text, lock_config=True)
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
+        # What a config file raises arrives with its traceback as text: the last line.
+        text = str(error.args[0] if error.args else error).strip().splitlines()
+        sys.exit(f"error in the flags: {text[-1].removeprefix('ValueError: ')}")
+
+
+def main(argv: list[str]) -> None:
+    """Hands over to the mode."""
+    if argv[1:]:
+        sys.exit(f"error in the flags: {argv[1]!r} is no flag; flags begin with --")
+    values = flags.FLAGS
+    named = config_flags.get_config_filename(values[_CONFIG])
+    file, _, variant = named.partition(":")
+    name = re.sub(r"\W+", "-", f"{Path(file).stem} {variant}").strip("-")
+    workdir = Path(values.workdir or f"runs/{name}")
+    logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
+    from cra_jax import evaluate, train  # not before: loading jax takes seconds
+
+    try:
+        if values.mode == "train":
+            train.run(values.config, workdir, allow_change=values.allow_config_change)
+        else:
+            evaluate.run(_config_of(workdir), workdir)
+    except ValueError as error:
+        if values.traceback:
+            raise
+        sys.exit(f"error: {error}\n(--traceback shows where it comes from)")
+
+
+def _config_of(workdir: Path) -> ConfigDict:
+    """The config that was named, else the run's own; with the overrides, either way."""
+    from cra_jax import run_folder
+
+    if any(re.match(rf"--?{_CONFIG}(=|$)", argument) for argument in sys.argv):
+        return flags.FLAGS.config
+    config = ConfigDict(run_folder.read_config(workdir))
+    config.update_from_flattened_dict(
+        config_flags.get_override_values(flags.FLAGS[_CONFIG])
+    )
+    return config.lock()
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
