@@ -25,6 +25,8 @@ LAYOUT = (
 )
 """What is expected on disk; ends messages."""
 
+_TRAIN, _TEST = ("train",), ("test", "val", "valid")
+
 Corners = tuple[float, float, float, float]
 
 
@@ -62,11 +64,11 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
     root = path
     for _ in range(2):  # archives are often packed with a folder around
         only = sub_folders(root)
-        if len(only) == 1 and not _split_folder(root, ("train",)):
+        if len(only) == 1 and not _split_folder(root, _TRAIN + _TEST):
             root = only[0]
     skipped = collections.Counter()
-    train = _split_folder(root, ("train",))
-    test = _split_folder(root, ("test", "val", "valid"))
+    train = _split_folder(root, _TRAIN)
+    test = _split_folder(root, _TEST)
     notes = []
     if train and test:
         groups = {"train": _classes(train, skipped), "test": _classes(test, skipped)}
