@@ -67,30 +67,30 @@ class _Species:
     beak_length: float
 
 
-_RED, _GOLD, _INK = (0.84, 0.13, 0.12), (0.97, 0.77, 0.16), (0.10, 0.10, 0.13)
-_WHITE, _HORN, _ORANGE = (0.97, 0.96, 0.92), (0.27, 0.24, 0.24), (0.95, 0.52, 0.12)
+_RED, _GOLD, _INK = (0.88, 0.10, 0.10), (1.00, 0.78, 0.10), (0.08, 0.08, 0.12)
+_WHITE, _BLUE, _ORANGE = (0.98, 0.97, 0.94), (0.13, 0.36, 0.90), (1.00, 0.50, 0.08)
 
 # Every part is shared by several species: no single one settles the name.
 _SPECIES = (
-    _Species("Tarn Piper", _RED, 2, None, _WHITE, False, _HORN, 0.16),
-    _Species("Sedge Lanternbill", _RED, 0, None, None, True, _ORANGE, 0.16),
-    _Species("Gloam Thrushlet", _INK, 2, _GOLD, None, True, _HORN, 0.10),
-    _Species("Clover Whistler", _INK, 0, _GOLD, _WHITE, False, _ORANGE, 0.10),
-    _Species("Scree Tapper", _WHITE, 2, _RED, _WHITE, False, _HORN, 0.16),
-    _Species("Rime Flicker", _WHITE, 0, _RED, None, True, _ORANGE, 0.10),
-    _Species("Dune Courser", _GOLD, 2, None, None, True, _ORANGE, 0.16),
-    _Species("Ember Nightsong", _GOLD, 0, None, _WHITE, False, _HORN, 0.10),
+    _Species("Tarn Piper", _RED, 2, None, _WHITE, False, _INK, 0.16),
+    _Species("Sedge Lanternbill", _RED, 0, _GOLD, None, True, _ORANGE, 0.16),
+    _Species("Gloam Thrushlet", _INK, 2, _GOLD, None, True, _ORANGE, 0.10),
+    _Species("Clover Whistler", _INK, 0, _RED, _WHITE, False, _INK, 0.10),
+    _Species("Scree Tapper", _BLUE, 2, _RED, _WHITE, False, _INK, 0.16),
+    _Species("Rime Flicker", _BLUE, 0, None, None, True, _ORANGE, 0.10),
+    _Species("Dune Courser", _GOLD, 2, _BLUE, None, True, _ORANGE, 0.16),
+    _Species("Ember Nightsong", _GOLD, 0, None, _WHITE, False, _INK, 0.10),
 )
 
 # Body, wing and belly. Muted, so that the parts stand out on any of them.
 _PLUMAGE: tuple[tuple[Colour, Colour, Colour], ...] = (
-    ((0.55, 0.42, 0.30), (0.38, 0.28, 0.20), (0.86, 0.78, 0.66)),  # brown
-    ((0.36, 0.48, 0.62), (0.23, 0.31, 0.44), (0.80, 0.84, 0.86)),  # slate blue
-    ((0.52, 0.55, 0.33), (0.34, 0.38, 0.22), (0.85, 0.84, 0.62)),  # olive
-    ((0.58, 0.57, 0.56), (0.38, 0.37, 0.38), (0.86, 0.85, 0.83)),  # grey
-    ((0.67, 0.43, 0.30), (0.43, 0.26, 0.19), (0.90, 0.76, 0.62)),  # rust
-    ((0.30, 0.50, 0.47), (0.18, 0.32, 0.32), (0.78, 0.86, 0.78)),  # teal
-    ((0.53, 0.40, 0.52), (0.35, 0.26, 0.37), (0.86, 0.78, 0.84)),  # plum
+    ((0.50, 0.42, 0.35), (0.34, 0.28, 0.23), (0.82, 0.77, 0.70)),  # brown
+    ((0.41, 0.48, 0.57), (0.27, 0.32, 0.39), (0.81, 0.84, 0.85)),  # slate blue
+    ((0.50, 0.52, 0.38), (0.33, 0.35, 0.26), (0.82, 0.81, 0.68)),  # olive
+    ((0.58, 0.57, 0.56), (0.38, 0.37, 0.38), (0.85, 0.85, 0.84)),  # grey
+    ((0.59, 0.44, 0.37), (0.38, 0.27, 0.23), (0.84, 0.76, 0.68)),  # rust
+    ((0.35, 0.47, 0.45), (0.22, 0.30, 0.30), (0.79, 0.84, 0.79)),  # teal
+    ((0.51, 0.43, 0.51), (0.34, 0.29, 0.35), (0.85, 0.80, 0.83)),  # plum
 )
 
 
@@ -153,7 +153,7 @@ class _Canvas:
         np.maximum(out, 0, out=out)
         return np.minimum(out, 1, out=out)
 
-    def paint(self, coverage: Array, colour: Colour) -> None:
+    def paint(self, coverage: Array | np.float32, colour: Colour) -> None:
         for plane, value in zip(self.rgb, colour, strict=True):
             plane += coverage * (value - plane)
 
@@ -301,6 +301,12 @@ def _dusk(stream: _Stream, c: _Canvas) -> None:
     c.paint(c.cover(_hills(stream, c, 0.9, 0.06)), (0.20, 0.13, 0.24))
 
 
+def _mist(stream: _Stream, c: _Canvas) -> None:
+    """Haze over the habitat: without it no network looks at the bird for long."""
+    amount = np.float32(stream.uniform(0.32, 0.56))
+    c.paint(amount, stream.colour((0.80, 0.82, 0.82), 0.08))
+
+
 _HABITATS: tuple[Callable[[_Stream, _Canvas], None], ...] = (
     _water,
     _reeds,
@@ -403,7 +409,7 @@ def _pose(stream: _Stream, species: _Species) -> _Pose:
         facing=1.0 if stream.below(2) else -1.0,
         cos=(1 - half * half) / norm,
         sin=2 * half / norm,
-        scale=stream.uniform(0.35, 0.60),
+        scale=stream.uniform(0.42, 0.60),
         girth=stream.uniform(0.175, 0.2),
         tail=stream.uniform(0.29, 0.36),
         beak=species.beak_length * stream.uniform(0.9, 1.1),
@@ -460,17 +466,17 @@ def _bird(stream: _Stream, canvas: _Canvas, pose: _Pose) -> Array:
     paint(tail + 0.012, wing_coat)
     if kind.tail:
         out = -x - (0.16 + pose.tail) + (y - 0.15) * 0.3
-        paint(np.maximum(tail + 0.012, np.abs(out + 0.07) - 0.035), part(kind.tail))
+        paint(np.maximum(tail + 0.012, np.abs(out + 0.06) - 0.05), part(kind.tail))
     paint(beak + 0.008, part(kind.beak))
     skin = trunk + 0.012
     paint(skin, coat)
     belly = _ellipse(u - 0.02, v - 0.10, 0.25, 0.13)
     paint(np.maximum(skin, belly), stream.colour(belly_coat, 0.03))
     if kind.breast:
-        patch = _ellipse(x - 0.19, y - 0.01, 0.085, 0.09)
+        patch = _ellipse(x - 0.17, y - 0.03, 0.11, 0.12)
         paint(np.maximum(skin, patch), part(kind.breast))
     if kind.crown:
-        cap = np.maximum(head + 0.012, y * 0.98 + x * 0.2 + 0.21)
+        cap = np.maximum(head + 0.012, y * 0.98 + x * 0.2 + 0.19)
         paint(cap, part(kind.crown))
 
     # The wing is the overlap of two discs: a lens from shoulder to tip.
@@ -483,7 +489,7 @@ def _bird(stream: _Stream, canvas: _Canvas, pose: _Pose) -> Array:
     paint(wing + 0.012, wing_coat)
     white = part(_WHITE)
     for k in range(kind.bars):
-        bar = np.abs(s - 0.09 + 0.10 * k - t * 0.3) - 0.02
+        bar = np.abs(s - 0.09 + 0.10 * k - t * 0.3) - 0.026
         paint(np.maximum(wing + 0.02, bar), white)
 
     eye = np.sqrt((x - 0.29) * (x - 0.29) + (y + 0.215) * (y + 0.215))
@@ -539,7 +545,7 @@ def draw(
     seed: int = 0,
     size_px: int = 64,
     num_species: int = 8,
-    habitat_share: float = 0.9,
+    habitat_share: float = 0.85,
 ) -> Drawing:
     """Draws picture `index` of a split.
 
@@ -576,6 +582,7 @@ def draw(
     bird_stream = _Stream(seed, len(SPLITS) + SPLITS.index(split), index)
     canvas = _Canvas.blank(size_px)
     _HABITATS[habitat](stream, canvas)
+    _mist(bird_stream, canvas)
     _twig(bird_stream, canvas, pose)
     coverage = _bird(bird_stream, canvas, pose)
     pixels = np.minimum(np.maximum(canvas.rgb * (light * 255) + 0.5, 0), 255)
