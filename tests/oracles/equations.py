@@ -210,3 +210,20 @@ def full_protocol(features, window, weight, bias):
                     pooled += features[i, j]
             scores.append(pooled / window**2 @ np.asarray(weight) + np.asarray(bias))
     return sum(scores) / len(scores)
+
+
+def redundancy_weight(gamma_res, size, softness):
+    """Returns [b, h, w]: Eq. (5) with each of the four edges made a logistic curve."""
+    g = regular_grid(size)
+    out = np.zeros((len(gamma_res), *size))
+    for b in range(len(gamma_res)):
+        g1, g2, g3, g4 = (float(x) for x in gamma_res[b])
+        for i in range(size[0]):
+            for j in range(size[1]):
+                x, y = g[i, j, 0] - g1, g[i, j, 1] - g2
+                u = x * math.cos(g4) + y * math.sin(g4)
+                v = -x * math.sin(g4) + y * math.cos(g4)
+                inside_u = 1 / (1 + math.exp(-(abs(g3) - abs(u)) / softness))
+                inside_v = 1 / (1 + math.exp(-(abs(g3) - abs(v)) / softness))
+                out[b, i, j] = 1 - inside_u * inside_v
+    return out

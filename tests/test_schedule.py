@@ -1,0 +1,111 @@
+"""The two schedules against a life lived epoch by epoch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from oracles import equations
+
+from cra_jax import schedule
+
+EPOCHS = range(240)  # past the fifth change of both
+SHORT = {"first_epochs": 3, "period_epochs": 2}
+
+
+def steps_of(epoch, steps_per_epoch):
+    """The first and the last step of an epoch."""
+    return epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 93])
+def test_learning_rate_is_section_4_1(steps_per_epoch):
+    rate = jax.jit(
+        jax.vmap(lambda s: schedule.learning_rate(s, steps_per_epoch=steps_per_epoch))
+    )
+    steps = np.array([steps_of(epoch, steps_per_epoch) for epoch in EPOCHS])
+    want = [equations.learning_rate(epoch) for epoch in EPOCHS]
+    assert len(set(want)) == 6
+    for edge in (0, 1):
+        assert_allclose(rate(jnp.asarray(steps[:, edge])), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 93])
+def test_restriction_weight_is_section_4_1(steps_per_epoch):
+    weight = jax.jit(
+        jax.vmap(
+            lambda s: schedule.restriction_weight(s, steps_per_epoch=steps_per_epoch)
+        )
+    )
+    steps = np.array([steps_of(epoch, steps_per_epoch) for epoch in EPOCHS])
+    want = [equations.restriction_weight(epoch) for epoch in EPOCHS]
+    for edge in (0, 1):
+        assert_array_equal(weight(jnp.asarray(steps[:, edge])), want)
+
+
+def test_the_papers_run_by_hand():
+    def at(epoch):
+        rate = schedule.learning_rate(epoch * 10, steps_per_epoch=10)
+        weight = schedule.restriction_weight(epoch * 10, steps_per_epoch=10)
+        return round(float(rate), 9), float(weight)
+
+    assert at(0) == at(49) == (1e-3, 1.0)
+    assert at(50) == at(94) == (1e-4, 0.0)
+    assert at(95) == at(139) == (1e-5, 1.0)
+    assert at(140) == (1e-6, 0.0)
+
+
+def test_other_lengths_and_factors():
+    for epoch in range(14):
+        for step in steps_of(epoch, 5):
+            rate = schedule.learning_rate(
+                step, steps_per_epoch=5, base=0.4, factor=0.5, **SHORT
+            )
+            want = equations.learning_rate(epoch, base=0.4, factor=0.5, **SHORT)
+            assert_allclose(rate, want, rtol=1e-6)
+            weight = schedule.restriction_weight(step, steps_per_epoch=5, **SHORT)
+            assert weight == equations.restriction_weight(epoch, **SHORT)
+
+
+@pytest.mark.parametrize("door", [schedule.learning_rate, schedule.restriction_weight])
+@pytest.mark.parametrize("step", [0, 14, 15, 24, 25, 400])
+def test_a_number_and_a_traced_step_agree(door, step):
+    traced = jax.jit(lambda s: door(s, steps_per_epoch=5, **SHORT))
+    number = door(step, steps_per_epoch=5, **SHORT)
+    assert np.shape(number) == ()
+    assert_allclose(number, traced(jnp.int32(step)), rtol=1e-6)
+
+
+def test_exact_after_many_steps():
+    # In float32 a step beyond 2^24 would round, and the change come too early or late.
+    change = 50 * 1_000_001
+    for step, weight in ((change - 1, 1.0), (change, 0.0)):
+        got = schedule.restriction_weight(step, steps_per_epoch=1_000_001)
+        assert got == weight
+
+
+def test_warm_up_rises_linearly_to_the_base_and_then_changes_nothing():
+    warm = np.array(
+        [
+            schedule.learning_rate(
+                step, steps_per_epoch=4, base=0.1, warmup_epochs=2, **SHORT
+            )
+            for step in range(32)
+        ]
+    )
+    plain = np.array(
+        [
+            schedule.learning_rate(step, steps_per_epoch=4, base=0.1, **SHORT)
+            for step in range(32)
+        ]
+    )
+    assert 0 < warm[0] < 0.02
+    assert_allclose(np.diff(warm[:8]), warm[1] - warm[0], rtol=1e-4)
+    assert_allclose(warm[7], 0.1, rtol=1e-6)
+    assert_array_equal(warm[8:], plain[8:])
+
+
+def test_period_zero_keeps_the_restriction_on():
+    for step in (0, 50, 51, 10_000):
+        weight = schedule.restriction_weight(step, steps_per_epoch=1, period_epochs=0)
+        assert weight == 1
