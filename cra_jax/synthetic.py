@@ -31,7 +31,6 @@ Colour = tuple[float, float, float]
 Array = np.ndarray
 
 _MARGIN = 0.07  # of the picture: outlives most 64-of-72 crops
-_SMALLEST_PX = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +69,9 @@ class _Species:
 _RED, _GOLD, _INK = (0.88, 0.10, 0.10), (1.00, 0.78, 0.10), (0.08, 0.08, 0.12)
 _WHITE, _BLUE, _ORANGE = (0.98, 0.97, 0.94), (0.13, 0.36, 0.90), (1.00, 0.50, 0.08)
 
-# Every part is shared by several species: no single one settles the name.
+# Every part is shared by two species or more: no single one settles the name.
 _SPECIES = (
-    _Species("Tarn Piper", _RED, 2, None, _WHITE, False, _INK, 0.16),
+    _Species("Tarn Piper", _RED, 2, _BLUE, _WHITE, False, _INK, 0.16),
     _Species("Sedge Lanternbill", _RED, 0, _GOLD, None, True, _ORANGE, 0.16),
     _Species("Gloam Thrushlet", _INK, 2, _GOLD, None, True, _ORANGE, 0.10),
     _Species("Clover Whistler", _INK, 0, _RED, _WHITE, False, _INK, 0.10),
@@ -506,26 +505,9 @@ def _bird(stream: _Stream, canvas: _Canvas, pose: _Pose) -> Array:
     return coverage
 
 
-def _check(split: str, index: int, seed: int, size_px: int, num_species: int) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
-    if not 0 <= index < 2**48:
-        raise ValueError(f"index is {index}: give an integer from 0 to 2**48 - 1")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}: give an integer from 0 to 2**64 - 1")
-    if size_px < _SMALLEST_PX:
-        raise ValueError(
-            f"size_px is {size_px}: the parts that tell a species vanish; "
-            f"draw at {_SMALLEST_PX} px or more"
-        )
-    _check_species(num_species)
-
-
-def _check_species(num_species: int) -> None:
-    if not 2 <= num_species <= len(_SPECIES):
-        raise ValueError(
-            f"num_species is {num_species}: choose from 2 to {len(_SPECIES)}"
-        )
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}: give an integer from {low} to {high}")
 
 
 def class_names(num_species: int = 8) -> tuple[str, ...]:
@@ -534,7 +516,7 @@ def class_names(num_species: int = 8) -> tuple[str, ...]:
     Raises:
         ValueError: `num_species` is not from 2 to 8.
     """
-    _check_species(num_species)
+    _check("num_species", num_species, 2, len(_SPECIES))
     return tuple(species.name for species in _SPECIES[:num_species])
 
 
@@ -568,11 +550,16 @@ def draw(
     Raises:
         ValueError: an argument is out of its range.
     """
-    _check(split, index, seed, size_px, num_species)
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+    _check("index", index, 0, 2**48 - 1)
+    _check("seed", seed, 0, 2**64 - 1)
+    _check("size_px", size_px, 32, 4096)  # below 32 the parts of a species vanish
+    _check("num_species", num_species, 2, len(_SPECIES))
     if not 0 <= habitat_share <= 1:
         raise ValueError(f"habitat_share is {habitat_share}: give a share from 0 to 1")
+    label = int(index) % num_species
     stream = _Stream(seed, SPLITS.index(split), index)
-    label = index % num_species
     other = (label + 1 + stream.below(num_species - 1)) % num_species
     at_home = stream.uniform() < habitat_share and split != "test_shifted"
     habitat = label if at_home else other
