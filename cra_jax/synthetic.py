@@ -408,7 +408,7 @@ def _pose(stream: _Stream, species: _Species) -> _Pose:
         facing=1.0 if stream.below(2) else -1.0,
         cos=(1 - half * half) / norm,
         sin=2 * half / norm,
-        scale=stream.uniform(0.42, 0.60),
+        scale=stream.uniform(0.40, 0.55),
         girth=stream.uniform(0.175, 0.2),
         tail=stream.uniform(0.29, 0.36),
         beak=species.beak_length * stream.uniform(0.9, 1.1),
@@ -510,6 +510,16 @@ def _check(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} is {value!r}: give an integer from {low} to {high}")
 
 
+def _plan(
+    stream: _Stream, split: str, index: int, num_species: int, habitat_share: float
+) -> tuple[int, int]:
+    """(label, habitat) of a picture."""
+    label = index % num_species
+    other = (label + 1 + stream.below(num_species - 1)) % num_species
+    at_home = stream.uniform() < habitat_share and split != "test_shifted"
+    return label, label if at_home else other
+
+
 def class_names(num_species: int = 8) -> tuple[str, ...]:
     """Names of the species, in the order of the labels.
 
@@ -558,14 +568,13 @@ def draw(
     _check("num_species", num_species, 2, len(_SPECIES))
     if not 0 <= habitat_share <= 1:
         raise ValueError(f"habitat_share is {habitat_share}: give a share from 0 to 1")
-    label = int(index) % num_species
+    # Python's own numbers: NumPy's would widen float32 arrays, or not, by its version.
+    seed, index, size_px = int(seed), int(index), int(size_px)
     stream = _Stream(seed, SPLITS.index(split), index)
-    other = (label + 1 + stream.below(num_species - 1)) % num_species
-    at_home = stream.uniform() < habitat_share and split != "test_shifted"
-    habitat = label if at_home else other
-
+    label, habitat = _plan(stream, split, index, int(num_species), habitat_share)
     pose = _pose(stream, _SPECIES[label])
     light = stream.uniform(0.82, 1.08)
+    # The bird has its own stream: it is the same before every habitat.
     bird_stream = _Stream(seed, len(SPLITS) + SPLITS.index(split), index)
     canvas = _Canvas.blank(size_px)
     _HABITATS[habitat](stream, canvas)

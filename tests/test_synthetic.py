@@ -1,0 +1,242 @@
+"""The drawn data set: the same everywhere, balanced, and true about its own clues."""
+
+import hashlib
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cra_jax import synthetic
+from cra_jax.synthetic import SPLITS, class_names, contact_sheet, draw
+
+PINNED = {
+    32: "51721609b5c504eea31bb0ce5e71131e5c202931b421af900cd317c78fda9e51",
+    64: "66bea48772f6d32cf8bc6ae3cc54faccdf2cef87cd66716786d27819be4e4827",
+    224: "200e0e7364992847ecddd2223f79226a739251a9658d37aabaed2b58f50ccdf3",
+}
+
+
+def _plan(split, index, num_species=8, habitat_share=0.85):
+    """(label, habitat) without the cost of drawing."""
+    stream = synthetic._Stream(0, SPLITS.index(split), index)
+    return synthetic._plan(stream, split, index, num_species, habitat_share)
+
+
+def _sha256(size_px: int) -> str:
+    """Of two pictures of each habitat, over all splits."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for index in range(16):
+            drawing = draw(split, index, seed=3, size_px=size_px, habitat_share=0.5)
+            digest.update(drawing.image.tobytes() + drawing.mask.tobytes())
+            digest.update(bytes([drawing.label, drawing.habitat]))
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("size_px", PINNED)
+def test_pixels_are_pinned(size_px):
+    """A change here changes every figure in the README: it must be meant."""
+    assert _sha256(size_px) == PINNED[size_px]
+
+
+def test_a_picture_is_a_function_of_its_arguments_alone():
+    first = draw("train", 5)
+    draw("test", 9)
+    numbers: Any = np.array([5, 64, 8])  # NumPy's integers, as an index array gives
+    again = draw("train", numbers[0], size_px=numbers[1], num_species=numbers[2])
+    np.testing.assert_array_equal(first.image, again.image)
+    assert (first.box, first.label, first.habitat) == (
+        again.box,
+        again.label,
+        again.habitat,
+    )
+
+
+def test_seed_split_and_index_each_make_another_picture():
+    pictures = [
+        draw("train", 8),
+        draw("train", 16),
+        draw("test", 8),
+        draw("test_shifted", 8),
+        draw("train", 8, seed=1),
+        draw("train", 8, seed=2**64 - 1),
+    ]
+    boxes = {drawing.box for drawing in pictures}
+    assert len(boxes) == len(pictures)
+
+
+def test_shapes_types_and_names():
+    drawing = draw("test", 13, size_px=48)
+    assert drawing.image.shape == (48, 48, 3)
+    assert drawing.image.dtype == drawing.mask.dtype == np.uint8
+    assert drawing.image.flags.c_contiguous
+    assert drawing.mask.shape == (48, 48)
+    names = class_names(8)
+    assert len(set(names)) == 8
+    assert class_names(3) == names[:3]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_scene_does_not_depend_on_the_size(split):
+    for index in range(8):
+        large, small = (draw(split, index, size_px=n) for n in (128, 64))
+        assert large.box == small.box
+        assert large.habitat == small.habitat
+        pooled = large.image.astype(float).reshape(64, 2, 64, 2, 3).mean((1, 3))
+        gap = np.abs(pooled - small.image)
+        assert gap.mean() < 2.5, f"picture {index}: {gap.mean():.2f} of 255"
+        assert np.quantile(gap, 0.99) < 40
+        cover = large.mask.astype(float).reshape(64, 2, 64, 2).mean((1, 3))
+        assert np.abs(cover - small.mask).mean() < 1
+
+
+def test_the_box_is_tight():
+    size = 256
+    for index in range(48):
+        drawing = draw("train", index, size_px=size)
+        rows, columns = np.nonzero(drawing.mask > 127)
+        seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        # Sharp tips (beak, tail) cover under half of their last pixels.
+        np.testing.assert_allclose(np.array(drawing.box) * size, seen, atol=3.0)
+        rows, columns = np.nonzero(drawing.mask)
+        x_min, y_min, x_max, y_max = (v * size for v in drawing.box)
+        assert columns.min() >= x_min - 2
+        assert columns.max() + 1 <= x_max + 2
+        assert rows.min() >= y_min - 2
+        assert rows.max() + 1 <= y_max + 2
+
+
+def test_the_mask_is_the_bird():
+    """The same bird before another habitat: where the mask is full, nothing changes."""
+    changed = 0
+    for index in range(32):
+        home = draw("train", index, habitat_share=1.0)
+        away = draw("train", index, habitat_share=0.0)
+        assert home.habitat != away.habitat
+        np.testing.assert_array_equal(home.mask, away.mask)
+        inside = home.mask == 255
+        assert inside.sum() > 100
+        gap = np.abs(home.image.astype(int) - away.image).max(-1)
+        assert gap[inside].max() <= 1
+        changed += (gap[~inside] > 8).mean()
+    assert changed / 32 > 0.7
+
+
+def test_the_bird_keeps_its_distance_from_the_border():
+    sides = []
+    for index in range(400):
+        stream = synthetic._Stream(0, 0, index)
+        pose = synthetic._pose(stream, synthetic._SPECIES[index % 8])
+        x_min, y_min, x_max, y_max = pose.box()
+        assert min(x_min, y_min) >= 0.07 - 1e-9
+        assert max(x_max, y_max) <= 0.93 + 1e-9
+        sides.append(max(x_max - x_min, y_max - y_min))
+    assert min(sides) > 0.33
+    assert max(sides) < 0.63
+
+
+@pytest.mark.parametrize("num_species", [2, 5, 8])
+def test_labels_are_balanced_and_habitats_follow(num_species):
+    plans = [_plan("test_shifted", i, num_species) for i in range(40 * num_species)]
+    labels, habitats = np.transpose(plans)
+    assert np.bincount(labels).tolist() == [40] * num_species
+    assert set(habitats) == set(range(num_species))
+    for index in range(num_species + 1):
+        drawing = draw("test_shifted", index, size_px=32, num_species=num_species)
+        assert (drawing.label, drawing.habitat) == plans[index]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.85, 1.0])
+def test_the_habitat_goes_with_the_species_in_the_share_asked_for(split, share):
+    count = 2048
+    plans = [_plan(split, index, habitat_share=share) for index in range(count)]
+    at_home = np.mean([label == habitat for label, habitat in plans])
+    # Four standard deviations; none at 0 and 1.
+    assert abs(at_home - share) <= 4 * (share * (1 - share) / count) ** 0.5
+
+
+def test_shifted_habitats_are_never_home_and_evenly_spread():
+    pairs = np.zeros((8, 8), int)
+    for index in range(8000):
+        pairs[_plan("test_shifted", index, habitat_share=1.0)] += 1
+    assert np.trace(pairs) == 0
+    away = pairs[~np.eye(8, dtype=bool)]
+    expected = 8000 / 56
+    assert np.abs(away - expected).max() < 4.5 * expected**0.5
+
+
+def test_no_part_settles_the_species():
+    kinds = synthetic._SPECIES
+    for part in ("crown", "bars", "breast", "tail", "ring", "beak", "beak_length"):
+        values = [getattr(kind, part) for kind in kinds]
+        assert all(values.count(value) >= 2 for value in values), part
+    assert len({(kind.crown, kind.breast) for kind in kinds}) == len(kinds)
+
+
+def test_parts_show_at_64_px():
+    """Species drawn over one pose and habitat differ in some pixels, and only few."""
+    for label in range(1, 8):
+        stream = [synthetic._Stream(0, 0, 0) for _ in range(2)]
+        canvas = [synthetic._Canvas.blank(64) for _ in range(2)]
+        for s, c, kind in zip(stream, canvas, (label, label - 1), strict=True):
+            c.rgb[:] = 0.5
+            synthetic._bird(s, c, synthetic._pose(s, synthetic._SPECIES[kind]))
+        gap = np.abs(canvas[0].rgb - canvas[1].rgb).max(0)
+        assert 8 < (gap > 0.2).sum() < 0.1 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "valid"}, "'valid': choose one of train, test, test_shifted"),
+        ({"index": -1}, "index is -1"),
+        ({"index": 2**48}, "index is 281474976710656"),
+        ({"index": 1.5}, "index is 1.5: give an integer"),
+        ({"seed": -1}, "seed is -1"),
+        ({"size_px": 31}, "size_px is 31: give an integer from 32"),
+        ({"num_species": 1}, "num_species is 1: give an integer from 2 to 8"),
+        ({"num_species": 9}, "num_species is 9"),
+        ({"habitat_share": 1.1}, "habitat_share is 1.1: give a share from 0 to 1"),
+        ({"habitat_share": float("nan")}, "habitat_share is nan"),
+    ],
+)
+def test_bad_arguments_are_named_with_the_cure(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**({"split": "train", "index": 0} | arguments))
+
+
+def test_class_names_checks_its_argument():
+    with pytest.raises(ValueError, match="num_species is 9"):
+        class_names(9)
+
+
+def test_contact_sheet_holds_the_pictures_by_place():
+    sheet = contact_sheet(size_px=40, num_species=3, columns=2, gap_px=2)
+    assert sheet.shape == (3 * 42 + 2, 4 * 42 + 8, 3)
+    home = draw("train", 4, size_px=40, num_species=3).image
+    np.testing.assert_array_equal(sheet[44:84, 44:84], home)
+    away = draw("test_shifted", 5, size_px=40, num_species=3).image
+    np.testing.assert_array_equal(sheet[86:126, 132:172], away)
+    assert (sheet[:, 86:90] == 255).all()
+
+
+def test_command_line_saves_the_sheet(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert synthetic._main([str(out)]) == 0
+    with Image.open(out) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), contact_sheet())
+    assert synthetic._main([]) == 2
+    assert "usage: python -m cra_jax.synthetic OUT.png" in capsys.readouterr().err
+
+
+def test_speed(capsys):
+    """Prints how long a picture takes; machines differ: nothing is asserted."""
+    start = time.perf_counter()
+    drawings = [draw("train", index) for index in range(64)]
+    spent = (time.perf_counter() - start) / len(drawings)
+    assert all(drawing.image.any() for drawing in drawings)
+    with capsys.disabled():
+        print(f"\nsynthetic.draw: {1e3 * spent:.2f} ms a picture at 64 px")
