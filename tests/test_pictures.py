@@ -84,12 +84,15 @@ def test_unknown_orientation_is_upright():
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow tells what is wrong with the EXIF data
-def test_damaged_exif_is_upright():
-    damaged = b"Exif\0\0II*\0\x08\0\0\0\x40\0" + b"\xff" * 30
-    image = pictures.decode(tiles("JPEG", quality=100, subsampling=0, exif=damaged))
-
-    assert image.shape == TILES.shape
-    assert abs(image.astype(int) - TILES).max() <= 4
+@pytest.mark.parametrize(
+    "damaged", [b"II*\0\x08\0\0\0\x40\0\xff\xff", b"no EXIF", b"II"]
+)
+def test_damaged_exif_is_upright(damaged):
+    jpeg = tiles("JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + damaged)
+    for data in (jpeg, tiles(exif=damaged)):
+        image = pictures.decode(data)
+        assert image.shape == TILES.shape
+        assert abs(image.astype(int) - TILES).max() <= 4
 
 
 def test_decoded_pictures_are_plain_writable_arrays(tmp_path):
@@ -425,6 +428,9 @@ def test_read_header(tmp_path):
     (tmp_path / "a.jpg").write_bytes(tiles("JPEG", exif=exif(6)))
     assert pictures.read_header(tmp_path / "a.jpg") == (48, 32, 6)
     assert pictures.read_header(tiles()) == (48, 32, 1)
+    assert pictures.read_header(tiles(exif=exif(9))) == (48, 32, 1)
+    turned = pictures.read_header(tiles("TIFF", exif=exif(6)))  # Pillow turns these
+    assert turned == (32, 48, 1)
     for data in (b"", b"no picture at all"):
         with pytest.raises(pictures.PictureError, match=r"b\.jpg"):
             pictures.read_header(data, name="b.jpg")
