@@ -300,6 +300,18 @@ def test_norm_variance_survives_a_large_mean():
     np.testing.assert_allclose(y, expected, atol=2e-3)
 
 
+def test_norm_statistics_of_bfloat16_are_those_of_float32():
+    x = jnp.asarray(pictures(4, 8, 8, 3) + 20, jnp.bfloat16)
+    norm = partial(
+        resnet.BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
+    )
+    y, state = norm(x)
+    exact, exact_state = norm(x.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
+    assert_trees_close(state, exact_state, rtol=1e-6)
+
+
 def test_network_passes_the_group_size_on():
     images = pictures(4, 16, 16, 3)
     _, model, variables = twins("resnet10", stem="small")
