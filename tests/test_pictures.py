@@ -79,6 +79,18 @@ def test_orientation_is_applied(kind, orientation):
     assert abs(image.astype(int) - TILES).max() <= 4
 
 
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description
+ xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF>
+</x:xmpmeta>"""
+TIFF_TURNED_TWICE = tiles("TIFF", tiffinfo={0x0112: 6, 700: XMP})
+
+
+def test_orientation_that_a_tiff_tells_twice_is_applied_once():
+    upright = np.rot90(TILES, -1)
+    assert np.array_equal(pictures.decode(TIFF_TURNED_TWICE), upright)
+
+
 def test_unknown_orientation_is_upright():
     assert np.array_equal(pictures.decode(tiles(exif=exif(9))), TILES)
 
@@ -429,8 +441,8 @@ def test_read_header(tmp_path):
     assert pictures.read_header(tmp_path / "a.jpg") == (48, 32, 6)
     assert pictures.read_header(tiles()) == (48, 32, 1)
     assert pictures.read_header(tiles(exif=exif(9))) == (48, 32, 1)
-    turned = pictures.read_header(tiles("TIFF", exif=exif(6)))  # Pillow turns these
-    assert turned == (32, 48, 1)
+    for data in (tiles("TIFF", exif=exif(6)), TIFF_TURNED_TWICE):  # Pillow turns these
+        assert pictures.read_header(data) == (32, 48, 1)
     for data in (b"", b"no picture at all"):
         with pytest.raises(pictures.PictureError, match=r"b\.jpg"):
             pictures.read_header(data, name="b.jpg")

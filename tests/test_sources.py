@@ -64,6 +64,17 @@ def test_no_empty_or_foreign_path_says_what_is_expected(source, tmp_path):
             assert str(path) in str(caught.value)
 
 
+def test_paths_from_here_and_from_home(tmp_path, monkeypatch):
+    tree(tmp_path / "set", *(f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    here, home = sources.load("folder", "set"), sources.load("folder", "~/set")
+    monkeypatch.chdir("/")
+    for dataset in (here, home):
+        assert dataset.splits["test"][0].read(32).shape == (32, 38, 3)
+    assert names(here, "train") == names(home, "train")
+
+
 def test_unreadable_folder_is_named(tmp_path, monkeypatch):
     def deny(self):
         raise PermissionError(13, "Permission denied", str(self))
