@@ -18,10 +18,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-_BN_EPSILON = 1e-5
-_BN_MOMENTUM = 0.9  # torch says 0.1: there it is the weight of the new value
+from cra_jax.layers import (
+    BatchNorm,
+    Conv,
+    Outputs,
+    at_least_float32,
+    check_images,
+    mask,
+    shrink,
+    symmetric_uniform,
+)
 
 
 class Architecture(NamedTuple):
@@ -40,126 +47,9 @@ ARCHITECTURES = {
     "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
 }
 
-STEMS = ("imagenet", "small")
-
-
-@struct.dataclass
-class Outputs:
-    """What a ResNet gives for a batch.
-
-    Attributes:
-        logits: `[b, k]` class scores, before any softmax; at least float32.
-        features: `[b, h, w, c]` last feature map, in the compute dtype.
-        pooled: `[b, c]` mean of the features over the picture; at least float32.
-    """
-
-    logits: jax.Array
-    features: jax.Array
-    pooled: jax.Array
-
-
-class Conv(nn.Module):
-    """Square convolution without bias, padded with `size // 2` zeros on each side."""
-
-    features: int
-    size: int
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `[b, h, w, c]`; each side shrinks to `ceil(side / stride)`."""
-        kernel = self.param(
-            "kernel",
-            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            (self.size, self.size, x.shape[-1], self.features),
-            jnp.float32,
-        ).astype(x.dtype)
-        if self.size == 1:
-            # XLA's CPU gradient of a 1x1 convolution is up to 3x slower than this.
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=[(self.size // 2, self.size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, as torch does it.
-
-    Pictures are normalised with the biased variance; the running variance is the
-    unbiased one. Statistics are at least float32, whatever the input is.
-
-    Attributes:
-        group_size: consecutive pictures that share statistics; 0: the whole batch.
-        all_mean: array -> its mean over all replicas; None: no synchronisation.
-        num_replicas: how many replicas `all_mean` averages, for the unbiased variance.
-    """
-
-    group_size: int = 0
-    all_mean: Callable[[jax.Array], jax.Array] | None = None
-    num_replicas: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises `[b, h, w, c]`; shape and dtype stay.
-
-        Raises:
-            ValueError: in training, if the groups do not divide the batch, or a channel
-                has a single value: its variance says nothing.
-        """
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        shape = (channels,), jnp.float32
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, *shape)
-
-        stats_dtype = _at_least_float32(x.dtype)
-        wide = x.astype(stats_dtype)
-        if train:
-            wide = wide.reshape(-1, self._group(x.shape), *x.shape[1:])
-            mean, var, unbiased_var = self._statistics(wide)
-            if not self.is_initializing():
-                _update(running_mean, mean)
-                _update(running_var, unbiased_var)
-        else:
-            mean = running_mean.value.astype(stats_dtype)
-            var = running_var.value.astype(stats_dtype)
-        gain = scale.astype(stats_dtype) * jax.lax.rsqrt(var + _BN_EPSILON)
-        y = (wide - mean) * gain + bias.astype(stats_dtype)
-        return y.reshape(x.shape).astype(x.dtype)
-
-    def _group(self, shape: tuple[int, ...]) -> int:
-        """Pictures that share statistics in a batch of this shape."""
-        group = self.group_size or shape[0]
-        if shape[0] % group:
-            raise ValueError(
-                f"bn_group_size={group} does not divide a batch of {shape[0]} pictures;"
-                " choose a batch size that is a multiple of it, or bn_group_size=0"
-            )
-        return group
-
-    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Mean, biased and unbiased variance of `[groups, g, h, w, c]`."""
-        axes = tuple(range(1, x.ndim - 1))
-        count = self.num_replicas * x[0, ..., 0].size
-        if count == 1:
-            raise ValueError(
-                f"BatchNorm has one value per channel to train on ({x.shape[1:]});"
-                " use a larger batch or larger pictures"
-            )
-        synchronise = self.all_mean
-        if synchronise is None or self.is_initializing():
-            synchronise = _identity
-        mean = synchronise(x.mean(axes, keepdims=True))
-        # The variance does not change with the mean to first order (deviations sum to
-        # 0), so cutting that path changes no gradient and saves a pass over x.
-        deviation = x - jax.lax.stop_gradient(mean)
-        var = synchronise(jnp.square(deviation).mean(axes, keepdims=True))
-        return mean, var, var * (count / (count - 1))
+STEMS = ("imagenet", "medium", "small")
+_STEM_CONVOLUTIONS = {"imagenet": (7, 2), "medium": (3, 2), "small": (3, 1)}
+_STRIDES_PX = {"imagenet": 32, "medium": 16, "small": 8}
 
 
 class Block(nn.Module):
@@ -184,10 +74,10 @@ class Block(nn.Module):
             if i > 1:
                 y = nn.relu(y)
             if size > 1:
-                y = _mask(y, extent_px)
+                y = mask(y, extent_px)
             y = Conv(features, size, stride, name=f"conv{i}")(y)
             y = self.norm(name=f"bn{i}")(y, train=train)
-            extent_px = _shrink(extent_px, stride)
+            extent_px = shrink(extent_px, stride)
         if x.shape[-1] != wide:  # true wherever a block strides, too
             x = Conv(wide, 1, self.stride, name="downsample_conv")(x)
             x = self.norm(name="downsample_bn")(x, train=train)
@@ -208,8 +98,7 @@ class ResNet(nn.Module):
 
     def setup(self) -> None:  # noqa: D102 (Flax's hook)
         norm = partial(BatchNorm, self.bn_group_size, self.all_mean, self.num_replicas)
-        size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        self.conv1 = Conv(self.width, size, stride)
+        self.conv1 = Conv(self.width, *_STEM_CONVOLUTIONS[self.stem])
         self.bn1 = norm()
         blocks, bottleneck = ARCHITECTURES[self.arch]
         # Flax names the members of a list layer1_0, layer1_1, ...
@@ -225,13 +114,13 @@ class ResNet(nn.Module):
         self.fc = nn.Dense(
             self.num_classes,
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            bias_init=_symmetric_uniform(self.feature_channels**-0.5),
+            bias_init=symmetric_uniform(self.feature_channels**-0.5),
         )
 
     @property
     def stride_px(self) -> int:
-        """Pixels of the picture per place of the feature map: 32, or 8 if small."""
-        return 32 if self.stem == "imagenet" else 8
+        """Pixels of the picture per place of the feature map: 32, 16 or 8."""
+        return _STRIDES_PX[self.stem]
 
     @property
     def feature_channels(self) -> int:
@@ -259,7 +148,7 @@ class ResNet(nn.Module):
             ValueError: as `extract`.
         """
         features = self.extract(images, train=train)
-        pooled = features.mean((1, 2), dtype=_at_least_float32(features.dtype))
+        pooled = features.mean((1, 2), dtype=at_least_float32(features.dtype))
         return Outputs(self.classify(pooled), features, pooled)
 
     def extract(
@@ -283,29 +172,29 @@ class ResNet(nn.Module):
             ValueError: if the shape or dtype of an argument is wrong, if `extent_px` is
                 given in training, or as `BatchNorm`.
         """
-        _check_images(images, train, extent_px)
+        check_images(images, train, extent_px)
         is_float64 = images.dtype == jnp.float64
-        x = _mask(images.astype(jnp.float64 if is_float64 else self.dtype), extent_px)
+        x = mask(images.astype(jnp.float64 if is_float64 else self.dtype), extent_px)
         x = nn.relu(self.bn1(self.conv1(x), train=train))
+        extent_px = shrink(extent_px, self.conv1.stride)
         if self.stem == "imagenet":
-            extent_px = _shrink(extent_px, 2)
             # 0 is as good as -inf beyond the picture's edge: nothing here is negative.
-            x = _mask(x, extent_px)
+            x = mask(x, extent_px)
             x = nn.max_pool(
                 x,
                 (3, 3),
                 (2, 2),
                 padding=((1, 1), (1, 1)),  # pyright: ignore[reportArgumentType]
             )
-            extent_px = _shrink(extent_px, 2)
+            extent_px = shrink(extent_px, 2)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             x = block(x, train=train, extent_px=extent_px)
-            extent_px = _shrink(extent_px, block.stride)
+            extent_px = shrink(extent_px, block.stride)
         return x
 
     def classify(self, pooled: jax.Array) -> jax.Array:
         """Scores `[..., k]`, at least float32, of pooled features `[..., c]`."""
-        return self.fc(pooled.astype(_at_least_float32(pooled.dtype)))
+        return self.fc(pooled.astype(at_least_float32(pooled.dtype)))
 
 
 def create(
@@ -326,8 +215,9 @@ def create(
             1, 1, 1, 1, for small pictures.
         num_classes: length of the score vector.
         width: channels of the first stage; 64 is torchvision's.
-        stem: `"imagenet"`: 7x7 convolution and max-pool, stride 4 together. `"small"`:
-            3x3 convolution without stride, for pictures of 32 to 96 px.
+        stem: `"imagenet"`: 7x7 convolution and max-pool, stride 4 together. `"medium"`:
+            3x3 convolution of stride 2, for pictures of 64 to 128 px. `"small"`: the
+            same without stride, for pictures of 32 to 96 px.
         dtype: compute dtype of convolutions and activations.
         bn_group_size: in training, normalise each run of so many pictures on its own;
             0: all pictures of the device together.
@@ -363,58 +253,3 @@ def create(
     return ResNet(
         arch, num_classes, width, stem, dtype, bn_group_size, all_mean, num_replicas
     )
-
-
-def _mask(x: jax.Array, extent_px: jax.Array | None) -> jax.Array:
-    """`x` with zeros beyond each picture's valid (height, width)."""
-    if extent_px is None:
-        return x
-    rows = jnp.arange(x.shape[1]) < extent_px[:, :1]
-    columns = jnp.arange(x.shape[2]) < extent_px[:, 1:]
-    valid = rows[:, :, None, None] & columns[:, None, :, None]
-    return jnp.where(valid, x, jnp.zeros_like(x))
-
-
-def _shrink(extent_px: jax.Array | None, stride: int) -> jax.Array | None:
-    return None if extent_px is None else -(-extent_px // stride)
-
-
-def _update(running: nn.Variable, new: jax.Array) -> None:
-    """Moves a running statistic towards the mean of the groups' new ones."""
-    old = running.value
-    new = new.mean(tuple(range(new.ndim - 1))).astype(old.dtype)
-    running.value = _BN_MOMENTUM * old + (1 - _BN_MOMENTUM) * new
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
-
-
-def _symmetric_uniform(limit: float) -> Callable[..., jax.Array]:
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return init
-
-
-def _check_images(images: jax.Array, train: bool, extent_px: jax.Array | None) -> None:
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be [b, height, width, 3], not {images.shape}")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are {images.dtype}; normalise them to float first")
-    if extent_px is None:
-        return
-    if train:
-        raise ValueError(
-            "extent_px is for testing: BatchNorm's statistics would count the padding;"
-            " crop the pictures to one size to train"
-        )
-    if extent_px.shape != (len(images), 2):
-        raise ValueError(
-            f"extent_px must hold (height, width) of {len(images)} pictures, not"
-            f" {extent_px.shape}"
-        )

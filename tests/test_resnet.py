@@ -9,7 +9,7 @@ import torch
 from flax import traverse_util
 from oracles.torch_resnet import LAYERS, TorchResNet, linen_path, randomize, to_linen
 
-from cra_jax import resnet
+from cra_jax import layers, resnet
 
 PARAMETER_COUNTS = {
     "resnet18": 11_689_512,
@@ -122,6 +122,8 @@ EVEN, ODD = (64, 64), (75, 75)
         ("resnet50", "imagenet", ODD, True),
         ("resnet10", "small", (33, 40), False),
         ("tiny50", "small", (33, 40), True),
+        ("resnet10", "medium", (45, 64), True),
+        ("tiny50", "medium", (64, 45), False),
     ],
 )
 def test_activations_equal_torch_stage_by_stage(arch, stem, size, train):
@@ -199,7 +201,7 @@ def test_three_float64_sgd_steps_equal_torch(arch):
 
 def test_initial_weights_follow_torchvision():
     """Kaiming normal over the outputs; the scores' layer as `torch.nn.Linear`."""
-    conv: Any = resnet.Conv(96, 3).init(jax.random.key(3), jnp.zeros((1, 3, 3, 32)))
+    conv: Any = layers.Conv(96, 3).init(jax.random.key(3), jnp.zeros((1, 3, 3, 32)))
     kernel = conv["params"]["kernel"]
     std = (2 / (3 * 3 * 96)) ** 0.5
     np.testing.assert_allclose(kernel.std(), std, rtol=0.02)
@@ -213,7 +215,7 @@ def test_initial_weights_follow_torchvision():
         assert 0.9 * limit < jnp.abs(value).max() <= limit
         assert abs(value.mean()) < 0.2 * limit
 
-    norm = resnet.BatchNorm().init(
+    norm = layers.BatchNorm().init(
         jax.random.key(0), jnp.ones((1, 1, 1, 2)), train=False
     )
     expected = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
@@ -239,11 +241,11 @@ def norm_variables(channels):
 def test_norm_groups_are_normalised_apart():
     x = pictures(6, 3, 2, 4) * 2 + np.arange(6, dtype=np.float32)[:, None, None, None]
     variables = norm_variables(4)
-    y, state = resnet.BatchNorm(2).apply(
+    y, state = layers.BatchNorm(2).apply(
         variables, x, train=True, mutable=["batch_stats"]
     )
     alone = [
-        resnet.BatchNorm().apply(variables, part, train=True, mutable=["batch_stats"])
+        layers.BatchNorm().apply(variables, part, train=True, mutable=["batch_stats"])
         for part in (x[:2], x[2:4], x[4:])
     ]
     np.testing.assert_allclose(
@@ -269,13 +271,13 @@ def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
         grads, aux = jax.grad(loss, (0, 1), has_aux=True)(x, variables["params"])
         return grads, *aux
 
-    whole = jax.jit(partial(run, resnet.BatchNorm()))
+    whole = jax.jit(partial(run, layers.BatchNorm()))
     (x_grad, grads), y, state = whole(x, cotangent)
 
     def all_mean(v):
         return jax.lax.pmean(v, "replica")
 
-    synchronised = resnet.BatchNorm(all_mean=all_mean, num_replicas=3)
+    synchronised = layers.BatchNorm(all_mean=all_mean, num_replicas=3)
     shared = jax.jit(jax.vmap(partial(run, synchronised), axis_name="replica"))
     (x_grad_r, grads_r), y_r, state_r = shared(
         x.reshape(3, 2, 3, 2, 4), cotangent.reshape(3, 2, 3, 2, 4)
@@ -292,7 +294,7 @@ def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
 def test_norm_variance_survives_a_large_mean():
     x = pictures(4, 8, 8, 1, dtype=np.float64) + 3000
     variables = norm_variables(1)
-    y, _ = resnet.BatchNorm().apply(
+    y, _ = layers.BatchNorm().apply(
         variables, x.astype(np.float32), train=True, mutable=["batch_stats"]
     )
     scale, bias = variables["params"]["scale"], variables["params"]["bias"]
@@ -303,7 +305,7 @@ def test_norm_variance_survives_a_large_mean():
 def test_norm_statistics_of_bfloat16_are_those_of_float32():
     x = jnp.asarray(pictures(4, 8, 8, 3) + 20, jnp.bfloat16)
     norm = partial(
-        resnet.BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
+        layers.BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
     )
     y, state = norm(x)
     exact, exact_state = norm(x.astype(jnp.float32))
@@ -338,7 +340,7 @@ def test_network_synchronises_every_norm():
 
 
 def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh():
-    norm = resnet.BatchNorm(
+    norm = layers.BatchNorm(
         all_mean=lambda x: jax.lax.pmean(x, "absent"), num_replicas=2
     )
     variables: Any = norm.init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), train=True)
@@ -352,6 +354,7 @@ def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh(
     ("arch", "stem"),
     [
         ("resnet10", "imagenet"),
+        ("resnet10", "medium"),
         ("tiny50", "small"),
         pytest.param("resnet18", "imagenet", marks=SLOW),
         pytest.param("resnet18", "small", marks=SLOW),
@@ -361,7 +364,11 @@ def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh(
 )
 def test_padding_beyond_the_extent_changes_nothing(arch, stem):
     _, model, variables = twins(arch, stem=stem)
-    sizes = {"imagenet": [(75, 64), (97, 33)], "small": [(23, 40), (33, 17)]}[stem]
+    sizes = {
+        "imagenet": [(75, 64), (97, 33)],
+        "medium": [(39, 64), (49, 17)],
+        "small": [(23, 40), (33, 17)],
+    }[stem]
     high, wide = np.max(sizes, 0) + 3
     batch = np.full((2, high, wide, 3), 7, np.float32)  # padding that would be seen
     singles = [pictures(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
@@ -383,7 +390,7 @@ def test_padding_beyond_the_extent_changes_nothing(arch, stem):
 @pytest.mark.parametrize("stem", resnet.STEMS)
 def test_feature_extent_is_the_shape_of_the_feature_map(stem):
     model = resnet.create("resnet10", 2, width=4, stem=stem)
-    assert model.stride_px == {"imagenet": 32, "small": 8}[stem]
+    assert model.stride_px == {"imagenet": 32, "medium": 16, "small": 8}[stem]
     for size in (1, 7, 8, 9, 31, 32, 33, 65, 448):
         x = jax.ShapeDtypeStruct((1, size, size + 1, 3), jnp.float32)
         outputs, _ = jax.eval_shape(
@@ -436,7 +443,7 @@ def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
     ("options", "message"),
     [
         ({"arch": "resnet19"}, "resnet19.*resnet18, resnet34, resnet50"),
-        ({"stem": "large"}, "large.*imagenet, small"),
+        ({"stem": "large"}, "large.*imagenet, medium, small"),
         ({"num_classes": 0}, "num_classes.*0"),
         ({"width": -8}, "width.*-8"),
         ({"bn_group_size": -1}, "bn_group_size.*-1"),
@@ -484,4 +491,4 @@ def test_wrong_inputs_are_refused(shape, dtype, options, message):
 def test_training_on_one_value_per_channel_is_refused():
     x = np.zeros((1, 1, 1, 4), np.float32)
     with pytest.raises(ValueError, match=r"one value per channel.*larger"):
-        resnet.BatchNorm().init(jax.random.key(0), x, train=True)
+        layers.BatchNorm().init(jax.random.key(0), x, train=True)

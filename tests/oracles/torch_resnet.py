@@ -72,7 +72,8 @@ class TorchResNet(nn.Module):
             self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, 1)
         else:
-            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            stride = {"medium": 2, "small": 1}[stem]
+            self.conv1 = nn.Conv2d(3, width, 3, stride, 1, bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
