@@ -25,11 +25,12 @@ def get_config(variant: str = "") -> ConfigDict:
       ValueError: a name is unknown.
     """
     config = ConfigDict()
-    config.seed = 0  # of weights, order, crops, flips, and drawn pictures or splits
+    config.seed = 0  # of weights, order, crops and flips
 
     data = config.data = ConfigDict()
     data.source = "cub"  # synthetic, cub, cars, folder
     data.path = ""  # folder of the data set; empty for synthetic
+    data.seed = 0  # of drawn pictures, and of splits that the folder does not have
     data.short_side_px = 512  # resize, aspect kept, antialiased bicubic (Sec. 4.1)
     data.crop_px = 448  # random in training, the centre in testing (Sec. 4.1)
     data.flip = True  # random horizontal, in training (open)
@@ -65,7 +66,8 @@ def get_config(variant: str = "") -> ConfigDict:
     art.redundancy = "hard"  # Eq. 5; "soft": logistic edges, with a gradient
     art.softness = 0.05  # width of those edges; the picture is 2 wide
     art.gradient_clip = 1.0  # of an image's affine matrix, as released; 0: none (open)
-    art.guard = 0.95  # share of its bound beyond which nothing pushes Gamma; 0: none
+    art.normalize_head = True  # Gamma from features of length 1; False: raw, as paper
+    art.guard = 0.95  # share of its bound beyond which Gamma is held; 0: never, as paper
 
     restriction = config.restriction = ConfigDict()
     restriction.expectation = (0.0, 0.0, 0.5, 0.0)  # E (Eq. 7, Sec. 4.1)

@@ -177,9 +177,16 @@ class Checkpoints:
         whole |= {k: np.asarray(v) for k, v in flatten_dict(restored).items()}
         return serialization.from_state_dict(target, unflatten_dict(whole))
 
-    def _check(self, step: int, wanted: Mapping[tuple[str, ...], Any]) -> None:
+    def shapes(self, step: int) -> Tree:
+        """What a step holds: a tree of dicts of `jax.ShapeDtypeStruct`."""
         path = self._directory / str(step) / "state"
-        saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+        return unflatten_dict(
+            {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in saved.items()}
+        )
+
+    def _check(self, step: int, wanted: Mapping[tuple[str, ...], Any]) -> None:
+        saved = self.shapes(step)
         found = {key: tuple(leaf.shape) for key, leaf in flatten_dict(saved).items()}
         wrong = [
             f"{'.'.join(key)}: checkpoint {found.get(key, 'has none')}, "
@@ -191,7 +198,7 @@ class Checkpoints:
             shown = "\n  ".join(wrong[:8])
             more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise ValueError(
-                f"checkpoint {path.parent} is of another model (kind, backbone, width "
+                f"checkpoint {self._directory / str(step)} is of another model (kind, backbone, width "
                 "or number of classes); use the config that it was trained with:\n  "
                 f"{shown}{more}"
             )

@@ -290,7 +290,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         if name == "train":
             continue
         split = experiment.open_split(config, dataset, name)
-        for protocol in ("center", "full") if chosen == "both" else (chosen,):
+        for protocol in ("full", "center") if chosen == "both" else (chosen,):
             scores = evaluator.scores(variables, split, protocol)
             print(f"{name}, {protocol}: {run_folder.describe_scores(scores)}")
             run_folder.append_metrics(

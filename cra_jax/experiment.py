@@ -102,7 +102,7 @@ def load_data(config: ConfigDict) -> sources.Dataset:
     """Lists the records of the config's data set; opens no picture."""
     data = config.data
     options = {key: data[key] for key in sources.OPTIONS[data.source]}
-    return sources.load(data.source, data.path, seed=config.seed, **options)
+    return sources.load(data.source, data.path, seed=data.seed, **options)
 
 
 def open_split(config: ConfigDict, dataset: sources.Dataset, name: str) -> Split:
@@ -160,6 +160,7 @@ def build_network(config: ConfigDict, num_classes: int) -> model.CRACNN:
         redundancy=art.redundancy,
         softness=art.softness,
         gradient_clip=art.gradient_clip,
+        normalize_head=art.normalize_head,
         guard=art.guard,
         ar_passes=config.model.ar_passes,
     )

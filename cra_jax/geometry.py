@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 # Covered points are sent here, to the left of and above every picture: with two pixels
-# or more along an axis, a sample is exactly 0 from -3 on.
+# or more along an axis, a sample and its slope are exactly 0 beyond -3.
 _OUTSIDE = -5.0
 
 
@@ -136,9 +136,7 @@ def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
     negative scale, which is a half turn, cover the same region.
     """
     grid_x, grid_y = _regular_grid(size, gamma_res.dtype)
-    x, y, scale, angle_rad = (
-        p[:, None, None] for p in jnp.moveaxis(gamma_res, -1, 0)
-    )
+    x, y, scale, angle_rad = (p[:, None, None] for p in jnp.moveaxis(gamma_res, -1, 0))
     cos, sin = jnp.cos(angle_rad), jnp.sin(angle_rad)
     right, down = grid_x - x, grid_y - y
     u, v = cos * right + sin * down, cos * down - sin * right
@@ -146,7 +144,7 @@ def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
 
 
 def _regular_grid(size: tuple[int, int], dtype) -> tuple[Array, Array]:
-    """x and y of the regular grid G, ``[h, w]`` each, from -1 to +1."""
+    """X and y of the regular grid G, ``[h, w]`` each, from -1 to +1."""
     height, width = size
     y, x = jnp.meshgrid(
         jnp.linspace(-1, 1, height, dtype=dtype),
@@ -173,12 +171,22 @@ def bilinear_sample(image: Array, grid: Array) -> Array:
     Returns:
       ``[b, h, w, c]`` in the picture's type; 0 outside the picture.
 
+    Raises:
+      ValueError: the shapes do not fit, or the grid is narrower than float32.
+
     Source: Sec. 3.1 and the bilinear kernel of Jaderberg et al., 2015.
     """
     return _sample_forward(image, grid)[0]
 
 
 def _sample_forward(image: Array, grid: Array):
+    if image.ndim != 4 or grid.ndim != 4 or grid.shape[::3] != (len(image), 2):
+        raise ValueError(
+            f"image {image.shape} and grid {grid.shape} do not fit: they must be "
+            "[b, H, W, c] and [b, h, w, 2]"
+        )
+    if jnp.finfo(grid.dtype).bits < 32:
+        raise ValueError(f"a grid of {grid.dtype} is too coarse: make it float32")
     (nw, ne, sw, se), across, down = _corners(image, grid)
     sample = _mix(_mix(nw, ne, across), _mix(sw, se, across), down)
     # All that the gradient to the grid will need of the picture: how fast the sample
@@ -222,8 +230,8 @@ def _corner_index(left: Array, top: Array, image_shape: tuple[int, ...]):
     for row in (top, top + 1):
         for column in (left, left + 1):
             valid = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = (
-                jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
+            index = jnp.clip(row, 0, height - 1) * width + jnp.clip(
+                column, 0, width - 1
             )
             yield index, valid[..., None]
 

@@ -15,7 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from cra_jax import geometry, resnet
+from cra_jax import geometry, losses, resnet
+
+# Of the guard's spring, in loss a picture per squared unit of Gamma. The head moves
+# Gamma by at most 2 lr / (1 - momentum) times the gradient: stable up to lr 0.2.
+_STIFFNESS = 0.5
 
 KINDS = ("cra", "baseline", "stn")
 REDUNDANCIES = ("hard", "soft")
@@ -60,8 +64,11 @@ class CRACNN(nn.Module):
       softness: width of the soft edge, in units of the frame.
       gradient_clip: limit on the gradient of one picture's loss to each entry of the
         affine matrix, as in the authors' released code; 0: none.
-      guard: beyond which share of its bound (a tanh) a parameter of Gamma may not be
-        pushed further outwards; 0: unguarded, as in the paper.
+      normalize_head: whether the attention head sees pooled features of length 1.
+        With raw ones, as in the paper, a step moves Gamma in proportion to their
+        squared length, which is in the hundreds.
+      guard: beyond which share of its bound (a tanh) place and scale are held, see
+        `hold_inside`; 0: unguarded, as in the paper.
       ar_passes: 1: attention and redundancy go through N_ar as one batch; 2: one after
         the other, each with BatchNorm statistics of its own.
     """
@@ -76,6 +83,7 @@ class CRACNN(nn.Module):
     redundancy: str
     softness: float
     gradient_clip: float
+    normalize_head: bool
     guard: float
     ar_passes: int
 
@@ -86,12 +94,15 @@ class CRACNN(nn.Module):
         if self.regularization_stream is None:
             return Outputs(classified.logits)
         # From the last pooling, in float32 or wider: coordinates need the digits.
+        pooled = classified.pooled
+        if self.normalize_head:
+            pooled = losses.l2_normalize(pooled)
         gamma = nn.Dense(
             6 if self.kind == "stn" else 4,
             kernel_init=nn.initializers.normal(1e-3),
             bias_init=lambda *_: jnp.array(self._start(), jnp.float32),
             name="attention_head",
-        )(classified.pooled)
+        )(pooled)
         if self.kind == "stn":
             attention = self._attend(images, gamma.reshape(-1, 2, 3))
             regularized = self.regularization_stream(attention, train)
@@ -164,20 +175,21 @@ clip_gradient.defvjp(
 
 @jax.custom_vjp
 def hold_inside(gamma: Array, share: float) -> Array:
-    """`gamma` itself, with a one-way valve in its gradient.
+    """`gamma` itself, with a valve and a spring in its gradient.
 
-    Where ``|tanh gamma|`` exceeds `share` for place or scale, a descent step may still
-    move it inwards, but nothing pushes it further out, where tanh is flat and no loss
-    could bring it back.
+    Far out tanh is flat, and no loss could bring Gamma back. So where ``|tanh gamma|``
+    exceeds `share` for place or scale, nothing pushes a picture's Gamma further out
+    (the valve), and it is drawn back in proportion to its excess (the spring, which
+    overcomes what pictures that are still inside do to the shared weights).
 
     Args:
-      gamma: ``[b, 4]``, before the restriction.
+      gamma: ``[b, 4]``, before the restriction; the loss is a mean over ``b``.
       share: of the bound of Eq. (6), in 0..1.
 
     Returns:
       ``[b, 4]``.
 
-    Differs: the paper has no such guard; see the README on runaway attention.
+    Differs: the paper has no such guard.
     """
     del share
     return gamma
@@ -190,9 +202,11 @@ def beyond(gamma: Array, share: float) -> Array:
 
 def _hold_inside_backward(residuals, cotangent: Array):
     gamma, share = residuals
-    outwards = cotangent * jnp.sign(gamma) < 0  # descent adds minus the gradient
-    stop = jnp.pad(beyond(gamma, share), ((0, 0), (0, 1))) & outwards
-    return jnp.where(stop, 0, cotangent), None
+    held = jnp.pad(beyond(gamma, share), ((0, 0), (0, 1)))
+    outwards = cotangent * gamma < 0  # descent adds minus the gradient
+    excess = gamma - jnp.sign(gamma) * jnp.arctanh(share)
+    spring = _STIFFNESS * excess / len(gamma)
+    return jnp.where(held, jnp.where(outwards, 0, cotangent) + spring, cotangent), None
 
 
 hold_inside.defvjp(lambda gamma, share: (gamma, (gamma, share)), _hold_inside_backward)
@@ -222,6 +236,7 @@ def create(
     redundancy: str = "hard",
     softness: float = 0.05,
     gradient_clip: float = 1.0,
+    normalize_head: bool = True,
     guard: float = 0.95,
     ar_passes: int = 1,
 ) -> CRACNN:
@@ -237,6 +252,7 @@ def create(
       redundancy: one of `REDUNDANCIES`.
       softness: above 0.
       gradient_clip: 0 or more.
+      normalize_head: False as in the paper.
       guard: in [0, 1).
       ar_passes: 1 or 2.
 
@@ -279,6 +295,7 @@ def create(
         redundancy=redundancy,
         softness=softness,
         gradient_clip=gradient_clip,
+        normalize_head=normalize_head,
         guard=guard,
         ar_passes=ar_passes,
     )

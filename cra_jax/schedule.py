@@ -24,7 +24,7 @@ def learning_rate(
       steps_per_epoch: batches an epoch.
       base: rate of the first phase.
       first_epochs: length of the first phase.
-      period_epochs: length of each later phase.
+      period_epochs: length of each later phase; 0: the first never ends.
       factor: what each phase multiplies the rate by.
       warmup_epochs: epochs over which the rate first rises linearly; the paper has
         none, training from scratch at a high rate wants a few.
@@ -50,20 +50,21 @@ def restriction_weight(
       step: steps already taken, from 0.
       steps_per_epoch: batches an epoch.
       first_epochs: length of the first phase, which is on.
-      period_epochs: length of each later phase; 0: always on.
+      period_epochs: length of each later phase; 0: the first never ends.
 
     Returns:
       A scalar, 0. or 1.
 
     Source: Sec. 4.1.
     """
-    if not period_epochs:
-        return jnp.ones_like(jnp.asarray(step, jnp.float32))
     phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
     return jnp.where(phase % 2 == 0, 1.0, 0.0)
 
 
 def _phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):
     """0 in the first phase, then 1, 2, ...: in whole steps, so it is exact."""
-    after = jnp.asarray(step, jnp.int32) - first_epochs * steps_per_epoch
+    step = jnp.asarray(step, jnp.int32)
+    if not period_epochs:
+        return jnp.zeros_like(step)
+    after = step - first_epochs * steps_per_epoch
     return jnp.maximum(0, 1 + after // (period_epochs * steps_per_epoch))

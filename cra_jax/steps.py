@@ -188,7 +188,7 @@ def make_train_step(
         )
         # Each device has seen its own share: what all keep is the mean.
         gradient, batch_stats, terms = all_mean((gradient, batch_stats, terms))
-        terms["gradient_norm"] = optax.global_norm(gradient)
+        terms["gradient_norm"] = optax.tree.norm(gradient)
         terms["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         state = TrainState(

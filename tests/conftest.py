@@ -45,3 +45,11 @@ def shared_data() -> Path:
             "CRA_JAX_SHARED_DATA to the folder that holds cub_10 and stanford_cars_98"
         )
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """The same arithmetic, compiled in half the time and run more slowly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,168 @@
+"""Both protocols, picture by picture, on any batch size; the strongest activation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from echo import Echo
+from numpy.testing import assert_allclose, assert_array_equal
+from oracles import equations
+
+from cra_jax import evaluate, experiment, metrics, pipeline, resnet, steps
+from cra_jax.sources import Record
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP = 32
+
+
+def _pictures(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in shapes]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A ResNet with statistics that are not the initial ones, and its variables."""
+    backbone = resnet.create("resnet10", 5, width=8, stem="small")
+    variables = backbone.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    stats = jax.tree.map(
+        lambda x: x + jax.random.uniform(next(keys), x.shape), variables["batch_stats"]
+    )
+    bias = jax.tree.map(lambda x: x + 0.1, variables["params"])
+    return backbone, {"params": bias, "batch_stats": stats}
+
+
+SHAPES = [(36, 36), (36, 47), (61, 36), (36, 40), (36, 63), (37, 50), (36, 36)]
+
+
+def _full(network, pictures, *, bucket_px, batch_size=8):
+    backbone, variables = network
+    step = evaluate.make_full_step(
+        backbone, mean=MEAN, std=STD, crop_px=CROP, masked=bucket_px > 0
+    )
+    batches = pipeline.full_batches(
+        pictures,
+        np.zeros(len(pictures), int),
+        batch_size=batch_size,
+        bucket_px=bucket_px,
+    )
+    return evaluate.predict_split(step, variables, batches, len(pictures)).logits
+
+
+def test_full_is_the_sliding_window_of_the_oracle(network):
+    backbone, variables = network
+    pictures = _pictures(SHAPES[1:4])
+    found = _full(network, pictures, bucket_px=32)
+    fc = variables["params"]["fc"]
+    for picture, scores in zip(pictures, found, strict=True):
+        image = steps.normalize(jnp.asarray(picture[None]), mean=MEAN, std=STD)
+        features = backbone.apply(variables, image, method="extract")[0]
+        expected = equations.full_protocol(features, 4, fc["kernel"], fc["bias"])
+        assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_buckets_score_as_exact_shapes_do(network):
+    pictures = _pictures(SHAPES)
+    exact = _full(network, pictures, bucket_px=0)
+    for bucket_px in (8, 64):
+        assert_allclose(
+            _full(network, pictures, bucket_px=bucket_px), exact, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_of_a_picture_as_large_as_the_crop_both_protocols_agree(network):
+    backbone, variables = network
+    pictures = _pictures([(CROP, CROP)] * 3)
+    center = evaluate.make_center_step(backbone, mean=MEAN, std=STD)
+    batches = pipeline.center_batches(
+        pictures, np.zeros(3, int), batch_size=8, crop_px=CROP
+    )
+    found = evaluate.predict_split(center, variables, batches, 3)
+    assert_allclose(found.logits, _full(network, pictures, bucket_px=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_every_picture_counts_once_and_in_order(network, batch_size):
+    backbone, variables = network
+    pictures = _pictures([(36, 40)] * 13)
+    labels = np.arange(13) % 5
+    center = evaluate.make_center_step(backbone, mean=MEAN, std=STD)
+    batches = pipeline.center_batches(
+        pictures, labels, batch_size=batch_size, crop_px=CROP
+    )
+    found = evaluate.predict_split(center, variables, batches, 13)
+    assert_array_equal(found.labels, labels)
+    for picture, scores in zip(pictures, found.logits, strict=True):
+        crop = picture[2 : 2 + CROP, 4 : 4 + CROP]
+        image = steps.normalize(jnp.asarray(crop[None]), mean=MEAN, std=STD)
+        alone = backbone.apply(variables, image).logits[0]
+        assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
+    scores = metrics.classification_scores(found.logits, found.labels)
+    assert scores["count"] == 13
+
+
+def test_the_strongest_activation_is_found_and_judged(tmp_path):
+    """A backbone that scores each pixel by its redness peaks at the one red pixel."""
+
+    class Redness(Echo):
+        def classify(self, features):
+            return jnp.stack([features[..., 0], features[..., 0] * 0 - 9], -1)
+
+        def __call__(self, images, train=False):
+            pooled = images.mean((1, 2))
+            return resnet.Outputs(self.classify(pooled), images, pooled)
+
+        def extract(self, images, *, train=False, extent_px=None):
+            return images
+
+        def feature_extent(self, extent_px):
+            return extent_px
+
+    pictures, boxes = [], []
+    points = [(10, 20), (30, 6), (33, 33)]  # x, y in a picture of 40 x 36
+    for x, y in points:
+        picture = np.zeros((36, 40, 3), np.uint8)
+        picture[y, x, 0] = 255
+        pictures.append(picture)
+        boxes.append((x / 40, y / 36, (x + 1) / 40, (y + 1) / 36))
+    boxes[1] = (0.0, 0.0, 0.5, 1.0)  # the peak is beside this one
+    records = tuple(
+        Record(str(i), 0, lambda side: pictures[0], "", locate=lambda b=box: b)
+        for i, box in enumerate(boxes)
+    )
+    config = tiny.config(tmp_path, **{"data.mean": (0.0,) * 3, "data.std": (1.0,) * 3})
+    evaluator = evaluate.Evaluator(Redness(), config)
+    split = experiment.Split(pictures, np.zeros(3, int), records)  # pyright: ignore
+    found = evaluator.center({"params": {}, "batch_stats": {}}, split)
+    assert found.peak_px is not None
+    assert_array_equal(found.peak_px, [(x - 4, y - 2) for x, y in points])
+    scores = evaluator.scores({"params": {}, "batch_stats": {}}, split, "center")
+    assert scores["pointing"] == pytest.approx(2 / 3)
+    assert scores["count"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_buckets_score_as_exact_shapes_do_on_real_pictures(shared_data, arch):
+    from cra_jax import pictures, sources
+
+    dataset = sources.load("cub", str(shared_data / "cub_10"))
+    records = dataset.splits["test"][:12]
+    images = [r.read(256) for r in records]
+    assert len({x.shape for x in images}) > 3
+    backbone = resnet.create(arch, 10, width=16)
+    variables = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    scores = []
+    for bucket_px in (0, 64):
+        step = evaluate.make_full_step(
+            backbone, mean=MEAN, std=STD, crop_px=224, masked=bucket_px > 0
+        )
+        batches = pipeline.full_batches(
+            images, np.zeros(12, int), batch_size=8, bucket_px=bucket_px
+        )
+        scores.append(evaluate.predict_split(step, variables, batches, 12).logits)
+    print(f"{arch}: largest difference {np.abs(scores[0] - scores[1]).max():.1e}")
+    assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-4)
+    assert pictures

@@ -1,0 +1,47 @@
+"""Batches over eight fake devices, and the errors of those that cannot be shared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cra_jax import parallel
+
+
+def test_a_batch_that_does_not_divide_names_sizes_that_do():
+    with pytest.raises(ValueError, match=r"train.batch_size=20 .* 8 device.*16, 24"):
+        parallel.check_divides(20, setting="train.batch_size")
+    parallel.check_divides(24, setting="train.batch_size")
+
+
+@pytest.mark.parametrize("size", [8, 0, -8, 5])
+def test_too_few_on_each_device(size):
+    with pytest.raises(ValueError, match="at least 2 pictures on each.*: 16 "):
+        parallel.check_divides(size, setting="train.batch_size", least=2)
+    parallel.check_divides(16, setting="train.batch_size", least=2)
+
+
+def test_evaluation_batches_are_rounded_up():
+    assert [parallel.round_up(n) for n in (1, 8, 9, 64)] == [8, 8, 16, 64]
+
+
+def test_train_step_means_over_devices_and_donates():
+    def step(state, batch):
+        total = parallel.all_mean(batch["x"].sum())
+        return {"x": state["x"] + total}, {"total": total}
+
+    state = {"x": jnp.arange(3.0)}
+    run = parallel.train_step(step)
+    first, metrics = run(state, parallel.split({"x": np.arange(16.0)}))
+    assert float(metrics["total"]) == 120 / 8
+    np.testing.assert_allclose(first["x"], np.arange(3) + 15)
+    second, _ = run(first, parallel.split({"x": np.arange(16.0)}))
+    np.testing.assert_allclose(second["x"], np.arange(3) + 30)
+    assert first["x"].is_deleted()
+
+
+def test_eval_step_keeps_the_order_of_the_batch():
+    run = parallel.eval_step(lambda scale, batch: {"y": scale * batch["x"]})
+    x = np.arange(32.0).reshape(16, 2)
+    np.testing.assert_array_equal(run(jnp.float32(3), {"x": x})["y"], 3 * x)
+    assert len(jax.devices()) == parallel.device_count() == 8

@@ -1,0 +1,329 @@
+"""One update: what it adds up, what it changes, and that nothing blows up."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from echo import Echo
+from numpy.testing import assert_allclose, assert_array_equal
+from oracles import equations
+
+from cra_jax import losses, model, optim, parallel, resnet, schedule, steps
+
+SIZE = 4
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+ON = partial(schedule.restriction_weight, steps_per_epoch=10)
+THRESHOLD = (0.4, 0.4, 0.4, math.pi)
+ONES = {"cls2": 1.0, "res": 1.0, "cntr": 1.0}
+
+
+def _batch(n=6, size=SIZE, classes=48):
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (n, size, size, 3)).astype(np.uint8),
+        "flip": rng.random(n) < 0.5,
+        "label": rng.integers(0, classes, n).astype(np.int32),
+    }
+
+
+def _images(batch):
+    flipped = [
+        image[:, ::-1] if flip else image
+        for image, flip in zip(batch["image"], batch["flip"], strict=True)
+    ]
+    return (np.array(flipped) / 255 - np.array(MEAN)) / np.array(STD)
+
+
+def _loss(network, **options):
+    options = {
+        "restriction_weight": ON,
+        "threshold": THRESHOLD,
+        "weights": ONES,
+        **options,
+    }
+    return steps.make_loss(network, **options)
+
+
+def _cross_entropy(scores, labels):
+    exp = np.exp(scores)
+    return np.mean(
+        [-math.log(e[y] / e.sum()) for e, y in zip(exp, labels, strict=True)]
+    )
+
+
+GAMMA = (2.5, -0.3, 0.4, 0.3)  # gamma1 is beyond its threshold
+
+
+def _terms(step, *, weights=ONES, pairs="random", normalize=True, distance="euclidean"):
+    """The terms of an Echo network with a fixed Gamma, and the pictures it was shown."""
+    network = model.create("cra", Echo, art_size_px=SIZE, guard=0.9)
+    batch = _batch()
+    images = jnp.asarray(_images(batch), jnp.float32)
+    variables = network.init(jax.random.key(0), images)
+    head = {"kernel": jnp.zeros((3, 4)), "bias": jnp.array(GAMMA)}
+    loss = _loss(
+        network,
+        weights=weights,
+        pairs=pairs,
+        normalize_features=normalize,
+        distance=distance,
+    )
+    total, (_, terms) = loss(
+        {**variables["params"], "attention_head": head},
+        variables["batch_stats"],
+        images,
+        batch["label"],
+        jnp.asarray(step),
+    )
+    assert float(total) == float(terms["loss"])
+    return {k: float(v) for k, v in terms.items()}, _images(batch), batch["label"]
+
+
+def _expected(images, labels, *, pairs, normalize=True, squared=False):
+    """Eq. (9) by the oracles."""
+    gamma_res = equations.restrict(np.array([GAMMA] * len(images)))
+    size = (SIZE, SIZE)
+    attention = equations.bilinear_sample(
+        images, equations.attention_grid(gamma_res, size)
+    )
+    whole = equations.regular_grid(size)[None].repeat(len(images), 0)
+    rest = equations.bilinear_sample(images, whole)
+    rest *= equations.redundancy(gamma_res, size)[..., None]
+    a, r = (x.reshape(len(images), -1) for x in (attention, rest))
+    expected = {
+        "loss_cls1": _cross_entropy(images.reshape(len(images), -1), labels),
+        "loss_cls2": _cross_entropy(a, labels),
+        "loss_res": equations.restriction_loss(gamma_res)[0],
+    }
+    if normalize:
+        a, r = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, r))
+    m, n = np.array(pairs).T
+    expected["loss_cntr"] = equations.contrastive_loss(
+        a[m], a[n], r[m], r[n], squared=squared
+    ).mean()
+    return expected
+
+
+NEIGHBOURS = [(0, 1), (2, 3), (4, 5)]
+
+
+@pytest.mark.parametrize(("step", "on"), [(499, 1), (500, 0), (950, 1)])
+def test_the_loss_is_the_sum_of_eq_9_with_the_switch(step, on):
+    terms, images, labels = _terms(step)
+    expected = _expected(images, labels, pairs=NEIGHBOURS)
+    for name, value in expected.items():
+        assert terms[name] == pytest.approx(value, rel=2e-5), name
+    assert expected["loss_res"] > 0.5
+    total = sum(expected.values()) - (1 - on) * expected["loss_res"]
+    assert terms["loss"] == pytest.approx(total, rel=2e-5)
+    assert terms["restriction_weight"] == on
+
+
+def test_terms_can_be_weighed_and_left_out():
+    weights = {"cls2": 0.5, "res": 2.0, "cntr": 0.0}
+    terms, images, labels = _terms(0, weights=weights)
+    expected = _expected(images, labels, pairs=NEIGHBOURS)
+    total = (
+        expected["loss_cls1"] + 0.5 * expected["loss_cls2"] + 2 * expected["loss_res"]
+    )
+    assert terms["loss"] == pytest.approx(total, rel=2e-5)
+    assert "loss_cntr" not in terms
+
+
+@pytest.mark.parametrize(
+    ("options", "oracle"),
+    [
+        ({"pairs": "all"}, {"pairs": [(m, n) for n in range(6) for m in range(n)]}),
+        ({"normalize": False}, {"normalize": False, "pairs": NEIGHBOURS}),
+        ({"distance": "squared"}, {"squared": True, "pairs": NEIGHBOURS}),
+    ],
+)
+def test_contrast_options(options, oracle):
+    terms, images, labels = _terms(0, **options)
+    expected = _expected(images, labels, **oracle)["loss_cntr"]
+    assert terms["loss_cntr"] == pytest.approx(expected, rel=2e-5)
+
+
+def test_gamma_is_described():
+    terms, *_ = _terms(0)
+    gamma_res = equations.restrict(np.array(GAMMA))
+    for i in range(4):
+        assert terms[f"gamma{i + 1}_mean"] == pytest.approx(gamma_res[i], rel=1e-5)
+        assert terms[f"gamma{i + 1}_std"] == pytest.approx(0, abs=1e-6)
+    assert terms["gamma_saturated"] == terms["gamma_guarded"] == 1.0  # tanh 2.5 = 0.987
+
+
+def test_unknown_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"contrast.pairs 'some' is unknown"):
+        _loss(Echo(), pairs="some")
+
+
+def _tiny(kind="cra", **options):
+    def make():
+        return resnet.create("resnet10", 5, width=8, stem="small", **options)
+
+    return model.create(kind, make, art_size_px=16)
+
+
+def _step(network, all_mean=lambda x: x, rate=0.05, **options):
+    def learning_rate(step):
+        return rate
+
+    optimizer = optim.make_optimizer(learning_rate)
+    step = steps.make_train_step(
+        _loss(network, **options),
+        optimizer,
+        learning_rate=learning_rate,
+        mean=MEAN,
+        std=STD,
+        all_mean=all_mean,
+    )
+    return step, optimizer
+
+
+def test_training_on_one_batch_lowers_the_loss_and_moves_everything():
+    network = _tiny()
+    step, optimizer = _step(network)
+    state = first = steps.create_state(
+        jax.random.key(0), network, optimizer, crop_px=32
+    )
+    batch = _batch(8, 32, classes=5)
+    step = jax.jit(step)
+    history = []
+    for _ in range(12):
+        state, terms = step(state, batch)
+        history.append({k: float(v) for k, v in terms.items()})
+    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+    assert history[-1]["loss_cls1"] < 0.3 * history[0]["loss_cls1"]
+    assert history[-1]["loss_cls2"] < 0.6 * history[0]["loss_cls2"]
+    assert all(math.isfinite(v) for terms in history for v in terms.values())
+    assert int(state.step) == 12
+    for before, after in (
+        (first.params, state.params),
+        (first.batch_stats, state.batch_stats),
+    ):
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+        assert all(jax.tree.leaves(moved))
+
+
+def test_pictures_are_flipped_and_normalised_on_the_device():
+    network = model.create("baseline", Echo)
+    step, optimizer = _step(network)
+    batch = _batch()
+    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
+    seen = jax.jit(step)(state, batch)[0].batch_stats["classification_stream"]["seen"]
+    assert float(seen) == pytest.approx(_images(batch).mean(), rel=1e-5)
+
+    def first_pixel(params, batch_stats, images, labels, step):
+        first = images[0, 0, 0, 0]
+        return first * params["g"], (batch_stats, {"first": first})
+
+    flipped = steps.make_train_step(
+        first_pixel,
+        optim.make_optimizer(lambda s: 0.0),
+        learning_rate=lambda s: 0.0,
+        mean=MEAN,
+        std=STD,
+    )
+    params = {"g": jnp.ones(())}
+    tiny = steps.TrainState(
+        jnp.int32(0), params, {}, optim.make_optimizer(lambda s: 0.0).init(params)
+    )
+    for flip, column in ((False, 0), (True, -1)):
+        _, terms = flipped(tiny, {**batch, "flip": np.full(6, flip)})
+        value = (batch["image"][0, 0, column, 0] / 255 - MEAN[0]) / STD[0]
+        assert float(terms["first"]) == pytest.approx(value, rel=1e-5)
+
+
+def test_nothing_is_nan_where_distances_are_zero():
+    """Identical pictures: every distance of Eq. (8) between pictures is exactly 0."""
+    network = model.create("cra", Echo, art_size_px=SIZE)
+    step, optimizer = _step(network)
+    batch = _batch(4)
+    batch["image"][:] = batch["image"][0]
+    batch["flip"][:] = False
+    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
+    with jax.debug_nans(True):
+        for image in (batch["image"], np.zeros_like(batch["image"])):
+            new, terms = jax.jit(step)(state, {**batch, "image": image})
+            assert all(np.isfinite(float(v)) for v in terms.values())
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.params))
+
+
+def test_the_training_step_scatters_nothing():
+    """Pictures are data: the sampler's gradient to them must not be computed."""
+    network = model.create("cra", Echo, art_size_px=SIZE)
+    step, optimizer = _step(network)
+    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
+    batch = {k: jnp.asarray(v) for k, v in _batch().items()}
+    batch["label"] = batch["label"] * 0
+    hlo = jax.jit(step).lower(state, batch).compile().as_text()
+    scatters = [x for x in hlo.splitlines() if " scatter(" in x]
+    # One small scatter is the cross-entropy's, over [b, k]; a picture's has b h w rows.
+    pixels = f"[{6},{SIZE * SIZE},3]"
+    assert not [x for x in scatters if pixels in x], scatters
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_batch_of_odd_size_pairs_what_it_can(n):
+    network = model.create("cra", Echo, art_size_px=SIZE)
+    step, optimizer = _step(network)
+    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
+    _, terms = jax.jit(step)(state, _batch(n))
+    assert np.isfinite(float(terms["loss_cntr"]))
+
+
+def test_a_batch_of_one_cannot_be_contrasted():
+    network = model.create("cra", Echo, art_size_px=SIZE)
+    step, optimizer = _step(network)
+    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
+    with pytest.raises(ValueError, match="at least 2 per device"):
+        step(state, _batch(1))
+
+
+def test_one_device_and_eight_give_the_same_update():
+    """With shared statistics; pairs are neighbours, so they are the same anyway."""
+    batch = _batch(16, 32, classes=5)
+    alone, optimizer = _step(_tiny())
+    shared = {
+        "all_mean": parallel.all_mean,
+        "num_replicas": parallel.device_count(),
+    }
+    together, _ = _step(_tiny(**shared), parallel.all_mean)
+    assert parallel.device_count() == 8
+    state = steps.create_state(jax.random.key(0), _tiny(), optimizer, crop_px=32)
+    copy = jax.tree.map(jnp.array, state)
+    one, one_terms = jax.jit(alone)(state, batch)
+    eight, eight_terms = parallel.train_step(together)(copy, parallel.split(batch))
+    for name, value in one_terms.items():
+        if not name.endswith("_std"):  # a spread is within each device's share
+            assert_allclose(
+                eight_terms[name], value, rtol=2e-4, atol=1e-5, err_msg=name
+            )
+    changes = [
+        jax.tree.leaves(jax.tree.map(lambda a, b: a - b, new, old))
+        for new, old in (
+            (one.params, state.params),
+            (jax.tree.map(np.asarray, eight.params), state.params),
+        )
+    ]
+    for a, b in zip(*changes, strict=True):
+        assert_allclose(a, b, atol=2e-5 + 1e-3 * float(jnp.abs(a).max()))
+    jax.tree.map(
+        lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        one.batch_stats,
+        jax.tree.map(np.asarray, eight.batch_stats),
+    )
+
+
+def test_pairs_do_not_depend_on_the_device_count():
+    m, n = losses.neighbour_pairs(16)
+    for devices in (2, 4, 8):
+        share = 16 // devices
+        local = losses.neighbour_pairs(share)
+        starts = share * np.arange(devices)[:, None]
+        assert_array_equal((starts + local[0]).ravel(), m)
+        assert_array_equal((starts + local[1]).ravel(), n)

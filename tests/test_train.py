@@ -1,0 +1,241 @@
+"""Whole runs of the smallest size: they learn, they stop, they go on to the same bits."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from numpy.testing import assert_array_equal
+
+from cra_jax import evaluate, run_folder, train
+from cra_jax.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(cache_dir, tmp_path_factory):
+    """A run of 3 epochs that nothing disturbed: its config, folder and scores."""
+    config = tiny.config(cache_dir, **{"train.epochs": 3})
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return config, workdir, train.run(config, workdir)
+
+
+def _arrays(workdir):
+    """All that the newest checkpoint holds, by path."""
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose("latest")
+        shapes = checkpoints.shapes(step)
+        restored = checkpoints.restore(step, shapes)
+        return step, checkpoints.meta(step), restored
+
+
+def test_a_run_learns_and_leaves_its_numbers(finished):
+    config, workdir, scores = finished
+    lines = run_folder.read_metrics(workdir)
+    training = [x for x in lines if x["split"] == "train"]
+    assert [x["step"] for x in training] == [4, 6, 8, 12, 16, 18]
+    assert [x["epoch"] for x in training] == [1, 1, 2, 2, 3, 3]
+    assert training[-1]["loss_cls1"] < training[0]["loss_cls1"]
+    assert training[-1]["loss"] < training[0]["loss"]
+    for name in (
+        "loss loss_cls1 loss_cls2 loss_res loss_cntr top1 attention_top1 learning_rate "
+        "restriction_weight gamma1_mean gamma4_std gamma_saturated gamma_guarded "
+        "gradient_norm images_per_second eta_seconds"
+    ).split():
+        assert all(np.isfinite(x[name]) for x in training), name
+    for split in ("test", "test_shifted"):
+        tested = [x for x in lines if x["split"] == split]
+        assert [x["step"] for x in tested] == [6, 12, 18]
+        assert all(x["count"] == config.data.test_size for x in tested)
+        assert all(0 <= x["pointing"] <= 1 for x in tested)
+        assert scores[split] == tested[-1]
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        json.dumps(config.to_dict())
+    )
+
+
+def test_checkpoints_hold_what_evaluation_needs_and_the_best_is_kept(finished):
+    _, workdir, _ = finished
+    tested = [x for x in run_folder.read_metrics(workdir) if x["split"] == "test"]
+    best = max(tested, key=lambda x: (x["top1"], x["step"]))["step"]
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.choose("latest") == 18
+        assert checkpoints.choose("best") == best
+        assert set(checkpoints.steps()) == {12, 18, best}
+        assert len(checkpoints.meta(18)["class_names"]) == 8
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _stop_at(monkeypatch, step):
+    advance = run_folder.Log.advance
+    seen = []
+
+    def maybe(log):
+        advance(log)
+        seen.append(log)
+        if len(seen) == step:
+            raise _Killed
+
+    monkeypatch.setattr(run_folder.Log, "advance", maybe)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    finished, cache_dir, tmp_path, monkeypatch
+):
+    """Stopped twice, in mid-epoch and in mid-window of the log."""
+    config = tiny.config(cache_dir, **{"train.epochs": 3, "checkpoint.every_steps": 3})
+    for stop in (5, 11):  # the second counts from where the first left off: step 3
+        with monkeypatch.context() as patch:
+            _stop_at(patch, stop)
+            with pytest.raises(_Killed):
+                train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    step, meta, arrays = _arrays(tmp_path)
+    expected_step, expected_meta, expected = _arrays(finished[1])
+    assert step == expected_step == 18
+    assert meta["window"] == expected_meta["window"]
+    assert jax.tree.structure(arrays) == jax.tree.structure(expected)
+    jax.tree.map(assert_array_equal, arrays, expected)
+    assert len(jax.tree.leaves(arrays)) > 50
+    timed = {"images_per_second", "eta_seconds"}
+    stopped, whole = (
+        [
+            {k: v for k, v in line.items() if k not in timed}
+            for line in run_folder.read_metrics(folder)
+        ]
+        for folder in (tmp_path, finished[1])
+    )
+    assert stopped == whole
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished):
+    config, workdir, scores = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.run(config, workdir) == scores
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_eval_repeats_the_scores_of_training(finished, capsys):
+    config, workdir, scores = finished
+    lines = len(run_folder.read_metrics(workdir))
+    evaluate.run(config, workdir)
+    added = run_folder.read_metrics(workdir)[lines:]
+    assert [(x["split"], x["protocol"]) for x in added] == [
+        ("test", "full"),
+        ("test", "center"),
+        ("test_shifted", "full"),
+        ("test_shifted", "center"),
+    ]
+    for line in added:
+        assert line["count"] == config.data.test_size
+        if line["protocol"] == "center":
+            assert line == scores[line["split"]]
+    printed = capsys.readouterr().out
+    assert re.search(r"test, center: top-1 .* of 40 images", printed)
+    # What was added is as if it had been there: the run itself is still finished.
+    text = "".join(
+        x + "\n" for x in (workdir / "metrics.jsonl").read_text().split("\n")[:lines]
+    )
+    (workdir / "metrics.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("which", ["best", 12])
+def test_eval_takes_another_checkpoint(finished, capsys, which):
+    config, workdir, _ = finished
+    changed = config.copy_and_resolve_references()
+    changed.eval.checkpoint = str(which)
+    changed.eval.protocol = "center"
+    before = (workdir / "metrics.jsonl").read_text()
+    evaluate.run(changed, workdir)
+    (workdir / "metrics.jsonl").write_text(before)
+    if which == 12:
+        tested = [x for x in run_folder.read_metrics(workdir) if x["split"] == "test"]
+        top1 = next(x["top1"] for x in tested if x["step"] == 12)
+        assert f"test, center: top-1 {100 * top1:.1f} %" in capsys.readouterr().out
+
+
+def _changed(config, **changes):
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(changes)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 16}, "of another model"),
+        ({"model.backbone": "resnet18"}, "of another model"),
+        ({"data.num_species": 5}, "the data has 5 classes, the checkpoint 8"),
+        ({"eval.checkpoint": "7"}, "no checkpoint '7'"),
+        ({"eval.protocol": "corner"}, "unknown eval.protocol 'corner'"),
+    ],
+)
+def test_eval_refuses_what_does_not_fit(finished, changes, message):
+    config, workdir, _ = finished
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(_changed(config, **changes), workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 20}, r"train.batch_size=20 cannot be shared"),
+        ({"train.batch_size": 8}, "at least 2 pictures on each"),
+        ({"train.batch_size": 112}, "96 training pictures do not fill one batch"),
+        ({"train.epochs": 0}, "train.epochs=0 must be 1 or more"),
+        ({"data.crop_px": 40}, "data.crop_px=40 does not fit"),
+        ({"data.source": "imagenet"}, "'imagenet'"),
+        ({"data.source": "cub", "data.path": "nowhere"}, "there is no such folder"),
+        ({"model.backbone": "vgg16"}, "unknown backbone 'vgg16'"),
+        ({"model.kind": "cnn"}, "unknown model.kind 'cnn'"),
+        ({"contrast.pairs": "some"}, "'some' is unknown"),
+        ({"contrast.distance": "cosine"}, "'cosine' is unknown"),
+        ({"bn.sync": True, "bn.group_size": 2}, "give only one"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    cache_dir, tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        train.run(tiny.config(cache_dir, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused(finished):
+    config, workdir, _ = finished
+    with pytest.raises(ValueError, match=r"optim.base_lr: 0.05 in the run folder, 0.1"):
+        train.run(_changed(config, **{"optim.base_lr": 0.1}), workdir)
+
+
+def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):
+    config, workdir, _ = finished
+    changed = _changed(config, **{"model.width": 16})
+    with pytest.raises(ValueError, match="of another model"):
+        train.run(changed, workdir, allow_change=True)
+    run_folder.keep_config(workdir, config.to_dict(), allow_change=True)
+
+
+def test_a_diverged_run_stops_and_says_so(cache_dir, tmp_path):
+    changes = {"optim.base_lr": 1e6, "model.kind": "baseline", "train.epochs": 4}
+    with pytest.raises(ValueError, match=r"training has diverged; lower optim.base_lr"):
+        train.run(tiny.config(cache_dir, **changes), tmp_path)
+
+
+def test_attention_in_a_corner_is_warned_of_with_the_cure(cache_dir, tmp_path, capsys):
+    changes = {"art.init": (0.99, 0.99, 0.45, 0.0), "train.epochs": 1}
+    train.run(tiny.config(cache_dir, **changes), tmp_path)
+    assert (
+        "warning: at step 4 the attention sits in a corner" in capsys.readouterr().err
+    )

@@ -1,0 +1,32 @@
+"""The smallest run that has everything: drawings of 32 px, a ResNet of width 8."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.quickstart import get_config
+
+
+def config(cache_dir: Path, variant: str = "", **changes: Any) -> ConfigDict:
+    """A config that trains in seconds; `changes` as {"train.epochs": 3}."""
+    tiny = get_config(variant)
+    tiny.update_from_flattened_dict(
+        {
+            "data.short_side_px": 36,
+            "data.crop_px": 32,
+            "data.train_size": 96,
+            "data.test_size": 40,
+            "data.cache_dir": str(cache_dir),
+            "model.width": 8,
+            "art.size_px": 16,
+            "optim.warmup_epochs": 0,
+            "train.batch_size": 16,
+            "train.epochs": 2,
+            "train.log_every_steps": 4,
+            "eval.batch_size": 16,
+            "eval.every_epochs": 1,
+            **changes,
+        }
+    )
+    return tiny
