@@ -1,0 +1,330 @@
+"""Weights in and out: ResNets of torchvision, timm and transformers; all or an error.
+
+Names are torchvision's (timm's ResNets bear the same). Nothing is skipped in silence:
+each array of a file is used or named as left, and each parameter is filled.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from cra_jax import hub, resnet, torch_files
+
+STREAMS = ("classification_stream", "regularization_stream")
+_CLASSIFIER = ("fc.weight", "fc.bias")
+_SHOWN = 8  # names of each kind of problem in an error
+
+Key = tuple[str, ...]
+Flat = dict[Any, Any]  # what flatten_dict gives, too loosely typed to check
+
+
+def load_torch(
+    path: str | Path, *, arch: str, num_classes: int | None = None
+) -> dict[str, Any]:
+    """A file's weights as linen variables, classifier included.
+
+    Width and stem are those of the file. Transformers' ResNets are read as V1.5, the
+    stride in the 3x3 convolution, as theirs are by default: weights do not tell.
+
+    Args:
+      path: `.safetensors` or `.pth`, in torchvision's, timm's or transformers' names.
+      arch: a key of `resnet.ARCHITECTURES`.
+      num_classes: how many classes the file must know; None: as many as it does.
+
+    Returns:
+      `{"params", "batch_stats"}`, float32 arrays, exactly the file's values. Its
+      counters `num_batches_tracked` are left: nothing here has a use for them.
+
+    Raises:
+      ValueError: as `torch_files.read`; or the file is not this network's, is rounded
+        to half precision, or holds NaN; one error lists all that is wrong.
+    """
+    arrays = _read(path)
+    known = _rows(arrays, "fc.weight")
+    if num_classes is not None and known is not None and known != num_classes:
+        raise ValueError(
+            f"the classifier of {path} knows {known} classes, not {num_classes}: give "
+            f"num_classes={known} or None, or take the rest of it by load_trunk"
+        )
+    expected = _expected(arch, known or num_classes or 1, arrays)
+    filled, _ = _fill(expected, arrays, path=path, arch=arch)
+    return unflatten_dict(filled)
+
+
+def load_trunk(
+    path: str | Path, *, arch: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A file's weights without the classifier, which may be of any size or absent.
+
+    Args:
+      path: as for `load_torch`.
+      arch: as for `load_torch`.
+
+    Returns:
+      `{"params", "batch_stats"}` without `fc`, and the names of the file's arrays that
+      were left: the classifier's, and the counters.
+
+    Raises:
+      ValueError: as `load_torch`.
+    """
+    arrays = _read(path)
+    expected = _without_classifier(_expected(arch, 1, arrays))
+    filled, left = _fill(expected, arrays, path=path, arch=arch, leave=_CLASSIFIER)
+    return unflatten_dict(filled), left
+
+
+def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
+    """Writes a ResNet's variables under torchvision's names, whole or not at all.
+
+    torchvision's class loads the file strictly: BatchNorm's counters are there, as 0.
+
+    Args:
+      path: the `.safetensors` file; its folder is made, what was there is replaced.
+      variables: `{"params", "batch_stats"}` of a plain ResNet, of any width or stem.
+
+    Raises:
+      ValueError: the variables are not exactly a ResNet's, or not finite float32.
+    """
+    path = Path(path)
+    flat: Flat = flatten_dict(dict(variables))
+    arrays = _unique((_torch_name(key), _to_torch(x)) for key, x in flat.items())
+    arch = _looks_like(arrays)
+    if arch is None:
+        raise ValueError(
+            f"cannot write {path}: {', '.join(list(arrays)[:3])}, ... are "
+            f"not the variables of one of {', '.join(resnet.ARCHITECTURES)}; give the "
+            "classification stream's, without anything else"
+        )
+    expected = _expected(arch, _rows(arrays, "fc.weight") or 1, arrays)
+    _fill(expected, arrays, path=f"what should go to {path}", arch=arch)
+    counters = {name: np.array(0, np.int64) for name in _counters(arrays)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # transformers refuses a file that does not say which library it is for.
+        save_file(arrays | counters, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def start_from(
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    *,
+    pretrained: str | Path,
+    arch: str,
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Starts every stream from the same weights; classifiers and Gamma's head stay.
+
+    Args:
+      params: a training state's, with one or both of `STREAMS`.
+      batch_stats: the same state's.
+      pretrained: as for `hub.fetch`.
+      arch: the streams' architecture.
+
+    Returns:
+      New `params` and `batch_stats`, no two of whose new arrays share memory, and lines
+      that say what was used, what was left and what stays fresh.
+
+    Raises:
+      ValueError: as `hub.fetch` and `load_torch`; the file must fit the streams' width
+        and stem, too.
+    """
+    record = hub.record_of(pretrained)
+    if record and record.arch != arch:
+        raise ValueError(
+            f"{pretrained} is a {record.arch}, and model.backbone is {arch!r}: change "
+            "one of the two"
+        )
+    streams = [stream for stream in STREAMS if stream in params]
+    if not streams:
+        raise ValueError(f"params hold {list(params)}, none of {', '.join(STREAMS)}")
+    file = hub.fetch(pretrained)
+    arrays = _read(file)
+    new: Flat = flatten_dict({"params": dict(params), "batch_stats": dict(batch_stats)})
+    left: tuple[str, ...] = ()
+    used = 0
+    for stream in streams:
+        own = {(c, *key): x for (c, s, *key), x in new.items() if s == stream}
+        expected = _without_classifier({key: x.shape for key, x in own.items()})
+        filled, left = _fill(expected, arrays, path=file, arch=arch, leave=_CLASSIFIER)
+        used = len(filled)
+        for (collection, *key), array in filled.items():
+            # Copies: the training step gives its buffers away.
+            new[(collection, stream, *key)] = jnp.array(array, copy=True)
+    tree = unflatten_dict(new)
+    named = [name for name in _CLASSIFIER if name in left]
+    lines = [
+        f"pretrained: {pretrained}" + (f" ({file})" if str(file) != pretrained else ""),
+        hub.describe(record),
+        f"{used} arrays start {' and '.join(streams)}",
+        f"left in the file: {', '.join(named) or 'no classifier'}; "
+        f"{len(left) - len(named)} counters (num_batches_tracked)",
+        f"fresh: fc of {' and '.join(streams)}"
+        + "".join(f", {name}" for name in params if name not in STREAMS),
+    ]
+    return tree["params"], tree["batch_stats"], lines
+
+
+def _read(path: str | Path) -> dict[str, np.ndarray]:
+    """A file's arrays under torchvision's names."""
+    arrays = torch_files.read(path)
+    return _unique((_from_transformers(name), x) for name, x in arrays.items())
+
+
+def _unique(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for name, array in pairs:
+        if name in arrays:
+            raise ValueError(f"two arrays stand for {name}: keep one of them")
+        arrays[name] = array
+    return arrays
+
+
+def _from_transformers(name: str) -> str:
+    """`resnet.encoder.stages.0.layers.1.layer.2.*` -> `layer1.1.conv3`, and so on."""
+    match = re.fullmatch(
+        r"(?:resnet\.)?(?:(?P<stem>embedder\.embedder)|encoder\.stages\.(?P<stage>\d+)"
+        r"\.layers\.(?P<block>\d+)\.(?:layer\.(?P<layer>\d+)|shortcut))"
+        r"\.(?P<kind>convolution|normalization)\.(?P<leaf>\w+)",
+        name,
+    )
+    if match is None:
+        return re.sub(r"^classifier\.1\.", "fc.", name)
+    stem, stage, block, layer, kind, leaf = match.groups()
+    is_norm = kind == "normalization"
+    short = "bn" if is_norm else "conv"
+    if stem:
+        return f"{short}1.{leaf}"
+    last = f"{short}{int(layer) + 1}" if layer else f"downsample.{int(is_norm)}"
+    return f"layer{int(stage) + 1}.{block}.{last}.{leaf}"
+
+
+def _torch_name(key: Key) -> str:
+    """`("params", "layer1_0", "bn1", "scale")` -> `layer1.0.bn1.weight`, and so on."""
+    _, *modules, leaf = key
+    name = re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", ".".join(modules))
+    name = name.replace("downsample_conv", "downsample.0")
+    name = name.replace("downsample_bn", "downsample.1")
+    leaves = {"kernel": "weight", "scale": "weight"}
+    leaves |= {"mean": "running_mean", "var": "running_var"}
+    return f"{name}.{leaves.get(leaf, leaf)}"
+
+
+def _to_torch(array: Any) -> np.ndarray:
+    """Linen's `HWIO` and `IO` kernels as torch's `OIHW` and `OI`; vectors stay."""
+    array = np.asarray(array)
+    order = (3, 2, 0, 1) if array.ndim == 4 else None
+    return np.ascontiguousarray(array.transpose(order))
+
+
+def _to_linen(array: np.ndarray) -> np.ndarray:
+    order = (2, 3, 1, 0) if array.ndim == 4 else None
+    return np.ascontiguousarray(array.transpose(order))
+
+
+def _rows(arrays: Mapping[str, np.ndarray], name: str) -> int | None:
+    """How many outputs a layer has, if it is there at all."""
+    array = arrays.get(name)
+    return array.shape[0] if array is not None and array.ndim else None
+
+
+def _counters(names: Iterable[str]) -> list[str]:
+    """BatchNorm's counters that belong to these names."""
+    means = [name for name in names if name.endswith(".running_mean")]
+    return [n.replace(".running_mean", ".num_batches_tracked") for n in means]
+
+
+def _looks_like(names: Iterable[str]) -> str | None:
+    """The architecture with just these residual blocks."""
+    names = list(names)
+    found = {m[0] for name in names if (m := re.match(r"layer\d+\.\d+\.", name))}
+    bottleneck = any(name.endswith(".conv3.weight") for name in names)
+    for arch, (blocks, is_bottleneck) in resnet.ARCHITECTURES.items():
+        wanted = {f"layer{s}.{i}." for s, n in enumerate(blocks, 1) for i in range(n)}
+        if (found, bottleneck) == (wanted, is_bottleneck):
+            return arch
+    return None
+
+
+def _expected(
+    arch: str, num_classes: int, arrays: Mapping[str, np.ndarray]
+) -> dict[Key, tuple[int, ...]]:
+    """Path and shape of each variable; width and stem are those of the arrays."""
+    conv1 = arrays.get("conv1.weight")
+    size = conv1.shape[-1] if conv1 is not None and conv1.ndim == 4 else 7
+    model = resnet.create(
+        arch,
+        num_classes,
+        width=_rows(arrays, "conv1.weight") or 64,
+        stem="imagenet" if size == 7 else "small",  # "medium" has the same shapes
+    )
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    leaves: Flat = flatten_dict(
+        dict(jax.eval_shape(model.init, jax.random.key(0), images))
+    )
+    return {key: leaf.shape for key, leaf in leaves.items()}
+
+
+def _without_classifier(expected: Mapping[Key, Any]) -> dict[Key, Any]:
+    return {key: shape for key, shape in expected.items() if key[1] != "fc"}
+
+
+def _fill(
+    expected: Mapping[Key, tuple[int, ...]],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    path: str | Path,
+    arch: str,
+    leave: Iterable[str] = (),
+) -> tuple[dict[Key, np.ndarray], tuple[str, ...]]:
+    """An array for each expected variable, and the names of those that were left.
+
+    Raises:
+      ValueError: anything is missing, left over, or not as it should be.
+    """
+    keys = {_torch_name(key): key for key in expected}
+    may_stay = {*leave, *_counters(keys)}
+    left = tuple(name for name in arrays if name in may_stay)
+    filled: dict[Key, np.ndarray] = {}
+    problems: dict[str, list[str]] = {
+        "missing": sorted(keys.keys() - arrays.keys()),
+        "unknown": [n for n in arrays if n not in keys and n not in may_stay],
+        "of another shape": [],
+        "not float32 (half precision has lost digits; take the float32 file)": [],
+        "not finite": [],
+    }
+    shape_problems, dtype_problems, value_problems = list(problems.values())[2:]
+    for name in (name for name in arrays if name in keys):
+        key, array = keys[name], _to_linen(arrays[name])
+        filled[key] = array
+        if array.shape != expected[key]:
+            wanted = _to_torch(np.empty(expected[key], "b")).shape
+            shape_problems.append(f"{name} {arrays[name].shape}, not {wanted}")
+        if array.dtype != np.float32:
+            dtype_problems.append(f"{name} {array.dtype}")
+        elif not np.isfinite(array).all():
+            value_problems.append(name)
+    if any(problems.values()):
+        lines = [_listed(kind, names) for kind, names in problems.items() if names]
+        like = _looks_like(arrays)
+        hint = f" (it looks like a {like})" if like and like != arch else ""
+        raise ValueError(
+            f"{path} does not fit {arch}{hint}; choose the backbone, width and stem "
+            "that it was trained with, or another file:\n  " + "\n  ".join(lines)
+        )
+    return filled, left
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}"
