@@ -9,7 +9,7 @@ of devices: a batch is computed from its number alone, so training can resume an
 import functools
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -223,7 +223,7 @@ def prefetch(
     *,
     workers: int = 2,
     depth: int = 4,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yields `make(start), ..., make(stop - 1)` in order, computed ahead in threads.
 
     Closing the generator cancels what has not begun, and waits for what has. An error
@@ -248,7 +248,7 @@ def prefetch(
 
 def _prefetch(
     make: Callable[[int], T], todo: Iterator[int], workers: int, depth: int
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """The generator of `prefetch`, apart so that arguments are checked at the call."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
     ahead: deque[Future[T]] = deque()

@@ -1,0 +1,364 @@
+"""Records -> pictures, decoded and resized once, then mapped from one file.
+
+A store is two files under the cache folder: `<name>-<key>.pixels`, the pictures' bytes
+one after another, and `<name>-<key>.json`, their shapes. The key covers the records'
+names and stamps, so a changed picture or setting makes another store. The index is
+renamed into place last: where it is sound and the pixels have its size, all is there.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cra_jax.pipeline import prefetch
+from cra_jax.sources import Record
+
+FORMAT = 1
+"""Part of every key: raise it when the files change, or the decoder, or the resize."""
+
+_LOG_EVERY_S = 10.0
+_NAMED = 10  # how many unreadable pictures a message names
+_SAMPLE = 16  # how many pictures the size of a store is estimated from
+
+Say = Callable[[str], None]
+
+
+class Store:
+    """Pictures mapped from disk: `len`, `[i] -> uint8 [h, w, 3]`, a read-only view.
+
+    Attributes:
+        records: what is stored: `store[i]` is the picture of `records[i]`.
+        skipped: name -> reason, of the records that were left out as unreadable.
+        shapes: int64 `[n, 2]`, height and width of every picture.
+        path: the file of the pixels.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        records: Sequence[Record],
+        skipped: dict[str, str],
+        shapes: np.ndarray,
+    ):
+        self.path = path
+        self.records = tuple(records)
+        self.skipped = skipped
+        self.shapes = shapes
+        self._ends = np.cumsum(3 * shapes.prod(axis=1)).tolist()
+        # A plain view: slices of a memmap are slow to make.
+        self._pixels = np.asarray(np.memmap(path, np.uint8, mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        index = range(len(self))[index]  # IndexError beyond; -1 is the last
+        height, width = self.shapes[index].tolist()
+        end = self._ends[index]
+        return self._pixels[end - 3 * height * width : end].reshape(height, width, 3)
+
+
+class Streamed:
+    """The same without the disk, for sets that are too large: decodes at every access.
+
+    It has no `.shapes`, since no size is known before the picture is decoded. An
+    unreadable picture is a `ValueError` where it is met.
+
+    Attributes:
+        records: `streamed[i]` is the picture of `records[i]`.
+        skipped: empty; there so that either kind is reported alike.
+    """
+
+    def __init__(self, records: Sequence[Record], short_side_px: int):
+        self.records = tuple(records)
+        self.skipped: dict[str, str] = {}
+        self._short_side_px = _check_side(short_side_px)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        picture = _read(self.records[index], self._short_side_px)
+        if isinstance(picture, str):
+            raise ValueError(f"unreadable picture: {picture}")
+        return picture
+
+
+def default_cache_dir(root: Path | None) -> Path:
+    """Where stores go: inside the data folder, or with the user's other caches.
+
+    Returns:
+        `<root>/.cra_jax_cache` where the data folder `root` can be written to, else
+        `cra_jax` under `$XDG_CACHE_HOME` or `~/.cache`. Nothing is created.
+    """
+    if root is not None and root.is_dir() and os.access(root, os.W_OK | os.X_OK):
+        return root / ".cra_jax_cache"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification has relative paths ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "cra_jax"
+
+
+def prepare(
+    records: Sequence[Record],
+    *,
+    short_side_px: int,
+    cache_dir: Path,
+    name: str,
+    workers: int | None = None,
+    progress: bool = True,
+    skip_unreadable: bool = False,
+) -> Store:
+    """Opens the store of these records, and makes it first where it is not there.
+
+    Safe to kill at any time (the next call starts over), and to call from several
+    processes: one makes the store, the others wait for it. Pictures are decoded in
+    threads, since Pillow releases the interpreter; drawn pictures gain little by it.
+
+    Args:
+        records: the pictures of one split, in order.
+        short_side_px: length of the shorter side after the resize.
+        cache_dir: folder of the stores, made where it is missing.
+        name: start of the file names, such as `cub_train`.
+        workers: threads; None for one per core.
+        progress: report on stderr, by a bar or, where it is no terminal, by lines.
+        skip_unreadable: leave unreadable pictures out, and name them in `skipped`.
+
+    Raises:
+        ValueError: no records, a name that is no file name, unreadable pictures (all of
+            them in one message), a folder that cannot be written, or a full disk.
+    """
+    if not records:
+        raise ValueError(f"there are no pictures to store for {name!r}")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"store name {name!r}: use letters, digits and . _ - alone")
+    say = _say if progress else _mute
+    key = _key(records, _check_side(short_side_px))
+    stem = Path(cache_dir) / f"{name}-{key[:16]}"
+
+    def find(say: Say) -> Store | None:
+        store = _open(stem, key, records, say)
+        # A store with gaps does not serve who wants all: perhaps they can be read now.
+        return store if store and (skip_unreadable or not store.skipped) else None
+
+    try:
+        store = find(say)
+        if store is None:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(stem, say):
+                store = find(_mute)  # made by the process that we waited for
+                if store is None:
+                    _check_disk(stem, records, short_side_px, say)
+                    with _reading(records, short_side_px, workers) as read:
+                        shown = _tracked(read, len(records), name) if progress else read
+                        _build(stem, key, records, shown, skip_unreadable)
+                    store = find(_mute)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free some space" if full else "make it a folder you can write to"
+        raise ValueError(
+            f"cannot store pictures in {stem.parent} ({error}): {cure}, or choose "
+            "another cache folder"
+        ) from error
+    assert store is not None, f"{stem} changed while it was made"
+    if store.skipped:
+        say(f"{name}: {_unreadable(store.skipped, len(records))}; left out")
+    return store
+
+
+def _key(records: Sequence[Record], short_side_px: int) -> str:
+    """Hex digest of all that the pixels depend on."""
+    stamps = [[record.name, record.stamp] for record in records]
+    return _digest([FORMAT, short_side_px, stamps])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _open(stem: Path, key: str, records: Sequence[Record], say: Say) -> Store | None:
+    """Maps a store that is there and whole; needs no right to write."""
+    pixels = Path(f"{stem}.pixels")
+    try:
+        text = Path(f"{stem}.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        index = json.loads(text)
+        checksum = index.pop("checksum")
+        shapes = np.array(index["shapes"], np.int64)
+        whole = checksum == _digest(index) and index["key"] == key
+        whole = whole and pixels.stat().st_size == 3 * shapes.prod(axis=1).sum()
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        whole = False
+    if not whole:
+        say(f"{pixels} or its index is damaged or cut short: it is made again")
+        return None
+    kept = [record for record in records if record.name not in index["skipped"]]
+    return Store(pixels, kept, index["skipped"], shapes)
+
+
+def _build(
+    stem: Path,
+    key: str,
+    records: Sequence[Record],
+    read: Iterable[np.ndarray | str],
+    skip_unreadable: bool,
+) -> None:
+    """Writes both files under other names, and renames them when they are on disk."""
+    shapes: list[tuple[int, ...]] = []
+    skipped: dict[str, str] = {}
+    with _replacing(Path(f"{stem}.pixels")) as file:
+        for record, picture in zip(records, read, strict=True):
+            if isinstance(picture, str):
+                skipped[record.name] = picture
+            else:
+                shapes.append(picture.shape[:2])
+                file.write(np.ascontiguousarray(picture).data)
+        if skipped and not (skip_unreadable and shapes):
+            raise ValueError(
+                f"{_unreadable(skipped, len(records))}\nMend or remove them"
+                + (", or set skip_unreadable to leave them out" if shapes else "")
+            )
+    index = {"key": key, "shapes": shapes, "skipped": skipped}
+    with _replacing(Path(f"{stem}.json")) as file:
+        file.write(json.dumps(index | {"checksum": _digest(index)}).encode())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """A file to write that takes the name `path` only when it is whole and on disk."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the two renames may reach the disk in any order
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _locked(stem: Path, say: Say) -> Iterator[None]:
+    """Holds the store's lock; the system releases it if this process is killed."""
+    with open(Path(f"{stem}.lock"), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{stem.name}: another process is at work on it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _check_disk(
+    stem: Path, records: Sequence[Record], short_side_px: int, say: Say
+) -> None:
+    """Says how much disk the store will take, judged by a few; refuses if it lacks."""
+    Path(f"{stem}.pixels.partial").unlink(missing_ok=True)  # of a kill
+    sample = records[:: -(-len(records) // _SAMPLE)]
+    read = [_read(record, short_side_px) for record in sample]
+    sizes = [picture.nbytes for picture in read if not isinstance(picture, str)]
+    need = sum(sizes) / max(len(sizes), 1) * len(records)
+    free = shutil.disk_usage(stem.parent).free
+    figures = f"about {need / 1e9:.2f} GB of {free / 1e9:.2f} GB free in {stem.parent}"
+    if need > free:
+        raise ValueError(
+            f"storing {len(records):,} pictures takes {figures}: free some space, "
+            "choose another cache folder, or stream the pictures instead"
+        )
+    say(f"{stem.name}: storing {len(records):,} pictures, {figures}")
+    name = stem.name.rpartition("-")[0]
+    others = set(stem.parent.glob(f"{name}-*.pixels")) - {Path(f"{stem}.pixels")}
+    if others:
+        taken = sum(path.stat().st_size for path in others) / 1e9
+        say(
+            f"{stem.name}: {len(others)} older stores of other settings or pictures "
+            f"take {taken:.2f} GB there; remove those that you no longer need"
+        )
+
+
+def _reading(
+    records: Sequence[Record], short_side_px: int, workers: int | None
+) -> contextlib.closing[Generator[np.ndarray | str, None, None]]:
+    """Every picture in order, or why it cannot be read; threads end with the block."""
+    workers = os.cpu_count() or 1 if workers is None else workers
+    read = prefetch(
+        lambda i: _read(records[i], short_side_px),
+        0,
+        len(records),
+        workers=workers,
+        depth=4 * workers,
+    )
+    return contextlib.closing(read)
+
+
+def _read(record: Record, short_side_px: int) -> np.ndarray | str:
+    """The picture, or why it cannot be read."""
+    try:
+        picture = record.read(short_side_px)
+    except (ValueError, OSError) as error:
+        reason = str(error) or type(error).__name__
+        return reason if record.name in reason else f"{record.name}: {reason}"
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise TypeError(
+            f"{record.name} was read as {picture.dtype} {list(picture.shape)}: "
+            "Record.read must return uint8 [h, w, 3]"
+        )
+    return picture
+
+
+def _unreadable(skipped: dict[str, str], count: int) -> str:
+    """One message for all pictures that cannot be read; names the first few."""
+    lines = [f"{len(skipped)} of {count} pictures cannot be read:"]
+    lines += [f"  {reason}" for reason in list(skipped.values())[:_NAMED]]
+    lines += [f"  and {len(skipped) - _NAMED} more"] * (len(skipped) > _NAMED)
+    return "\n".join(lines)
+
+
+def _tracked(
+    read: Iterator[np.ndarray | str], total: int, name: str
+) -> Iterator[np.ndarray | str]:
+    """Passes pictures on and shows how far it is: a bar, or lines where none can be."""
+    if sys.stderr.isatty():
+        yield from tqdm(read, total=total, desc=name, unit=" pictures")
+        return
+    start = said = time.monotonic()
+    for done, picture in enumerate(read, 1):
+        yield picture
+        now = time.monotonic()
+        if now - said >= _LOG_EVERY_S or done == total:
+            rate = done / max(now - start, 1e-9)
+            left = (total - done) / rate
+            _say(f"{name}: {done:,} of {total:,}, {rate:.0f}/s, {left:.0f} s left")
+            said = now
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _mute(text: str) -> None:
+    """Takes the place of `_say` where no progress is wanted."""
+
+
+def _check_side(short_side_px: int) -> int:
+    if short_side_px < 1:
+        raise ValueError(f"data.short_side_px is {short_side_px}: set it to 1 or more")
+    return short_side_px
