@@ -104,7 +104,8 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
             "classification stream's, without anything else"
         )
     expected = _expected(arch, _rows(arrays, "fc.weight") or 1, arrays)
-    _fill(expected, arrays, path=f"what should go to {path}", arch=arch)
+    cure = "give them all, as the network has them"
+    _fill(expected, arrays, path=f"what should go to {path}", arch=arch, cure=cure)
     counters = {name: np.array(0, np.int64) for name in _counters(arrays)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -286,6 +287,9 @@ def _fill(
     path: str | Path,
     arch: str,
     leave: Iterable[str] = (),
+    cure: str = (
+        "choose the backbone, width and stem that it was trained with, or another file"
+    ),
 ) -> tuple[dict[Key, np.ndarray], tuple[str, ...]]:
     """An array for each expected variable, and the names of those that were left.
 
@@ -319,8 +323,7 @@ def _fill(
         like = _looks_like(arrays)
         hint = f" (it looks like a {like})" if like and like != arch else ""
         raise ValueError(
-            f"{path} does not fit {arch}{hint}; choose the backbone, width and stem "
-            "that it was trained with, or another file:\n  " + "\n  ".join(lines)
+            f"{path} does not fit {arch}{hint}; {cure}:\n  " + "\n  ".join(lines)
         )
     return filled, left
 

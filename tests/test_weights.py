@@ -346,7 +346,7 @@ def test_a_saved_model_or_checkpoint_says_what_to_save(tmp_path):
         (5, (4,), (1,)),  # begins too late
         (-4, (4,), (1,)),
         (7, (3,), (-4,)),
-        (0, (10**6, 10**6), (0, 0)),  # would fill the memory
+        (0, (3, 3), (0, 0)),  # repeats itself: larger ones would fill the memory
         (0, (2, 2), (1,)),
     ],
 )
@@ -372,7 +372,9 @@ def test_a_view_outside_its_storage_is_refused(view, tmp_path):
                 target.writestr(info.filename, source.read(info))
         with target.open("weights.zip/data.pkl", "w") as file:
             Pickler(file, protocol=2).dump({"a": Tensor()})
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(
+        ValueError, match=r"does not fit a storage of 8|is shorter than"
+    ):
         torch_files.read(outside)
 
 
@@ -425,6 +427,7 @@ def test_views_parameters_and_every_dtype_are_read(kind, tmp_path):
         "strided": base[1:, ::2],
         "scalar": base[2, 3],
         "empty": base[:0],
+        "empty storage": torch.empty(0, 3),
         "parameter": torch.nn.Parameter(base + 1),
         "expanded once": torch.ones(1).expand(1, 1),
     }
@@ -464,7 +467,10 @@ def test_only_a_plain_finite_resnet_is_written(tmp_path):
         (changed(np.full(4, np.nan, np.float32), *scale), "1 not finite: bn1.weight"),
         (changed(jnp.ones(4, jnp.bfloat16), *scale), "bn1.weight bfloat16"),
         (changed(np.ones(5, np.float32), *scale), r"bn1.weight \(5,\), not \(4,\)"),
-        ({"params": good["params"]}, "24 missing: bn1.running_mean"),
+        (
+            {"params": good["params"]},
+            r"give them all(.|\n)*24 missing: bn1.running_mean",
+        ),
         ({"params": {"classification_stream": good["params"]}}, "not the variables of"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -551,12 +557,12 @@ def test_offline_the_error_says_how_to_place_the_file(client):
         ("runs/missing.safetensors", "no weights file"),
         ("weights/missing.pth", "no weights file"),
         ("resnet50", r"no weights file 'resnet50'.*timm/resnet50\.tv_in1k"),
-        ("", "no weights file"),
+        ("/nowhere/at/all", "no weights file"),
     ],
 )
 def test_no_file_and_no_name_is_refused_without_a_download(name, message, client):
     with pytest.raises(ValueError, match=message):
-        hub.fetch(name or "/nowhere/at/all")
+        hub.fetch(name)
     assert client.calls == []
 
 
