@@ -24,11 +24,16 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         help_text = "File of configs/, with variants after a colon."
         config_flags.DEFINE_config_file(_CONFIG, _DEFAULT, help_text, lock_config=True)
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as error:
+        rest = flags.FLAGS(argv)
+        _ = flags.FLAGS.config.seed  # a file that is missing is missed on first use
+        return rest
+    except (flags.Error, LookupError, AttributeError, OSError, ValueError) as error:
         # What a config file raises arrives with its traceback as text: the last line.
-        text = str(error.args[0] if error.args else error).strip().splitlines()
-        sys.exit(f"error in the flags: {text[-1].removeprefix('ValueError: ')}")
+        text = str(error).replace("\\n", "\n").replace("\\", "").strip('" \n')
+        lines = [line.strip() for line in text.splitlines()]
+        text = lines[-1] if "Traceback" in text else " ".join(lines)
+        text = text.removeprefix("ValueError: ").replace("' Did", "'. Did")
+        sys.exit(f"error in the flags: {text}")
 
 
 def main(argv: list[str]) -> None:
@@ -41,8 +46,9 @@ def main(argv: list[str]) -> None:
     name = re.sub(r"\W+", "-", f"{Path(file).stem} {variant}").strip("-")
     workdir = Path(values.workdir or f"runs/{name}")
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from cra_jax import evaluate, train  # not before: loading jax takes seconds
+    from cra_jax import evaluate, parallel, store, train  # jax takes seconds to load
 
+    parallel.keep_compiled(store.default_cache_dir(None) / "compiled")
     try:
         if values.mode == "train":
             train.run(values.config, workdir, allow_change=values.allow_config_change)

@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     data.prefetch_batches = 4  # batches made ahead
     data.test_share = 0.2  # folder without a test split: share of each class
     data.num_species = 8  # synthetic: classes
-    data.habitat_share = 0.9  # synthetic: how often the habitat gives the class away
+    data.habitat_share = 0.7  # synthetic: how often the habitat gives the class away
     data.train_size = 4096  # synthetic: pictures
     data.test_size = 1024  # synthetic: pictures, in either test split
 

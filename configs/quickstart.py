@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.train_size = 2048
     config.data.test_size = 512
     config.model.width = 16
-    config.model.stem = "small"
+    config.model.stem = "medium"
     config.art.size_px = 32  # half the crop, as 224 is of 448
 
     # From scratch: a high rate after a warm-up, and two falls near the end.

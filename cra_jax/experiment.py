@@ -101,8 +101,15 @@ def check(config: ConfigDict) -> None:
 def load_data(config: ConfigDict) -> sources.Dataset:
     """Lists the records of the config's data set; opens no picture."""
     data = config.data
-    options = {key: data[key] for key in sources.OPTIONS[data.source]}
-    return sources.load(data.source, data.path, seed=data.seed, **options)
+    options = {key: data[key] for key in sources.OPTIONS.get(data.source, ())}
+    dataset = sources.load(data.source, data.path, seed=data.seed, **options)
+    count, batch_size = len(dataset.splits["train"]), config.train.batch_size
+    if count < batch_size:
+        raise ValueError(
+            f"{count} training pictures do not fill one batch of {batch_size}: set "
+            f"train.batch_size to {count} or less"
+        )
+    return dataset
 
 
 def open_split(config: ConfigDict, dataset: sources.Dataset, name: str) -> Split:

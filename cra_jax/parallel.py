@@ -4,7 +4,9 @@ State goes in and out of a step without a device axis, batches with one. A step 
 written for one device and gets `all_mean` from its caller, so that it runs alone, too.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,15 @@ def device_count() -> int:
 def describe_devices() -> str:
     """For the log: "8 x TPU v5e"."""
     return f"{device_count()} x {jax.local_devices()[0].device_kind}"
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in a folder, so that the next run starts at once.
+
+    The environment's JAX_COMPILATION_CACHE_DIR has the say where it is set.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def check_divides(batch_size: int, *, setting: str, least: int = 1) -> None:

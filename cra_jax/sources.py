@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cra_jax import folders, pictures, published, synthetic
+from cra_jax import drawing, folders, pictures, published, synthetic
 from cra_jax.folders import some
 
 Box = tuple[float, float, float, float]
@@ -96,7 +96,7 @@ def load(
         path: the data set's folder; empty or None for "synthetic".
         seed: of the drawings, or of the split that is drawn from folders of classes.
         **options: those of the source in `OPTIONS`.
-            num_species (8), habitat_share (0.9), train_size (4096), test_size (1024):
+            num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
             of the drawn birds.
             test_share (0.2): of each class, where the folders hold no test split.
 
@@ -144,14 +144,15 @@ def _synthetic(
     seed: int,
     *,
     num_species: int = 8,
-    habitat_share: float = 0.9,
+    habitat_share: float = 0.7,
     train_size: int = 4096,
     test_size: int = 1024,
 ) -> Dataset:
     names = synthetic.class_names(num_species)
     setting = {"seed": seed, "num_species": num_species, "habitat_share": habitat_share}
     # Drawings change with the code that draws them.
-    code = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
+    files = [Path(room.__file__).read_bytes() for room in (drawing, synthetic)]
+    code = hashlib.sha256(b"".join(files)).hexdigest()[:12]
     stamp = " ".join(f"{key}={value}" for key, value in setting.items()) + f" {code}"
     splits = {}
     for split in synthetic.SPLITS:

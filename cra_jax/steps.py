@@ -100,6 +100,10 @@ def make_loss(
     """
     if pairs not in losses.PAIRS:
         raise ValueError(f"contrast.pairs {pairs!r} is unknown; one of {losses.PAIRS}")
+    if distance not in losses.DISTANCES:
+        raise ValueError(
+            f"contrast.distance {distance!r} is unknown; one of {losses.DISTANCES}"
+        )
     draw_pairs = losses.neighbour_pairs if pairs == "random" else losses.all_pairs
 
     def loss_function(params, batch_stats, images, labels, step):

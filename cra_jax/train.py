@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cra_jax import experiment, parallel, pipeline, run_folder, steps
+from cra_jax import experiment, parallel, pipeline, run_folder, sources, steps
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.evaluate import Evaluator, classification_variables
 from cra_jax.metrics import Mean
@@ -32,12 +32,18 @@ def run(
         before any work is done.
     """
     experiment.check(config)
-    with run_folder.locked(workdir):
-        run_folder.keep_config(workdir, config.to_dict(), allow_change=allow_change)
-        with Checkpoints(
-            workdir / "checkpoints", keep_latest=config.checkpoint.keep_latest
-        ) as checkpoints:
-            scores = _Run(config, workdir, checkpoints).to_the_end()
+    dataset = experiment.load_data(config)
+    keep = config.checkpoint.keep_latest
+    with (
+        run_folder.locked(workdir),
+        Checkpoints(workdir / "checkpoints", keep_latest=keep) as checkpoints,
+    ):
+        # Without a checkpoint there is nothing yet that a change could spoil.
+        fresh = checkpoints.latest_step() is None
+        run_folder.keep_config(
+            workdir, config.to_dict(), allow_change=allow_change or fresh
+        )
+        scores = _Run(config, workdir, dataset, checkpoints).to_the_end()
     print("\n".join(_summary(scores, workdir)))
     return scores
 
@@ -45,11 +51,16 @@ def run(
 class _Run:
     """One run: what it is made of, and where it is."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        dataset: sources.Dataset,
+        checkpoints: Checkpoints,
+    ):
         self._config = config
         self._workdir = workdir
         self._checkpoints = checkpoints
-        dataset = experiment.load_data(config)
         self._class_names = dataset.class_names
         self._splits = {
             name: experiment.open_split(config, dataset, name)

@@ -205,18 +205,25 @@ def test_eval_refuses_what_does_not_fit(finished, changes, message):
         ({"bn.sync": True, "bn.group_size": 2}, "give only one"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_written(
+def test_mistakes_are_named_before_a_run_begins(
     cache_dir, tmp_path, changes, message
 ):
     with pytest.raises(ValueError, match=message):
         train.run(tiny.config(cache_dir, **changes), tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_in_the_same_folder_is_refused(finished):
     config, workdir, _ = finished
     with pytest.raises(ValueError, match=r"optim.base_lr: 0.05 in the run folder, 0.1"):
         train.run(_changed(config, **{"optim.base_lr": 0.1}), workdir)
+
+
+def test_a_folder_without_a_checkpoint_belongs_to_no_config(cache_dir, tmp_path):
+    run_folder.keep_config(tmp_path, {"seed": 5})
+    changes = {"model.kind": "baseline", "train.epochs": 1}
+    train.run(tiny.config(cache_dir, **changes), tmp_path)
+    assert run_folder.read_config(tmp_path)["seed"] == 0
 
 
 def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):

@@ -1,0 +1,214 @@
+"""What a user types: modes, variants, overrides, and mistakes that end in one line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+from numpy.testing import assert_array_equal
+
+from cra_jax.checkpoint import Checkpoints
+from cra_jax.run_folder import flatten, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One home for prepared pictures and compiled programs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def _command(*arguments):
+    return [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+
+
+def _environment(cache):
+    """As a user has it: one CPU device."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    del environment["XLA_FLAGS"]
+    return environment
+
+
+def _launch(cache, *arguments, cwd):
+    return subprocess.run(
+        _command(*arguments),
+        env=_environment(cache),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def _overrides(**changes):
+    """The tiny config as flags over the quickstart's."""
+    tiny_values = flatten(tiny.config(Path("cache"), **changes).to_dict())
+    plain = flatten(tiny.get_config("").to_dict())
+    return [
+        f"--config.{key}={value}"
+        for key, value in tiny_values.items()
+        if plain[key] != value and key != "data.cache_dir"
+    ]
+
+
+def test_train_then_eval(cache, tmp_path):
+    workdir = tmp_path / "run"
+    config = f"--config={ROOT}/configs/quickstart.py:baseline"
+    trained = _launch(
+        cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    summary = trained.stdout.splitlines()
+    assert summary[-1].strip() == f"run folder: {workdir}"
+    assert "of 40 images" in summary[-2]
+    assert "strongest activation in the box" in summary[-2]
+    assert "step 4/12 epoch 1 loss" in trained.stderr
+    # Without --config, the run's own config; an override is laid over it.
+    evaluated = _launch(
+        cache,
+        "--mode=eval",
+        f"--workdir={workdir}",
+        "--config.eval.checkpoint=best",
+        cwd=tmp_path,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    for split in ("test", "test_shifted"):
+        for protocol in ("center", "full"):
+            assert f"\n{split}, {protocol}: top-1 " in evaluated.stdout
+    again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == trained.stdout
+    assert "goes on from step 12" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config.train.epoch=3"],
+            'Did you mean "epochs" instead of "epoch"?',
+        ),
+        (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
+        (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
+        (["--config=nowhere.py"], "error in the flags: "),
+        (["--mode=evaluate"], "value should be one of <train|eval>"),
+        (["train"], "'train' is no flag"),
+        (["--config={root}/configs/cub.py"], "error: source 'cub' needs a path"),
+        (
+            ["--config={root}/configs/cars.py", "--config.data.path=/nowhere"],
+            "error: /nowhere: there is no such folder; expected cars_train/",
+        ),
+        (["--mode=eval", "--workdir=empty"], "error: empty holds no run"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(cache, tmp_path, arguments, message):
+    arguments = [a.format(root=ROOT) for a in arguments]
+    done = _launch(cache, *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_config_and_variant_builds():
+    from configs import cars, cub, quickstart
+    from cra_jax import experiment
+
+    for module in (cub, cars, quickstart):
+        for variant in ("", "resnet101", "baseline", "resnet18,stn", "stn,resnet34"):
+            config = module.get_config(variant)
+            config.train.batch_size = 64
+            experiment.check(config)
+            for name in variant.split(","):
+                kind = name in ("baseline", "stn")
+                assert not name or name == (
+                    config.model.kind if kind else config.model.backbone
+                )
+
+
+def test_the_papers_numbers_are_the_defaults():
+    """Sec. 4.1, typed from the paper."""
+    from configs.cub import get_config
+
+    config = get_config()
+    assert (config.data.short_side_px, config.data.crop_px) == (512, 448)
+    assert config.art.size_px == 224
+    assert (config.art.alpha_p, config.art.alpha_s) == (1, 0.5)
+    assert config.contrast.margin == 0.7
+    assert config.restriction.expectation == (0, 0, 0.5, 0)
+    assert config.restriction.threshold == (0.4, 0.4, 0.4, pytest.approx(3.14159265))
+    assert config.train.batch_size == 64
+    assert (config.optim.weight_decay, config.optim.momentum) == (5e-4, 0.9)
+    assert (config.optim.base_lr, config.optim.factor) == (1e-3, 0.1)
+    assert (config.optim.first_epochs, config.optim.period_epochs) == (50, 45)
+    assert config.restriction.first_epochs == 50
+    assert config.restriction.period_epochs == 45
+    assert config.model.backbone == "resnet50"
+
+
+def _newest_arrays(workdir):
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose("latest")
+        return step, checkpoints.restore(step, checkpoints.shapes(step))
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_no_bit(cache, tmp_path):
+    """The same command until it is done; killed at moments that the seed draws."""
+    seed = int(os.environ.get("CRA_JAX_KILL_SEED", "0"))
+    rng = random.Random(seed)
+    options = [
+        f"--config={ROOT}/configs/quickstart.py",
+        *_overrides(**{"train.epochs": 30, "checkpoint.every_steps": 5}),
+    ]
+    whole = _launch(cache, f"--workdir={tmp_path}/whole", *options, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    kills, resumed = 0, 0
+    while True:
+        process = subprocess.Popen(
+            _command(f"--workdir={tmp_path}/killed", *options),
+            env=_environment(cache),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        # From the first step on, so that each try gets somewhere.
+        for line in process.stderr:
+            resumed += "goes on from step" in line
+            if line.startswith("step "):
+                break
+        if kills < 6:
+            time.sleep(rng.uniform(0, 1.5))
+            process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        process.stderr.close()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert kills >= 3
+    assert resumed >= 2
+    (step, arrays), (expected_step, expected) = (
+        _newest_arrays(tmp_path / name) for name in ("killed", "whole")
+    )
+    assert step == expected_step == 180
+    jax.tree.map(assert_array_equal, arrays, expected)
+    untimed = [
+        [
+            json.dumps({k: v for k, v in x.items() if "second" not in k})
+            for x in read_metrics(tmp_path / name)
+        ]
+        for name in ("killed", "whole")
+    ]
+    assert untimed[0] == untimed[1]
+    print(f"seed {seed}: {kills} kills, {resumed} resumes, same bits at step {step}")

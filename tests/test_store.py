@@ -1,0 +1,436 @@
+"""A store is whole or not there, and holds what its records say.
+
+Run as a script, this file prepares a store in a process of its own, to be killed.
+"""
+
+import collections
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cra_jax import pictures, sources, store
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE = 12
+Disk = collections.namedtuple("Disk", "total used free")
+
+
+def picture(i: int, short_side_px: int) -> np.ndarray:
+    """A picture that no other has, of a size that few others have."""
+    size = (short_side_px + i % 5, short_side_px) if i % 2 else (short_side_px, 17 + i)
+    return np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
+
+
+def read(log: Path, i: int, short_side_px: int) -> np.ndarray:
+    """Reads picture i, and notes it in a file that other processes can see."""
+    with open(log, "a") as file:
+        file.write(f"{i}\n")
+    return picture(i, short_side_px)
+
+
+def make(folder: Path, count: int = 30, reader=read) -> list[sources.Record]:
+    log = folder / "reads.txt"
+    return [
+        sources.Record(f"{i}.jpg", i % 3, functools.partial(reader, log, i), f"v{i}")
+        for i in range(count)
+    ]
+
+
+def reads(folder: Path) -> int:
+    log = folder / "reads.txt"
+    count = len(log.read_text().split()) if log.exists() else 0
+    log.unlink(missing_ok=True)
+    return count
+
+
+def prepare(folder: Path, records=None, **changes) -> store.Store:
+    arguments = {
+        "short_side_px": SIDE,
+        "cache_dir": folder / "cache",
+        "name": "birds_train",
+        "progress": False,
+    }
+    records = make(folder) if records is None else records
+    return store.prepare(records, **(arguments | changes))
+
+
+def files(folder: Path, suffix: str) -> list[Path]:
+    return sorted((folder / "cache").glob(f"*{suffix}"))
+
+
+def assert_holds(opened, count: int = 30, side: int = SIDE) -> None:
+    assert len(opened) == count
+    for i in range(count):
+        np.testing.assert_array_equal(opened[i], picture(i, side))
+
+
+def start(folder: Path, how: str) -> subprocess.Popen:
+    """Prepares the store in another process; `how` says where it dies or waits."""
+    return subprocess.Popen(
+        [sys.executable, __file__, str(folder), how],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def main(folder: Path, how: str) -> None:
+    """What `start` starts."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def reader(log, i, short_side_px):
+        if how == "die at picture 20" and i == 20 and reads_so_far(log) > 17:
+            die()
+        if how == "wait" and i == 20:
+            wait_for(lambda: (folder / "go").exists())
+        return read(log, i, short_side_px)
+
+    real, calls = os.replace, []
+
+    def replace(one, two):
+        calls.append(two)
+        if how == f"die before rename {len(calls)}":
+            die()
+        real(one, two)
+
+    os.replace = replace
+    prepare(folder, make(folder, reader=reader), workers=2, progress=True)
+
+
+def reads_so_far(log: Path) -> int:
+    return len(log.read_text().split())
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.01)
+
+
+def test_holds_every_picture_once_decoded(tmp_path):
+    first = prepare(tmp_path)
+    assert_holds(first)
+    assert first.shapes.tolist() == [
+        list(picture(i, SIDE).shape[:2]) for i in range(30)
+    ]
+    assert [record.name for record in first.records] == [f"{i}.jpg" for i in range(30)]
+    assert first.skipped == {}
+    assert reads(tmp_path) >= 30
+    again = prepare(tmp_path)
+    assert_holds(again)
+    assert reads(tmp_path) == 0
+    assert again.path == first.path
+    assert not files(tmp_path, ".partial")
+
+
+def test_pictures_are_views_that_cannot_be_written(tmp_path):
+    opened = prepare(tmp_path)
+    assert opened[3].flags.owndata is False
+    with pytest.raises(ValueError, match="read-only"):
+        opened[3][0, 0] = 0
+    np.testing.assert_array_equal(opened[-1], picture(29, SIDE))
+    with pytest.raises(IndexError):
+        opened[30]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_no_byte(tmp_path, workers):
+    here = prepare(tmp_path / "a", make(tmp_path), workers=workers)
+    there = prepare(tmp_path / "b", make(tmp_path), workers=2)
+    assert here.path.read_bytes() == there.path.read_bytes()
+    assert here.path.name == there.path.name
+
+
+@pytest.mark.parametrize("how", ["stamp", "name", "order", "size", "count"])
+def test_a_change_makes_another_store(tmp_path, how):
+    old = prepare(tmp_path)
+    before = old.path.read_bytes()
+    records, side = make(tmp_path), SIDE
+    if how == "stamp":
+        records[7] = sources.Record(
+            "7.jpg", 1, functools.partial(picture, 99), "mended since"
+        )
+    elif how == "name":
+        records[7] = sources.Record("x.jpg", 1, records[7].read, "v7")
+    elif how == "order":
+        records.reverse()
+    elif how == "size":
+        side = 16
+    else:
+        records.pop()
+    new = prepare(tmp_path, records, short_side_px=side)
+    assert new.path != old.path
+    assert len(new) == len(records)
+    for i, record in enumerate(records):
+        np.testing.assert_array_equal(new[i], record.read(side))
+    assert old.path.read_bytes() == before
+
+
+def test_labels_are_no_part_of_the_pixels(tmp_path):
+    prepare(tmp_path)
+    reads(tmp_path)
+    relabelled = [
+        sources.Record(r.name, 2 - r.label, r.read, r.stamp) for r in make(tmp_path)
+    ]
+    assert prepare(tmp_path, relabelled).records[0].label == 2
+    assert reads(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "how", ["die at picture 20", "die before rename 1", "die before rename 2"]
+)
+def test_killed_in_the_middle(tmp_path, how):
+    killed = start(tmp_path, how)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert reads(tmp_path) >= 17  # it was in the middle
+    assert not files(tmp_path, ".json")
+    assert_holds(prepare(tmp_path))
+    assert reads(tmp_path) >= 30
+    whole = prepare(tmp_path / "untouched", make(tmp_path))
+    assert prepare(tmp_path).path.read_bytes() == whole.path.read_bytes()
+    assert not files(tmp_path, ".partial")
+
+
+def test_two_processes_at_once(tmp_path):
+    first = start(tmp_path, "wait")
+    log = tmp_path / "reads.txt"
+    wait_for(lambda: log.exists() and reads_so_far(log) > 17)
+    second = start(tmp_path, "wait")
+    assert second.stderr is not None
+    assert "another process is at work on it; waiting" in second.stderr.readline()
+    (tmp_path / "go").touch()
+    for process in (first, second):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    sampled = -(-30 // 2)
+    assert reads(tmp_path) == sampled + 30  # by one of them
+    assert_holds(prepare(tmp_path))
+    assert reads(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["pixels cut", "pixels gone", "index cut", "index changed", "not an index"],
+)
+def test_damage_is_noticed_and_mended(tmp_path, capsys, damage):
+    opened = prepare(tmp_path)
+    index = opened.path.with_suffix(".json")
+    text = index.read_text()
+    if damage == "pixels cut":
+        os.truncate(opened.path, opened.path.stat().st_size - 1)
+    elif damage == "pixels gone":
+        opened.path.unlink()
+    elif damage == "index cut":
+        index.write_text(text[: len(text) // 2])
+    elif damage == "index changed":  # two shapes exchanged: the size is as before
+        changed = json.loads(text)
+        changed["shapes"][0], changed["shapes"][1] = changed["shapes"][1::-1]
+        assert changed != json.loads(text)
+        index.write_text(json.dumps(changed))
+    else:
+        index.write_text("[1, 2]")
+    assert_holds(prepare(tmp_path, progress=True))
+    assert capsys.readouterr().err.count("is damaged or cut short") == 1
+    reads(tmp_path)
+    assert_holds(prepare(tmp_path))
+    assert reads(tmp_path) == 0
+
+
+def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 20_000))
+    with pytest.raises(ValueError, match=r"30 pictures takes about .* of 0.00 GB free"):
+        prepare(tmp_path)
+    assert reads(tmp_path) <= 16
+    assert not files(tmp_path, ".pixels")
+
+
+def test_the_estimate_is_close(tmp_path, capsys, monkeypatch):
+    usage = Disk(10**12, 0, 10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    records = [
+        sources.Record(f"{i}", 0, lambda s: np.zeros((s, 2 * s, 3), np.uint8), "")
+        for i in range(40)
+    ]
+    prepare(tmp_path, records, short_side_px=300, progress=True)
+    errors = capsys.readouterr().err
+    assert "storing 40 pictures, about 0.02 GB of 1000.00 GB free in" in errors
+    assert "40 of 40" in errors
+    prepare(tmp_path, records, short_side_px=310, progress=True)
+    assert "1 older stores" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        ValueError, match=r"No space left .*: free some space, or choose"
+    ):
+        prepare(tmp_path)
+    assert not files(tmp_path, ".partial")
+    monkeypatch.undo()
+    assert_holds(prepare(tmp_path))
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="make it a folder you can write to"):
+        prepare(tmp_path, cache_dir=tmp_path / "file" / "cache")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_serves_what_it_holds(tmp_path):
+    prepare(tmp_path)
+    cache = tmp_path / "cache"
+    cache.chmod(0o555)
+    try:
+        assert_holds(prepare(tmp_path))
+        with pytest.raises(ValueError, match="Permission denied.*you can write to"):
+            prepare(tmp_path, short_side_px=16)
+    finally:
+        cache.chmod(0o755)
+
+
+def spoil(folder: Path, *bad: int, count: int = 30) -> list[sources.Record]:
+    """Records of files, some of which are no pictures."""
+    records = []
+    for i in range(count):
+        path = folder / f"{i}.png"
+        Image.fromarray(picture(i, SIDE)).save(path)
+        if i in bad:
+            path.write_bytes(b"<html>not found</html>")
+        reader = functools.partial(pictures.read, path, name=path.name)
+        stamp = str(path.stat().st_size)
+        records.append(sources.Record(path.name, 0, reader, stamp))
+    return records
+
+
+def test_one_bad_picture_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"1 of 30 pictures cannot be read:\n  7\.png: "
+    ):
+        prepare(tmp_path, spoil(tmp_path, 7))
+    assert not files(tmp_path, ".pixels")
+    assert not files(tmp_path, ".partial")
+    assert_holds(prepare(tmp_path, spoil(tmp_path)))
+
+
+def test_many_bad_pictures_are_counted(tmp_path):
+    with pytest.raises(ValueError, match="12 of 30") as error:
+        prepare(tmp_path, spoil(tmp_path, *range(12)))
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines[1:11]] == [
+        f"  {i}.png" for i in range(10)
+    ]
+    assert lines[11] == "  and 2 more"
+
+
+def test_bad_pictures_are_left_out_when_asked_and_said_each_time(tmp_path, capsys):
+    records = spoil(tmp_path, 0, 7)
+    for _ in range(2):
+        opened = prepare(tmp_path, records, skip_unreadable=True, progress=True)
+        assert list(opened.skipped) == ["0.png", "7.png"]
+        assert "2 of 30 pictures cannot be read" in capsys.readouterr().err
+        names = [f"{i}.png" for i in range(30) if i not in (0, 7)]
+        assert [record.name for record in opened.records] == names
+        assert len(opened) == len(opened.shapes) == 28
+        for one, record in zip(opened, opened.records, strict=True):
+            np.testing.assert_array_equal(one, record.read(SIDE))
+    with pytest.raises(ValueError, match="2 of 30"):  # others still want all of them
+        prepare(tmp_path, records)
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
+    with pytest.raises(ValueError, match="4 of 4"):
+        prepare(tmp_path, spoil(tmp_path, *range(4), count=4), skip_unreadable=True)
+
+
+def test_an_error_of_the_program_is_no_bad_picture(tmp_path):
+    def broken(short_side_px):
+        raise ZeroDivisionError
+
+    records = [sources.Record("a", 0, broken, "")]
+    with pytest.raises(ZeroDivisionError):
+        prepare(tmp_path, records, skip_unreadable=True)
+    grey = [sources.Record("a", 0, lambda s: np.zeros((s, s), np.uint8), "")]
+    with pytest.raises(TypeError, match="a was read as uint8"):
+        prepare(tmp_path, grey)
+
+
+def test_threads_end_when_it_fails(tmp_path, monkeypatch):
+    def replace(one, two):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ValueError, match="Input/output error"):
+        prepare(tmp_path, workers=3)
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"records": []}, "no pictures to store for 'birds_train'"),
+        ({"name": "../train"}, "use letters, digits"),
+        ({"name": ""}, "use letters, digits"),
+        ({"short_side_px": 0}, "data.short_side_px is 0"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        prepare(tmp_path, **changes)
+
+
+def test_streamed_decodes_at_each_access(tmp_path):
+    streamed = store.Streamed(make(tmp_path), SIDE)
+    assert_holds(streamed)
+    assert_holds(streamed)
+    assert reads(tmp_path) == 60
+    assert not hasattr(streamed, "shapes")
+    assert streamed.skipped == {}
+    with pytest.raises(ValueError, match=r"unreadable picture: 1\.png"):
+        store.Streamed(spoil(tmp_path, 1, count=2), SIDE)[1]
+
+
+def test_cache_goes_into_the_data_or_to_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert store.default_cache_dir(tmp_path) == tmp_path / ".cra_jax_cache"
+    for root in (None, tmp_path / "missing"):
+        assert store.default_cache_dir(root) == tmp_path / "xdg" / "cra_jax"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert store.default_cache_dir(tmp_path) == tmp_path / "xdg" / "cra_jax"
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert store.default_cache_dir(None) == Path.home() / ".cache" / "cra_jax"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_photographs(shared_data, tmp_path):
+    dataset = sources.load("cub", shared_data / "cub_10" / "CUB_200_2011")
+    records = dataset.splits["test"][::10]
+    opened = prepare(tmp_path, records, short_side_px=128)
+    assert (opened.shapes.min(axis=1) == 128).all()
+    for one, record in zip(opened, records, strict=True):
+        np.testing.assert_array_equal(one, record.read(128))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
