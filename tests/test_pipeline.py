@@ -350,7 +350,7 @@ def test_too_few_pictures_for_a_batch():
 @pytest.mark.parametrize("make", [Sized, list])
 def test_a_picture_smaller_than_the_crop_is_named(make):
     pictures = make(numbered((9, 9), (12, 7), (9, 9)))
-    kwargs = {"batch_size": 3, "crop_px": 8}
+    kwargs: dict[str, Any] = {"batch_size": 3, "crop_px": 8}
     match = r"picture 1 is 12 x 7 .*data.crop_px to 7 or less, or data.short_side_px"
     with pytest.raises(ValueError, match=match):
         TrainBatches(pictures, [0, 0, 0], seed=0, **kwargs).batch(0)
@@ -377,7 +377,7 @@ def test_sizes_that_are_known_are_checked_before_training():
         ({"pictures": []}, "the split has no pictures"),
     ],
 )
-def test_bad_arguments_are_named(changes, match):
+def test_bad_arguments_are_named(changes: dict[str, Any], match: str):
     arguments: dict[str, Any] = {
         "pictures": numbered((9, 9), (9, 9), (9, 9)),
         "labels": [0, 1, 2],
