@@ -4,12 +4,12 @@ python launch.py --config configs/cars.py --config.data.path=stanford_cars
 python launch.py --config configs/cars.py:resnet101,baseline
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs.cub import get_config as cub
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> Any:
     """The paper's recipe on Stanford Cars; variants as in `cub.py`."""
     config = cub(variant)
     config.data.source = "cars"

@@ -8,6 +8,7 @@ Variants, joined by commas: a backbone (`resnet18` ... `resnet152`) and a kind
 """
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,7 +16,7 @@ from cra_jax.model import KINDS
 from cra_jax.resnet import ARCHITECTURES
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> Any:
     """The paper's recipe on CUB-200-2011.
 
     Args:
@@ -24,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     Raises:
       ValueError: a name is unknown.
     """
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.seed = 0  # of weights, order, crops and flips
 
     data = config.data = ConfigDict()
@@ -66,8 +67,8 @@ def get_config(variant: str = "") -> ConfigDict:
     art.redundancy = "hard"  # Eq. 5; "soft": logistic edges, with a gradient
     art.softness = 0.05  # width of those edges; the picture is 2 wide
     art.gradient_clip = 1.0  # of an image's affine matrix, as released; 0: none (open)
-    art.normalize_head = True  # Gamma from features of length 1; False: raw, as paper
-    art.guard = 0.95  # share of its bound beyond which Gamma is held; 0: never, as paper
+    art.normalize_head = True  # Gamma from features of length 1; False: raw
+    art.guard = 0.95  # share of its bound beyond which Gamma is held; 0: never
 
     restriction = config.restriction = ConfigDict()
     restriction.expectation = (0.0, 0.0, 0.5, 0.0)  # E (Eq. 7, Sec. 4.1)

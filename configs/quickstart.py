@@ -7,12 +7,12 @@ A small ResNet on small drawings; the method is the one of `cub.py`, its phases 
 down to fit.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs.cub import get_config as cub
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> Any:
     """A recipe for drawings of 64 px; variants as in `cub.py`."""
     config = cub("resnet10")
     config.data.source = "synthetic"

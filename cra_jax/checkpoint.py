@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
@@ -179,15 +180,15 @@ class Checkpoints:
 
     def shapes(self, step: int) -> Tree:
         """What a step holds: a tree of dicts of `jax.ShapeDtypeStruct`."""
-        path = self._directory / str(step) / "state"
-        saved = flatten_dict(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+        path = epath.Path(self._directory) / str(step) / "state"
+        saved = _flatten(ocp.PyTreeCheckpointHandler().metadata(path).tree)
         return unflatten_dict(
             {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in saved.items()}
         )
 
     def _check(self, step: int, wanted: Mapping[tuple[str, ...], Any]) -> None:
         saved = self.shapes(step)
-        found = {key: tuple(leaf.shape) for key, leaf in flatten_dict(saved).items()}
+        found = {key: tuple(leaf.shape) for key, leaf in _flatten(saved).items()}
         wrong = [
             f"{'.'.join(key)}: checkpoint {found.get(key, 'has none')}, "
             f"model {tuple(leaf.shape)}"
@@ -198,18 +199,20 @@ class Checkpoints:
             shown = "\n  ".join(wrong[:8])
             more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise ValueError(
-                f"checkpoint {self._directory / str(step)} is of another model (kind, backbone, width "
-                "or number of classes); use the config that it was trained with:\n  "
+                f"checkpoint {self._directory / str(step)} is of another "
+                "model (kind, backbone, width or number of classes); use the config "
+                "that it was trained with:\n  "
                 f"{shown}{more}"
             )
 
 
-def _metric(metrics: Mapping[str, float | None]) -> float:
+def _metric(metrics: Mapping[str, float | None] | None) -> float:
     """What "best" goes by; a step saved in mid-epoch was not measured."""
-    value = metrics[_BEST]
+    value = metrics[_BEST] if metrics else None
     return -math.inf if value is None else value
 
 
 def _flatten(tree: Tree) -> dict[tuple[str, ...], Any]:
     """The arrays of a tree of dicts, dataclasses and tuples, by their path."""
-    return flatten_dict(serialization.to_state_dict(tree))
+    flat: Any = flatten_dict(serialization.to_state_dict(tree))
+    return flat

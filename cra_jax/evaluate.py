@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cra_jax import experiment, metrics, parallel, pipeline, run_folder
@@ -180,7 +179,7 @@ class Evaluator:
       config: of the run; reads ``data`` and ``eval``.
     """
 
-    def __init__(self, backbone: nn.Module, config: ConfigDict):
+    def __init__(self, backbone: nn.Module, config: experiment.Config):
         data = config.data
         self._crop_px = data.crop_px
         self._workers = data.workers
@@ -259,7 +258,7 @@ class Evaluator:
         return np.array(hits)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: experiment.Config, workdir: Path) -> None:
     """Restores a checkpoint's classification stream, scores the test splits, prints.
 
     The numbers are added to the run folder's `metrics.jsonl`.

@@ -12,9 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from ml_collections import ConfigDict
 
 from cra_jax import model, optim, parallel, schedule, sources, steps, store
+
+Config = Any
+"""An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
 
 PROTOCOLS = ("center", "full", "both")
 
@@ -54,7 +56,7 @@ class Training:
     step: Callable
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Finds what is wrong with a config before any work is done.
 
     Raises:
@@ -98,7 +100,7 @@ def check(config: ConfigDict) -> None:
     build_loss(config, nn.Dense(1), steps_per_epoch=1)
 
 
-def load_data(config: ConfigDict) -> sources.Dataset:
+def load_data(config: Config) -> sources.Dataset:
     """Lists the records of the config's data set; opens no picture."""
     data = config.data
     options = {key: data[key] for key in sources.OPTIONS.get(data.source, ())}
@@ -112,7 +114,7 @@ def load_data(config: ConfigDict) -> sources.Dataset:
     return dataset
 
 
-def open_split(config: ConfigDict, dataset: sources.Dataset, name: str) -> Split:
+def open_split(config: Config, dataset: sources.Dataset, name: str) -> Split:
     """Opens a split, preparing its store where the config wants one."""
     data = config.data
     records = dataset.splits[name]
@@ -134,9 +136,7 @@ def open_split(config: ConfigDict, dataset: sources.Dataset, name: str) -> Split
     return Split(pictures, labels, pictures.records)
 
 
-def backbone(
-    config: ConfigDict, num_classes: int, *, training: bool = False
-) -> nn.Module:
+def backbone(config: Config, num_classes: int, *, training: bool = False) -> nn.Module:
     """The network that predicts; in training it may share BatchNorm statistics."""
     extra: dict[str, Any] = {}
     if training and config.bn.sync:
@@ -154,7 +154,7 @@ def backbone(
     )
 
 
-def build_network(config: ConfigDict, num_classes: int) -> model.CRACNN:
+def build_network(config: Config, num_classes: int) -> model.CRACNN:
     """Both streams and the ART module, as the config's kind has them."""
     art = config.art
     return model.create(
@@ -173,7 +173,7 @@ def build_network(config: ConfigDict, num_classes: int) -> model.CRACNN:
     )
 
 
-def build_loss(config: ConfigDict, network: nn.Module, *, steps_per_epoch: int):
+def build_loss(config: Config, network: nn.Module, *, steps_per_epoch: int):
     """Eq. (9) with the config's margins, thresholds and phases."""
     restriction, contrast = config.restriction, config.contrast
     return steps.make_loss(
@@ -195,7 +195,7 @@ def build_loss(config: ConfigDict, network: nn.Module, *, steps_per_epoch: int):
 
 
 def build_training(
-    config: ConfigDict, num_classes: int, *, steps_per_epoch: int
+    config: Config, num_classes: int, *, steps_per_epoch: int
 ) -> Training:
     """Network, optimiser and the step over all devices."""
     options = config.optim

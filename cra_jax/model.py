@@ -143,12 +143,12 @@ class CRACNN(nn.Module):
             # The loss is a mean over the batch, so a picture's own gradient is b times
             # what arrives here.
             matrix = clip_gradient(matrix, self.gradient_clip / len(images))
-        grid = geometry.affine_grid(matrix, (self.art_size_px,) * 2)
+        grid = geometry.affine_grid(matrix, (self.art_size_px, self.art_size_px))
         return geometry.bilinear_sample(images, grid)
 
     def _leave_out(self, images: Array, gamma_res: Array) -> Array:
         """The redundancy ``[b, s, s, 3]``: the whole picture without the attention."""
-        size = (self.art_size_px,) * 2
+        size = (self.art_size_px, self.art_size_px)
         if self.redundancy == "hard":
             grid = geometry.redundancy_grid(gamma_res, size)
             return geometry.bilinear_sample(images, jax.lax.stop_gradient(grid))

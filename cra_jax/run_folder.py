@@ -181,7 +181,7 @@ class Log:
             parts = " ".join(f"{name} {value}" for name, value in shown.items())
             self.say(f"step {step}/{self._total_steps} epoch {epoch} {parts} ETA {eta}")
         else:
-            self._bar.set_postfix(epoch=epoch, **shown, refresh=False)
+            self._bar.set_postfix({"epoch": epoch, **shown}, refresh=False)
 
     def test(self, *, step: int, epoch: int, split: str, numbers: Numbers) -> None:
         """Records the scores of a split."""

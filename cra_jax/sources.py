@@ -151,7 +151,7 @@ def _synthetic(
     names = synthetic.class_names(num_species)
     setting = {"seed": seed, "num_species": num_species, "habitat_share": habitat_share}
     # Drawings change with the code that draws them.
-    files = [Path(room.__file__).read_bytes() for room in (drawing, synthetic)]
+    files = [Path(str(room.__file__)).read_bytes() for room in (drawing, synthetic)]
     code = hashlib.sha256(b"".join(files)).hexdigest()[:12]
     stamp = " ".join(f"{key}={value}" for key, value in setting.items()) + f" {code}"
     splits = {}

@@ -15,7 +15,7 @@ from jax import Array
 
 from cra_jax import losses, model
 
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Any]
 Terms = dict[str, Array]
 
 # Beyond this share of its bound, tanh has lost nine tenths of its slope.
@@ -65,8 +65,8 @@ def normalize(
     0, which is what lies outside a picture for the sampler and for padding, is then
     the mean colour.
     """
-    mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
-    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+    shift, scale = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
+    return ((images.astype(jnp.float32) / 255 - shift) / scale).astype(dtype)
 
 
 def make_loss(
@@ -125,7 +125,7 @@ def make_loss(
             correct = out.attention_logits.argmax(-1) == labels
             terms |= {"loss_cls2": attended, "attention_top1": correct.mean()}
             loss += weights["cls2"] * attended
-        if out.gamma_res is not None:
+        if out.gamma is not None and out.gamma_res is not None:
             outside = losses.restriction_loss(
                 out.gamma_res, expectation=expectation, threshold=threshold
             ).mean()

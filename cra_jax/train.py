@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from cra_jax import experiment, parallel, pipeline, run_folder, sources, steps
 from cra_jax.checkpoint import Checkpoints
@@ -15,7 +14,7 @@ from cra_jax.metrics import Mean
 
 
 def run(
-    config: ConfigDict, workdir: Path, *, allow_change: bool = False
+    config: experiment.Config, workdir: Path, *, allow_change: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Trains to the end, from the run folder's newest checkpoint where there is one.
 
@@ -53,7 +52,7 @@ class _Run:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: experiment.Config,
         workdir: Path,
         dataset: sources.Dataset,
         checkpoints: Checkpoints,
@@ -225,7 +224,7 @@ def _summary(scores: dict[str, dict[str, Any]], workdir: Path):
     yield f"  run folder: {workdir}"
 
 
-def _describe(config: ConfigDict, dataset, batches, splits):
+def _describe(config: experiment.Config, dataset, batches, splits):
     sizes = ", ".join(f"{name} {len(s.labels)}" for name, s in splits.items())
     train = len(dataset.splits["train"])
     yield (

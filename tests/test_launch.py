@@ -51,7 +51,7 @@ def _launch(cache, *arguments, cwd):
 def _overrides(**changes):
     """The tiny config as flags over the quickstart's."""
     tiny_values = flatten(tiny.config(Path("cache"), **changes).to_dict())
-    plain = flatten(tiny.get_config("").to_dict())
+    plain = flatten(tiny.get_config().to_dict())
     return [
         f"--config.{key}={value}"
         for key, value in tiny_values.items()

@@ -1,5 +1,7 @@
 """How the streams are wired: what each sees, what each owns, what reaches Gamma."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ SIZE = 8
 IMAGES = np.random.default_rng(0).normal(size=(2, 12, 12, 3))
 
 
-def _network(kind="cra", **options):
+def _network(kind="cra", **options: Any):
     return model.create(kind, Echo, art_size_px=SIZE, **options)
 
 
@@ -148,14 +150,14 @@ def _gradient_to_gamma(network, gamma, weights):
 WEIGHTS = (
     np.random.default_rng(1).normal(size=(2, 2, SIZE * SIZE * 3)).astype(np.float32)
 )
-FREE = {"gradient_clip": 0.0, "guard": 0.0}
+FREE: Any = {"gradient_clip": 0.0, "guard": 0.0}
 
 
 def test_a_hard_redundancy_sends_no_gradient_and_a_soft_one_does():
     only_redundancy = (0 * WEIGHTS[0], WEIGHTS[1])
     hard = _gradient_to_gamma(_network(**FREE), GAMMA, only_redundancy)
     assert_array_equal(hard, 0)
-    soft = _network(redundancy="soft", softness=0.1, **FREE)
+    soft = _network("cra", redundancy="soft", softness=0.1, **FREE)
     assert np.abs(_gradient_to_gamma(soft, GAMMA, only_redundancy)).min() > 1e-3
 
 

@@ -58,7 +58,7 @@ GAMMA = (2.5, -0.3, 0.4, 0.3)  # gamma1 is beyond its threshold
 
 
 def _terms(step, *, weights=ONES, pairs="random", normalize=True, distance="euclidean"):
-    """The terms of an Echo network with a fixed Gamma, and the pictures it was shown."""
+    """The terms of an Echo network with a fixed Gamma, and the pictures shown to it."""
     network = model.create("cra", Echo, art_size_px=SIZE, guard=0.9)
     batch = _batch()
     images = jnp.asarray(_images(batch), jnp.float32)
@@ -170,7 +170,7 @@ def _tiny(kind="cra", **options):
 
 def _step(network, all_mean=lambda x: x, rate=0.05, **options):
     def learning_rate(step):
-        return rate
+        return jnp.float32(rate)
 
     optimizer = optim.make_optimizer(learning_rate)
     step = steps.make_train_step(
@@ -224,7 +224,7 @@ def test_pictures_are_flipped_and_normalised_on_the_device():
     flipped = steps.make_train_step(
         first_pixel,
         optim.make_optimizer(lambda s: 0.0),
-        learning_rate=lambda s: 0.0,
+        learning_rate=lambda s: jnp.zeros(()),
         mean=MEAN,
         std=STD,
     )
@@ -260,7 +260,7 @@ def test_the_training_step_scatters_nothing():
     state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     batch = {k: jnp.asarray(v) for k, v in _batch().items()}
     batch["label"] = batch["label"] * 0
-    hlo = jax.jit(step).lower(state, batch).compile().as_text()
+    hlo = jax.jit(step).lower(state, batch).compile().as_text() or ""
     scatters = [x for x in hlo.splitlines() if " scatter(" in x]
     # One small scatter is the cross-entropy's, over [b, k]; a picture's has b h w rows.
     pixels = f"[{6},{SIZE * SIZE},3]"

@@ -1,7 +1,8 @@
-"""Whole runs of the smallest size: they learn, they stop, they go on to the same bits."""
+"""Whole runs of the smallest size: they learn, stop, and go on to the same bits."""
 
 import json
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(cache_dir, tmp_path_factory):
+def finished(cache_dir, tmp_path_factory) -> Any:
     """A run of 3 epochs that nothing disturbed: its config, folder and scores."""
     config = tiny.config(cache_dir, **{"train.epochs": 3})
     workdir = tmp_path_factory.mktemp("runs") / "finished"
@@ -46,10 +47,11 @@ def test_a_run_learns_and_leaves_its_numbers(finished):
     assert training[-1]["loss_cls1"] < training[0]["loss_cls1"]
     assert training[-1]["loss"] < training[0]["loss"]
     for name in (
-        "loss loss_cls1 loss_cls2 loss_res loss_cntr top1 attention_top1 learning_rate "
-        "restriction_weight gamma1_mean gamma4_std gamma_saturated gamma_guarded "
-        "gradient_norm images_per_second eta_seconds"
-    ).split():
+        *("loss", "loss_cls1", "loss_cls2", "loss_res", "loss_cntr"),
+        *("top1", "attention_top1", "learning_rate", "restriction_weight"),
+        *("gamma1_mean", "gamma4_std", "gamma_saturated", "gamma_guarded"),
+        *("gradient_norm", "images_per_second", "eta_seconds"),
+    ):
         assert all(np.isfinite(x[name]) for x in training), name
     for split in ("test", "test_shifted"):
         tested = [x for x in lines if x["split"] == split]
@@ -205,9 +207,7 @@ def test_eval_refuses_what_does_not_fit(finished, changes, message):
         ({"bn.sync": True, "bn.group_size": 2}, "give only one"),
     ],
 )
-def test_mistakes_are_named_before_a_run_begins(
-    cache_dir, tmp_path, changes, message
-):
+def test_mistakes_are_named_before_a_run_begins(cache_dir, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train.run(tiny.config(cache_dir, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
