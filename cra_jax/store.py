@@ -64,7 +64,6 @@ class Store:
         return len(self.records)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        index = range(len(self))[index]  # IndexError beyond; -1 is the last
         height, width = self.shapes[index].tolist()
         end = self._ends[index]
         return self._pixels[end - 3 * height * width : end].reshape(height, width, 3)
@@ -103,8 +102,11 @@ def default_cache_dir(root: Path | None) -> Path:
         `<root>/.cra_jax_cache` where the data folder `root` can be written to, else
         `cra_jax` under `$XDG_CACHE_HOME` or `~/.cache`. Nothing is created.
     """
-    if root is not None and root.is_dir() and os.access(root, os.W_OK | os.X_OK):
-        return root / ".cra_jax_cache"
+    if root is not None and root.is_dir():
+        # The superuser may write anywhere, and still heeds a folder marked read-only.
+        marked = root.stat().st_mode & 0o222
+        if marked and os.access(root, os.W_OK | os.X_OK):
+            return root / ".cra_jax_cache"
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification has relative paths ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "cra_jax"

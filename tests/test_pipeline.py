@@ -295,6 +295,20 @@ def test_prefetch_ends_its_threads_when_closed():
     assert len(started) <= 2 + 6 + 1
 
 
+def test_prefetch_begins_nothing_more_once_closed():
+    started = []
+
+    def make(i):
+        started.append(i)
+        time.sleep(0.02)
+        return i
+
+    ahead = prefetch(make, 0, 10_000, workers=1, depth=50)
+    next(ahead)
+    ahead.close()
+    assert len(started) < 50  # all 50 were asked for
+
+
 def test_prefetch_ends_its_threads_at_the_end():
     assert list(prefetch(lambda i: i * i, 2, 40, workers=4, depth=3)) == [
         i * i for i in range(2, 40)
