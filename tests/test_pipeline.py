@@ -154,7 +154,7 @@ def test_a_picture_keeps_its_crop_whatever_the_batch_size():
 
 def test_crops_cover_the_picture_evenly_and_independently():
     """Chi-square over all places a crop can have, and flips, against uniform."""
-    rooms = (5, 3)  # the crop can start in 5 rows and 3 columns
+    rooms = (4, 4)  # the crop can start in 4 rows and 4 columns
     size = (CROP + rooms[0] - 1, CROP + rooms[1] - 1)
     batches = train(sizes=[size] * 60, batch_size=60)
     counts = np.zeros((*rooms, 2))
@@ -165,7 +165,7 @@ def test_crops_cover_the_picture_evenly_and_independently():
     expected = counts.sum() / counts.size
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert counts.sum() == 6000
-    assert chi_square < 58.3  # 29 degrees of freedom, 0.1 %; the seed is fixed
+    assert chi_square < 61.1  # 31 degrees of freedom, 0.1 %; the seed is fixed
 
 
 def test_neighbours_in_the_order_are_uniformly_random_pairs():
