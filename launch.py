@@ -1,4 +1,4 @@
-"""Trains and evaluates: `python launch.py [--config F] [--workdir D] [--mode M]`.
+"""Trains, evaluates, exports: `python launch.py [--config F] [--workdir D] [--mode M]`.
 
 Without flags it trains the quickstart. Settings are changed, after `--config`, by
 `--config.train.epochs=3` and the like.
@@ -18,7 +18,7 @@ _DEFAULT = str(Path(__file__).resolve().parent / "configs" / "quickstart.py")
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake in them ends in one line."""
     flags.DEFINE_string("workdir", "", "Run folder; empty: runs/<name of the config>.")
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+    flags.DEFINE_enum("mode", "train", ["train", "eval", "export"], "What to do.")
     flags.DEFINE_bool("allow_config_change", False, "Go on under another config.")
     flags.DEFINE_bool("traceback", False, "On an error, show where it comes from.")
     try:
@@ -46,14 +46,15 @@ def main(argv: list[str]) -> None:
     name = re.sub(r"\W+", "-", f"{Path(file).stem} {variant}").strip("-")
     workdir = Path(values.workdir or f"runs/{name}")
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from cra_jax import evaluate, parallel, store, train  # jax takes seconds to load
+    from cra_jax import evaluate, export, parallel, store, train  # jax loads slowly
 
     parallel.keep_compiled(store.default_cache_dir(None) / "compiled")
     try:
         if values.mode == "train":
             train.run(values.config, workdir, allow_change=values.allow_config_change)
         else:
-            evaluate.run(_config_of(workdir), workdir)
+            mode = {"eval": evaluate, "export": export}[values.mode]
+            mode.run(_config_of(workdir), workdir)
     except ValueError as error:
         if values.traceback:
             raise

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cra_jax.hub import KNOWN
 from cra_jax.model import KINDS
 from cra_jax.resnet import ARCHITECTURES
 
@@ -52,7 +53,7 @@ def get_config(variant: str = "") -> Any:
     model.backbone = "resnet50"  # of both streams (Sec. 4.1)
     model.width = 64  # channels of the first stage; 64 is ResNet's
     model.stem = "imagenet"  # 7x7 stride 2 and max-pool; "small": 3x3 stride 1
-    model.pretrained = ""  # weights to start from; empty: none
+    model.pretrained = ""  # a name of the hub or a file; empty: none (see below)
     model.ar_passes = 1  # attention and redundancy through N_ar in 1 batch or 2 (open)
 
     bn = config.bn = ConfigDict()
@@ -123,4 +124,6 @@ def get_config(variant: str = "") -> Any:
         else:
             known = ", ".join((*ARCHITECTURES, *KINDS))
             raise ValueError(f"unknown variant {name!r}; choose from {known}")
+    published = f"timm/{model.backbone}.tv_in1k"
+    model.pretrained = published if published in KNOWN else ""  # ImageNet (Sec. 4.1)
     return config

@@ -20,6 +20,7 @@ def get_config(variant: str = "") -> Any:
     config.data.crop_px = 64
     config.data.train_size = 2048
     config.data.test_size = 512
+    config.model.pretrained = ""
     config.model.width = 16
     config.model.stem = "medium"
     config.art.size_px = 32  # half the crop, as 224 is of 448

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from tqdm import tqdm
 
 from cra_jax import experiment, metrics, parallel, pipeline, run_folder
-from cra_jax.checkpoint import Checkpoints
+from cra_jax.restore import restore
 from cra_jax.steps import normalize
-
-STREAM = "classification_stream"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +37,6 @@ class Predictions:
     logits: np.ndarray
     labels: np.ndarray
     peak_px: np.ndarray | None = None
-
-
-def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
-    """What of a training state evaluation needs: variables of the plain backbone."""
-    return {"params": params[STREAM], "batch_stats": batch_stats[STREAM]}
 
 
 def make_center_step(
@@ -272,58 +264,32 @@ def run(config: experiment.Config, workdir: Path) -> None:
       ValueError: there is no such checkpoint, or it is of another model.
     """
     experiment.check(config)
-    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
-        step = checkpoints.choose(str(config.eval.checkpoint))
-        meta = checkpoints.meta(step)
-        dataset = experiment.load_data(config)
-        if list(dataset.class_names) != meta["class_names"]:
-            raise ValueError(_class_difference(dataset.class_names, meta, workdir))
-        backbone = experiment.backbone(config, len(dataset.class_names))
-        variables = restore_classification_stream(
-            checkpoints, step, backbone, crop_px=config.data.crop_px
+    restored = restore(config, workdir)
+    dataset = experiment.load_data(config)
+    if dataset.class_names != restored.class_names:
+        difference = _class_difference(dataset.class_names, restored.class_names)
+        raise ValueError(
+            f"the data has {difference}: evaluate {workdir} on the classes that it was "
+            "trained on (data.source, data.path)"
         )
-    evaluator = Evaluator(backbone, config)
+    evaluator = Evaluator(restored.backbone, config)
     chosen = config.eval.protocol
-    print(f"checkpoint {step} (epoch {meta['epoch']}) of {workdir}")
+    step, epoch = restored.step, restored.epoch
+    print(f"checkpoint {step} (epoch {epoch}) of {workdir}")
     for name in dataset.splits:
         if name == "train":
             continue
         split = experiment.open_split(config, dataset, name)
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
-            scores = evaluator.scores(variables, split, protocol)
+            scores = evaluator.scores(restored.variables, split, protocol)
             print(f"{name}, {protocol}: {run_folder.describe_scores(scores)}")
             run_folder.append_metrics(
-                workdir, step=step, epoch=meta["epoch"], split=name, numbers=scores
+                workdir, step=step, epoch=epoch, split=name, numbers=scores
             )
 
 
-def restore_classification_stream(
-    checkpoints: Checkpoints, step: int, backbone: nn.Module, *, crop_px: int
-) -> dict[str, Any]:
-    """The plain backbone's variables from a training checkpoint; nothing else is read.
-
-    Raises:
-      ValueError: the checkpoint is of another backbone or number of classes.
-    """
-    images = jax.ShapeDtypeStruct((1, crop_px, crop_px, 3), jnp.float32)
-    abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
-    restored = checkpoints.restore(
-        step, {name: {STREAM: abstract[name]} for name in ("params", "batch_stats")}
-    )
-    return classification_variables(restored["params"], restored["batch_stats"])
-
-
-def _class_difference(
-    class_names: Sequence[str], meta: Mapping[str, Any], workdir: Path
-) -> str:
-    saved = meta["class_names"]
-    if len(class_names) != len(saved):
-        found = f"{len(class_names)} classes, the checkpoint {len(saved)}"
-    else:
-        pairs = zip(class_names, saved, strict=True)
-        here, there = next((a, b) for a, b in pairs if a != b)
-        found = f"class {here!r} where the checkpoint has {there!r}"
-    return (
-        f"the data has {found}: evaluate {workdir} on the classes that it was trained "
-        "on (data.source, data.path)"
-    )
+def _class_difference(here: Sequence[str], there: Sequence[str]) -> str:
+    if len(here) != len(there):
+        return f"{len(here)} classes, the checkpoint {len(there)}"
+    mine, theirs = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
+    return f"class {mine!r} where the checkpoint has {theirs!r}"

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from cra_jax import model, optim, parallel, schedule, sources, steps, store
+from cra_jax import hub, model, optim, parallel, schedule, sources, steps, store
 
 Config = Any
 """An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
@@ -90,10 +90,12 @@ def check(config: Config) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
-    if config.model.pretrained:
+    record = hub.record_of(config.model.pretrained)
+    if record and (tuple(data.mean), tuple(data.std)) != (record.mean, record.std):
         raise ValueError(
-            f"model.pretrained={config.model.pretrained!r}: starting from weights is "
-            "not part of this version; leave it empty"
+            f"model.pretrained={config.model.pretrained!r} was trained on pictures "
+            f"normalised by mean {record.mean} and std {record.std}, but data.mean is "
+            f"{tuple(data.mean)} and data.std {tuple(data.std)}: set them to the former"
         )
     backbone(config, num_classes=1)
     build_network(config, num_classes=1)

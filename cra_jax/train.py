@@ -1,5 +1,6 @@
 """The loop: batches in, updates, numbers, checkpoints, and scores at the end."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from cra_jax import experiment, parallel, pipeline, run_folder, sources, steps
+from cra_jax import (
+    experiment,
+    hub,
+    parallel,
+    pipeline,
+    run_folder,
+    sources,
+    steps,
+    weights,
+)
 from cra_jax.checkpoint import Checkpoints
-from cra_jax.evaluate import Evaluator, classification_variables
+from cra_jax.evaluate import Evaluator
 from cra_jax.metrics import Mean
+from cra_jax.restore import classification_variables
 
 
 def run(
@@ -61,6 +72,12 @@ class _Run:
         self._workdir = workdir
         self._checkpoints = checkpoints
         self._class_names = dataset.class_names
+        first_step = checkpoints.latest_step()
+        # A run that goes on has its weights; one that begins wants them before the
+        # pictures are prepared.
+        pretrained = "" if first_step else config.model.pretrained
+        if pretrained:
+            hub.fetch(pretrained)
         self._splits = {
             name: experiment.open_split(config, dataset, name)
             for name in dataset.splits
@@ -88,31 +105,43 @@ class _Run:
             crop_px=config.data.crop_px,
         )
         self._window = Mean()
-        self._first_step = self._resume()
-        self._dataset_notes = (
+        self._notes = [
             *dataset.notes,
             *_describe(config, dataset, self._batches, self._splits),
-        )
+        ]
+        if pretrained:
+            self._start_from(pretrained)
+        self._first_step = first_step or 0
+        if first_step:
+            self._resume(first_step)
 
-    def _resume(self) -> int:
-        """Takes up the newest checkpoint; returns the steps already taken."""
-        step = self._checkpoints.latest_step()
-        if step is None:
-            return 0
+    def _start_from(self, pretrained: str) -> None:
+        """Puts published or exported weights into the streams."""
+        params, batch_stats, notes = weights.start_from(
+            self._state.params,
+            self._state.batch_stats,
+            pretrained=pretrained,
+            arch=self._config.model.backbone,
+        )
+        self._state = dataclasses.replace(
+            self._state, params=params, batch_stats=batch_stats
+        )
+        self._notes += notes
+
+    def _resume(self, step: int) -> None:
+        """Takes up a checkpoint."""
         abstract = jax.eval_shape(lambda: self._state)
         self._state = self._checkpoints.restore(step, abstract)
         for numbers in self._checkpoints.meta(step)["window"]:
             self._window.add(numbers)
-        return step
+        self._notes.append(f"goes on from step {step}")
 
     def to_the_end(self) -> dict[str, dict[str, Any]]:
         with run_folder.Log(
             self._workdir, first_step=self._first_step, total_steps=self._total_steps
         ) as log:
-            for note in self._dataset_notes:
+            for note in self._notes:
                 log.say(note)
-            if self._first_step:
-                log.say(f"goes on from step {self._first_step}")
             self._loop(log)
             self._checkpoints.wait()
             return self._scores()

@@ -83,6 +83,10 @@ def test_train_then_eval(cache, tmp_path):
     for split in ("test", "test_shifted"):
         for protocol in ("center", "full"):
             assert f"\n{split}, {protocol}: top-1 " in evaluated.stdout
+    exported = _launch(cache, "--mode=export", f"--workdir={workdir}", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    names = json.loads((workdir / "export" / "config.json").read_text())["class_names"]
+    assert len(names) == 8
     again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout == trained.stdout
@@ -99,7 +103,7 @@ def test_train_then_eval(cache, tmp_path):
         (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
         (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
         (["--config=nowhere.py"], "error in the flags: "),
-        (["--mode=evaluate"], "value should be one of <train|eval>"),
+        (["--mode=evaluate"], "value should be one of <train|eval|export>"),
         (["train"], "'train' is no flag"),
         (["--config={root}/configs/cub.py"], "error: source 'cub' needs a path"),
         (

@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import torch
 from numpy.testing import assert_array_equal
+from oracles.torch_resnet import TorchResNet
+from safetensors.torch import load_file
 
-from cra_jax import evaluate, run_folder, train
+from cra_jax import evaluate, experiment, export, pipeline, run_folder, train
 from cra_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -168,6 +171,55 @@ def test_eval_takes_another_checkpoint(finished, capsys, which):
         assert f"test, center: top-1 {100 * top1:.1f} %" in capsys.readouterr().out
 
 
+def test_an_export_holds_the_plain_network_alone_and_scores_the_same(finished):
+    """Into the independent PyTorch ResNet, strictly."""
+    config, workdir, scores = finished
+    export.run(config, workdir)
+    described = json.loads((workdir / "export" / "config.json").read_text())
+    arrays = load_file(workdir / "export" / "model.safetensors")
+    width, stem = config.model.width, config.model.stem
+    network = TorchResNet(described["architecture"], 8, width=width, stem=stem).eval()
+    network.load_state_dict(arrays, strict=True)
+    dataset = experiment.load_data(config)
+    assert described["class_names"] == list(dataset.class_names)
+    split = experiment.open_split(config, dataset, "test")
+    batches = pipeline.center_batches(
+        split.pictures, split.labels, batch_size=40, crop_px=described["crop_px"]
+    )
+    images = batches[0]["image"] / np.float32(255)
+    images = (images - np.array(described["mean"])) / np.array(described["std"])
+    with torch.no_grad():
+        logits = network(torch.tensor(images.transpose(0, 3, 1, 2)).float()).numpy()
+    top1 = (logits.argmax(1) == split.labels).mean()
+    assert top1 == scores["test"]["top1"]
+
+
+def test_a_run_starts_from_an_export_and_resumes_without_it(
+    finished, cache_dir, tmp_path, capsys
+):
+    config, workdir, _ = finished
+    export.run(config, workdir)
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((workdir / "export" / "model.safetensors").read_bytes())
+    changes = {"model.pretrained": str(file), "optim.base_lr": 1e-9, "train.epochs": 1}
+    started = tiny.config(cache_dir, **changes)
+    train.run(started, tmp_path / "run")
+    assert "weights.safetensors" in capsys.readouterr().err
+    _, _, arrays = _arrays(tmp_path / "run")
+    _, _, source = _arrays(workdir)
+    for stream in ("classification_stream", "regularization_stream"):
+        trunk = arrays["params"][stream]["conv1"]["kernel"]
+        expected = source["params"]["classification_stream"]["conv1"]["kernel"]
+        np.testing.assert_allclose(trunk, expected, atol=1e-6)
+        fresh = arrays["params"][stream]["fc"]["kernel"]
+        trained = source["params"]["classification_stream"]["fc"]["kernel"]
+        assert np.abs(fresh - trained).max() > 1e-3
+    file.unlink()
+    train.run(started, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"weights.safetensors"):
+        train.run(started, tmp_path / "another")
+
+
 def _changed(config, **changes):
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(changes)
@@ -181,6 +233,10 @@ def _changed(config, **changes):
         ({"model.backbone": "resnet18"}, "of another model"),
         ({"data.num_species": 5}, "the data has 5 classes, the checkpoint 8"),
         ({"eval.checkpoint": "7"}, "no checkpoint '7'"),
+        (
+            {"data.mean": (0.5, 0.5, 0.5), "model.pretrained": "timm/resnet50.tv_in1k"},
+            "set them to the former",
+        ),
         ({"eval.protocol": "corner"}, "unknown eval.protocol 'corner'"),
     ],
 )

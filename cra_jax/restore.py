@@ -1,0 +1,67 @@
+"""A checkpoint -> the plain network that predicts.
+
+Only the classification stream is read: nothing here builds, loads or needs the
+regularization stream, the attention head or the optimiser.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cra_jax import experiment
+from cra_jax.checkpoint import Checkpoints
+
+STREAM = "classification_stream"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """The network that a run has trained.
+
+    Attributes:
+      backbone: the plain network.
+      variables: its own, ``{"params", "batch_stats"}``.
+      step: of the checkpoint.
+      epoch: of the checkpoint.
+      class_names: in the order of the scores.
+    """
+
+    backbone: nn.Module
+    variables: dict[str, Any]
+    step: int
+    epoch: int
+    class_names: tuple[str, ...]
+
+
+def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
+    """What of a training state prediction needs: variables of the plain backbone."""
+    return {"params": params[STREAM], "batch_stats": batch_stats[STREAM]}
+
+
+def restore(config: experiment.Config, workdir: Path) -> Restored:
+    """Restores the checkpoint that ``config.eval.checkpoint`` names.
+
+    Args:
+      config: the run's own, or one of the same backbone.
+      workdir: the run folder.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it is of another backbone.
+    """
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose(str(config.eval.checkpoint))
+        meta = checkpoints.meta(step)
+        class_names = tuple(meta["class_names"])
+        backbone = experiment.backbone(config, len(class_names))
+        crop_px = config.data.crop_px
+        images = jax.ShapeDtypeStruct((1, crop_px, crop_px, 3), jnp.float32)
+        abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
+        found = checkpoints.restore(
+            step, {name: {STREAM: abstract[name]} for name in ("params", "batch_stats")}
+        )
+    variables = classification_variables(found["params"], found["batch_stats"])
+    return Restored(backbone, variables, step, meta["epoch"], class_names)
