@@ -131,6 +131,7 @@ def open_split(config: Config, dataset: sources.Dataset, name: str) -> Split:
             short_side_px=data.short_side_px,
             cache_dir=cache_dir,
             name=f"{dataset.name}-{name}",
+            skip_unreadable=data.skip_unreadable,
         )
     else:
         pictures = store.Streamed(records, data.short_side_px)

@@ -47,6 +47,13 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compile_once(tmp_path_factory):
+    """Runs of the same shapes share their compiled programs, as runs of users do."""
+    folder = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """The same arithmetic, compiled in half the time and run more slowly."""
