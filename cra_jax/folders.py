@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +35,9 @@ class Entry(NamedTuple):
 
     file: Path
     label: int
-    corners: Corners | None
-    """(left, top, right, bottom) in pixels of the picture as stored."""
+    corners: Corners | Callable[[], Corners] | None
+    """(left, top, right, bottom) in pixels of the picture as stored, or who finds them;
+    picklable."""
 
 
 Splits = dict[str, list[Entry]]
@@ -50,6 +51,8 @@ class Listing:
     class_names: tuple[str, ...]
     splits: Splits
     notes: tuple[str, ...] = ()
+    cut_bottom_px: int = 0
+    """Rows at the foot of every picture that are no part of it."""
 
 
 def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
@@ -98,11 +101,15 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
     else:
         classes = _classes(root, skipped)
         names = list(classes)
-        splits = _draw_test(root, classes, seed, test_share)
-        count = sum(map(len, splits.values()))
+        entries = [
+            Entry(file, label, None)
+            for label, files in enumerate(classes.values())
+            for file in files
+        ]
+        splits = draw_test(root, entries, seed=seed, test_share=test_share)
         notes.append(
-            f"no train/ and test/ in {root}: {len(splits['test'])} of {count} pictures"
-            " were drawn for testing"
+            f"no train/ and test/ in {root}: {len(splits['test'])} of {len(entries)}"
+            " pictures were drawn for testing"
         )
     if skipped:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
@@ -110,20 +117,34 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
     return Listing(root, tuple(names), splits, tuple(notes))
 
 
-def _draw_test(root: Path, classes, seed: int, test_share: float) -> Splits:
+def draw_test(
+    root: Path, entries: Sequence[Entry], *, seed: int, test_share: float
+) -> Splits:
+    """Draws a share of each class for testing; both splits keep the order of `entries`.
+
+    At least one picture of a class that has two is drawn, and at least one is left; the
+    same ones for the same seed and the same names below `root`.
+
+    Raises:
+        ValueError: the share is not between 0 and 1.
+    """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share is {test_share}: give a share between 0 and 1")
-    splits: Splits = {"train": [], "test": []}
-    for label, files in enumerate(classes.values()):
+    classes: dict[int, list[Path]] = {}
+    for entry in entries:
+        classes.setdefault(entry.label, []).append(entry.file)
+    drawn = set()
+    for files in classes.values():
         lot = {
             file: hashlib.sha256(f"{seed} {name_below(file, root)}".encode()).digest()
             for file in files
         }
         count = min(max(round(len(files) * test_share), 1), len(files) - 1)
-        test = set(sorted(files, key=lot.__getitem__)[: max(count, 0)])
-        for file in files:
-            splits["test" if file in test else "train"].append(Entry(file, label, None))
-    return splits
+        drawn.update(sorted(files, key=lot.__getitem__)[:count])
+    return {
+        "train": [entry for entry in entries if entry.file not in drawn],
+        "test": [entry for entry in entries if entry.file in drawn],
+    }
 
 
 def _classes(folder: Path, skipped: collections.Counter) -> dict[str, list[Path]]:
@@ -166,6 +187,30 @@ def picture_files(folder: Path, skipped: collections.Counter) -> list[Path]:
             else:
                 found.append(Path(here, name))
     return sorted(found, key=lambda file: natural_key(name_below(file, folder)))
+
+
+def unlisted(folder: Path, splits: Splits) -> tuple[str, ...]:
+    """A note on pictures below a folder that the lists do not name."""
+    listed = {str(entry.file) for entries in splits.values() for entry in entries}
+    found = map(str, picture_files(folder, collections.Counter()))
+    extra = [file for file in found if file not in listed]
+    return (f"{len(extra)} pictures not listed: {some(extra)}",) if extra else ()
+
+
+def first_below(path: Path, is_root: Callable[[Path], bool]) -> Path | None:
+    """The first folder that passes the test: `path`, those in it, those in them."""
+    level = [path]
+    for _ in range(3):
+        for folder in level:
+            if is_root(folder):
+                return folder
+        level = [child for folder in level for child in sub_folders(folder)]
+    return None
+
+
+def from_one(x1: float, y1: float, x2: float, y2: float) -> Corners:
+    """Corners of a box whose pixels count from 1, and whose ends belong to it."""
+    return x1 - 1, y1 - 1, x2, y2
 
 
 def _split_folder(root: Path, names: Iterable[str]) -> Path | None:

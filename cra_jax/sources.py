@@ -17,22 +17,47 @@ from typing import Any
 
 import numpy as np
 
-from cra_jax import drawing, folders, pictures, published, synthetic
+from cra_jax import (
+    csv_list,
+    drawing,
+    folders,
+    pictures,
+    published,
+    stanford,
+    synthetic,
+)
 from cra_jax.folders import some
 
 Box = tuple[float, float, float, float]
-
-SOURCES = ("synthetic", "cub", "cars", "folder")
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "synthetic": ("num_species", "habitat_share", "train_size", "test_size"),
     "cub": (),
     "cars": (),
+    "dogs": (),
+    "aircraft": (),
+    "nabirds": (),
     "folder": ("test_share",),
+    "csv": ("test_share",),
 }
 """The options of `load` that each source reads."""
 
-_LAYOUTS = {**published.LAYOUTS, "folder": folders.LAYOUT}
+SOURCES = tuple(OPTIONS)
+
+_PUBLISHED = {
+    "cub": published.cub,
+    "cars": stanford.cars,
+    "dogs": stanford.dogs,
+    "aircraft": published.aircraft,
+    "nabirds": published.nabirds,
+}
+
+_LAYOUTS = {
+    **published.LAYOUTS,
+    **stanford.LAYOUTS,
+    "folder": folders.LAYOUT,
+    "csv": csv_list.LAYOUT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +70,7 @@ class Record:
         read: takes short_side_px, returns the picture as uint8 `[h, w, 3]`; picklable.
         stamp: what the picture's content depends on; another stamp, other pixels.
         locate: finds `box`, where the source marks the object; picklable.
+        content: returns the file as it is stored; picklable. None for drawings.
     """
 
     name: str
@@ -52,6 +78,7 @@ class Record:
     read: Callable[[int], np.ndarray]
     stamp: str
     locate: Callable[[], Box] | None = None
+    content: Callable[[], bytes] | None = None
 
     @property
     def box(self) -> Box | None:
@@ -93,12 +120,12 @@ def load(
 
     Args:
         source: one of `SOURCES`.
-        path: the data set's folder; empty or None for "synthetic".
+        path: the data set's folder, or the CSV file; empty or None for "synthetic".
         seed: of the drawings, or of the split that is drawn from folders of classes.
         **options: those of the source in `OPTIONS`.
             num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
             of the drawn birds.
-            test_share (0.2): of each class, where the folders hold no test split.
+            test_share (0.2): of each class, where folders or CSV hold no test split.
 
     Returns:
         A data set whose every class has a training picture. A class may be missing from
@@ -126,13 +153,16 @@ def load(
     if not path:
         raise ValueError(f"source {source!r} needs a path: {_LAYOUTS[source]}")
     root = Path(path).expanduser().absolute()
-    if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder; {_LAYOUTS[source]}")
+    kind = "file" if source == "csv" else "folder"
+    if not (root.is_file() if kind == "file" else root.is_dir()):
+        raise ValueError(f"{root}: there is no such {kind}; {_LAYOUTS[source]}")
     try:
-        if source == "folder":
+        if source == "csv":
+            listing = csv_list.csv_list(root, seed=seed, **options)
+        elif source == "folder":
             listing = folders.class_folders(root, seed=seed, **options)
         else:
-            listing = published.cub(root) if source == "cub" else published.cars(root)
+            listing = _PUBLISHED[source](root)
         return _check(_from_listing(source, listing))
     except OSError as error:
         raise ValueError(
@@ -179,7 +209,7 @@ def _drawn_box(split: str, index: int, setting: dict) -> Box:
 
 
 def _from_listing(name: str, listing: folders.Listing) -> Dataset:
-    root, splits, missing = listing.root, {}, []
+    root, cut_px, splits, missing = listing.root, listing.cut_bottom_px, {}, []
     for split, entries in listing.splits.items():
         records = []
         for file, label, corners in entries:
@@ -188,13 +218,22 @@ def _from_listing(name: str, listing: folders.Listing) -> Dataset:
             except FileNotFoundError:
                 missing.append(str(file))
                 continue
+            stamp = f"{status.st_size} bytes, mtime {status.st_mtime_ns // 10**6} ms"
+            read = functools.partial(pictures.read, str(file))
+            if cut_px:
+                stamp += f", {cut_px} px cut off"
+                read = functools.partial(_read_cut, str(file), cut_px)
+            locate = corners and functools.partial(
+                _fraction_box, str(file), corners, cut_px
+            )
             records.append(
                 Record(
                     folders.name_below(file, root),
                     label,
-                    functools.partial(pictures.read, str(file)),
-                    f"{status.st_size} bytes, mtime {status.st_mtime_ns // 10**6} ms",
-                    corners and functools.partial(_fraction_box, str(file), corners),
+                    read,
+                    stamp,
+                    locate,
+                    file.read_bytes,
                 )
             )
         splits[split] = tuple(records)
@@ -206,8 +245,23 @@ def _from_listing(name: str, listing: folders.Listing) -> Dataset:
     return Dataset(name, listing.class_names, splits, root, listing.notes)
 
 
-def _fraction_box(file: str, corners: folders.Corners) -> Box:
+def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
+    """Reads a picture without the lowest rows, a banner."""
+    picture = pictures.decode(file)
+    if len(picture) <= cut_px:
+        raise pictures.PictureError(
+            f"{file}: {len(picture)} rows, of which the lowest {cut_px} are a banner to"
+            " be cut off; get it again"
+        )
+    return pictures.resize_short_side(picture[:-cut_px], short_side_px)
+
+
+def _fraction_box(
+    file: str, corners: folders.Corners | Callable[[], folders.Corners], cut_px: int
+) -> Box:
     """Corners in pixels as stored -> fractions of the picture as it is read."""
+    if callable(corners):
+        corners = corners()
     header = pictures.read_header(file)
     width, height = header.width_px, header.height_px
     x, y = np.array(corners[::2]) / width, np.array(corners[1::2]) / height
@@ -217,9 +271,10 @@ def _fraction_box(file: str, corners: folders.Corners) -> Box:
         y = 1 - y
     if header.orientation >= 5:
         x, y, width, height = y, x, height, width
-    left, top, right, bottom = pictures.kept_region(width, height)
-    x = np.clip((np.sort(x) * width - left) / (right - left), 0, 1)
-    y = np.clip((np.sort(y) * height - top) / (bottom - top), 0, 1)
+    x, y = np.sort(x) * width, np.sort(y) * height
+    left, top, right, bottom = pictures.kept_region(width, height - cut_px)
+    x = np.clip((x - left) / (right - left), 0, 1)
+    y = np.clip((y - top) / (bottom - top), 0, 1)
     return float(x[0]), float(y[0]), float(x[1]), float(y[1])
 
 

@@ -43,7 +43,7 @@ def labels(dataset: sources.Dataset, split: str) -> list[int]:
 
 
 def test_wrong_calls_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'birds': choose .*cub, cars, folder"):
+    with pytest.raises(ValueError, match=r"'birds': choose .*cub, cars, .*csv"):
         sources.load("birds", tmp_path)
     with pytest.raises(ValueError, match=r"'cub' has no option test_share; .*none"):
         sources.load("cub", tmp_path, test_share=0.5)
@@ -53,12 +53,22 @@ def test_wrong_calls_are_refused(tmp_path):
         sources.load("synthetic", tmp_path)
 
 
-@pytest.mark.parametrize("source", ["cub", "cars", "folder"])
+HINTS = {
+    "cub": "CUB_200_2011",
+    "cars": "Kaggle",
+    "dogs": "ImageNetDogs",
+    "aircraft": "fgvc-aircraft-2013b",
+    "nabirds": "allaboutbirds",
+    "folder": "train/ and test/",
+    "csv": "columns path and label",
+}
+
+
+@pytest.mark.parametrize("source", HINTS)
 def test_no_empty_or_foreign_path_says_what_is_expected(source, tmp_path):
     (tmp_path / "note.txt").write_text("nothing else here")
-    hint = {"cub": "CUB_200_2011", "cars": "Kaggle", "folder": "train/ and test/"}
     for path in ("", None, tmp_path / "gone", tmp_path, tmp_path / "note.txt"):
-        with pytest.raises(ValueError, match=hint[source]) as caught:
+        with pytest.raises(ValueError, match=HINTS[source]) as caught:
             sources.load(source, path)
         if path:
             assert str(path) in str(caught.value)
@@ -73,6 +83,10 @@ def test_paths_from_here_and_from_home(tmp_path, monkeypatch):
     for dataset in (here, home):
         assert dataset.splits["test"][0].read(32).shape == (32, 38, 3)
     assert names(here, "train") == names(home, "train")
+
+
+def test_every_source_is_tried_above():
+    assert set(HINTS) | {"synthetic"} == set(sources.SOURCES)
 
 
 def test_unreadable_folder_is_named(tmp_path, monkeypatch):
@@ -179,9 +193,10 @@ def test_train_and_test_folders(tmp_path):
         "5 files skipped: 1 .db, 1 .txt, 1 hidden, 1 outside the class folders,"
         " 1 without a suffix",
     )
-    record = dataset.splits["train"][0]
+    record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
     assert record.read(20).shape == (20, 24, 3)
     assert record.box is None
+    assert record.content() == (tmp_path / record.name).read_bytes()
 
 
 @pytest.mark.parametrize("word", ["val", "Valid", "TEST"])
@@ -661,6 +676,355 @@ def test_cars_class_folders(tmp_path):
         ValueError, match=r"anno_test\.csv: 'fname,x1,y1,x2,y2,label' is"
     ):
         sources.load("cars", tmp_path)
+
+
+# --- NABirds -----------------------------------------------------------------------
+
+
+def nabirds_tree(root: Path, **changes) -> Path:
+    """CUB's lists, but for ids that are words and names of groups without pictures."""
+    lists = {
+        "images": "".join(f"a-{i} {file}\n" for i, file in enumerate(CUB_FILES)),
+        "image_class_labels": "a-0 817\na-1 817\na-2 1010\na-3 1010\n",
+        "train_test_split": "a-0 1\na-1 0\na-2 0\na-3 1\n",
+        "classes": "0 Birds\n69 Titmice\n817 Titmouse\n1010 Junco (Red-backed/Grey)\n",
+        "bounding_boxes": "".join(f"a-{i} 10 5 50 20\n" for i in range(4)),
+    }
+    return cub_tree(root, **{**lists, **changes})
+
+
+def test_nabirds_counts_only_classes_with_pictures(tmp_path):
+    dataset = sources.load("nabirds", nabirds_tree(tmp_path / "nabirds").parent)
+    assert dataset.name == "nabirds"
+    assert dataset.class_names == ("Titmouse", "Junco (Red-backed/Grey)")
+    assert labels(dataset, "train") == labels(dataset, "test") == [0, 1]
+    assert dataset.splits["train"][0].box == pytest.approx((0.1, 0.1, 0.6, 0.5))
+    assert dataset.notes == ("2 of 4 names in classes.txt are groups without pictures",)
+
+
+def test_nabirds_label_without_a_name(tmp_path):
+    root = nabirds_tree(tmp_path, classes="0 Birds\n817 Titmouse\n")
+    with pytest.raises(
+        ValueError, match=r"image a-2 has class '1010'.*in classes\.txt"
+    ):
+        sources.load("nabirds", root)
+
+
+# --- FGVC-Aircraft -----------------------------------------------------------------
+
+
+def aircraft_tree(root: Path, **changes) -> Path:
+    """Three pictures of 100 x 70 pixels, of which the lowest 20 rows are a banner."""
+    data = root / "fgvc-aircraft-2013b" / "data"
+    lists = {
+        "variants": "An-12\nF/A-18\n",
+        "images_variant_trainval": "0000001 F/A-18\n0000002 An-12\n",
+        "images_variant_test": "0000003 F/A-18\n",
+        "images_box": "".join(f"000000{i} 11 6 60 70\n" for i in range(1, 4)),
+    }
+    for i in range(1, 4):
+        pixels = np.full((70, 100, 3), (255, 0, 0), np.uint8)
+        pixels[50:] = (0, 0, 255)
+        file = data / "images" / f"{i:07d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file, quality=95, subsampling=0)
+    for name, text in {**lists, **changes}.items():
+        if text:
+            (data / f"{name}.txt").write_text(text)
+    return root
+
+
+def test_aircraft_without_its_banner(tmp_path):
+    root = aircraft_tree(tmp_path)
+    data = root / "fgvc-aircraft-2013b" / "data"
+    for path in (root, data.parent, data):
+        dataset = sources.load("aircraft", path)
+        assert dataset.class_names == ("An-12", "F/A-18")
+        assert names(dataset, "train") == ["images/0000001.jpg", "images/0000002.jpg"]
+        assert labels(dataset, "train") == [1, 0]
+        assert labels(dataset, "test") == [1]
+        (note,) = dataset.notes
+        assert note.startswith("the lowest 20 rows")
+    record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
+    picture = record.read(50)
+    assert picture.shape == (50, 100, 3)
+    assert picture[..., 0].min() > 200  # red to its last row
+    assert picture[..., 2].max() < 50
+    # 11 to 60 and 6 to 70, counted from 1, of 100 x 50 pixels
+    assert record.box == pytest.approx((0.1, 0.1, 0.6, 1))
+    assert "20 px cut off" in record.stamp
+
+
+def test_aircraft_without_boxes(tmp_path):
+    dataset = sources.load("aircraft", aircraft_tree(tmp_path, images_box=""))
+    assert dataset.splits["train"][0].box is None
+
+
+AIRCRAFT_MISTAKES = {
+    "unknown variant": (
+        {"variants": "An-12\nF-16\n"},
+        r"image 0000001 has variant 'F/A-18'",
+    ),
+    "no variants": ({"variants": ""}, r"variants\.txt: this file is missing"),
+    "no test": ({"images_variant_test": ""}, r"_test\.txt: this file is missing"),
+    "box lacks": ({"images_box": "0000001 1 1 2 2\n"}, "image 0000002 .* box None"),
+    "box short": (
+        {"images_box": "".join(f"000000{i} 1 1 2\n" for i in range(1, 4))},
+        "box '1 1 2'.* four numbers",
+    ),
+    "in both": (
+        {"images_variant_test": "0000001 F/A-18\n"},
+        r"pictures listed more than once: images/0000001\.jpg",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", AIRCRAFT_MISTAKES)
+def test_mistakes_in_aircraft(mistake, tmp_path):
+    changes, message = AIRCRAFT_MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        sources.load("aircraft", aircraft_tree(tmp_path, **changes))
+
+
+def test_aircraft_that_is_all_banner(tmp_path):
+    aircraft_tree(tmp_path)
+    file = tmp_path / "fgvc-aircraft-2013b" / "data" / "images" / "0000001.jpg"
+    save_picture(file, size=(100, 20))
+    record = sources.load("aircraft", tmp_path).splits["train"][0]
+    with pytest.raises(ValueError, match=r"0000001\.jpg: 20 rows, of which"):
+        record.read(50)
+
+
+# --- Stanford Dogs -----------------------------------------------------------------
+
+DOGS = ("n01-Chihuahua", "n02-Afghan_hound")
+
+
+def dogs_tree(
+    root: Path, *, pictures="Images", lists="lists", boxes: str | None = "Annotation"
+) -> Path:
+    for split, numbers in {"train": (1, 2, 1), "test": (2, 1)}.items():
+        files = [
+            f"{DOGS[n - 1]}/{split}_{i}.jpg" for i, n in enumerate(numbers, start=1)
+        ]
+        for name in files:
+            save_picture(root / pictures / name, size=(100, 50))
+            if boxes:
+                xml = root / boxes / name.removesuffix(".jpg")
+                xml.parent.mkdir(parents=True, exist_ok=True)
+                xml.write_text(
+                    "<annotation><object><name>dog</name><bndbox><xmin>15</xmin>"
+                    "<ymin>5</ymin><xmax>40</xmax><ymax>25</ymax></bndbox></object>"
+                    "<object><bndbox><xmin>10</xmin><ymin>10</ymin><xmax>60</xmax>"
+                    "<ymax>20</ymax></bndbox></object></annotation>"
+                )
+        cells = np.empty((len(files), 1), object)
+        cells[:, 0] = files
+        (root / lists).mkdir(parents=True, exist_ok=True)
+        scipy.io.savemat(
+            root / lists / f"{split}_list.mat",
+            {"file_list": cells, "labels": np.array(numbers, np.uint8)[:, None]},
+        )
+    return root
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"lists": ""},
+        {
+            "pictures": "images/Images",
+            "lists": "",
+            "boxes": "annotations/Annotation",
+        },
+    ],
+    ids=str,
+)
+def test_dogs(layout, tmp_path):
+    dogs_tree(tmp_path / "dogs", **layout)
+    for path in (tmp_path, tmp_path / "dogs"):
+        dataset = sources.load("dogs", path)
+        assert dataset.class_names == DOGS
+        assert labels(dataset, "train") == [0, 1, 0]
+        assert labels(dataset, "test") == [1, 0]
+        folder = layout.get("pictures", "Images")
+        assert names(dataset, "test")[0] == f"{folder}/{DOGS[1]}/test_1.jpg"
+        assert dataset.notes == ()
+    record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
+    assert record.box == pytest.approx((0.1, 0.1, 0.6, 0.5))  # round both dogs
+    assert record.read(25).shape == (25, 50, 3)
+
+
+def test_dogs_without_boxes(tmp_path):
+    dataset = sources.load("dogs", dogs_tree(tmp_path, boxes=None))
+    assert dataset.splits["train"][0].box is None
+    assert dataset.notes == (f"no boxes: {tmp_path / 'Annotation'} is missing",)
+
+
+@pytest.mark.parametrize("content", [None, "", "<annotation/>", "<a><bndbox/></a>"])
+def test_damaged_annotation_of_a_dog(content, tmp_path):
+    dogs_tree(tmp_path)
+    file = tmp_path / "Annotation" / DOGS[0] / "train_1"
+    file.unlink() if content is None else file.write_text(content)
+    record = sources.load("dogs", tmp_path).splits["train"][0]
+    with pytest.raises(ValueError, match=f"{file}: no boxes can be read from it"):
+        _ = record.box
+
+
+def test_mistakes_in_dogs(tmp_path):
+    dogs_tree(tmp_path)
+    file = tmp_path / "lists" / "test_list.mat"
+    names_of = np.array(["n01-Chihuahua/test_2.jpg", "n02-Afghan_hound/test_1.jpg"])
+    scipy.io.savemat(file, {"file_list": names_of.astype(object), "labels": [2, 1]})
+    with pytest.raises(ValueError, match=r"test_2\.jpg' has class 2, which is 'n02-Af"):
+        sources.load("dogs", tmp_path)
+    scipy.io.savemat(file, {"file_list": names_of.astype(object), "labels": [1]})
+    with pytest.raises(ValueError, match="2 files, but 1 labels"):
+        sources.load("dogs", tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"no test_list\.mat; .*Kaggle leave out"):
+        sources.load("dogs", tmp_path)
+
+
+# --- CSV ---------------------------------------------------------------------------
+
+
+def csv_tree(root: Path, text: str, *, encoding="utf-8") -> Path:
+    """Pictures 1 to 8 of 100 x 50 pixels, and a CSV beside them."""
+    for i in range(1, 9):
+        save_picture(root / "photos" / f"{i}.png", i, size=(100, 50))
+    file = root / "list.csv"
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+def test_csv_with_splits_and_boxes(tmp_path):
+    file = csv_tree(
+        tmp_path,
+        "Path, label ,split,x_min,y_min,x_max,y_max,photographer\n"
+        "photos/2.png,Wren,train,10,5,60,25,A\n"
+        "\n"
+        '"photos/1.png","Tit, great",TRAIN,,,,,B\n'
+        "./photos/3.png,Wren,test,0,0,100,50,\n"
+        "photos\\4.png,Wren,val,,,,,\n",
+    )
+    dataset = sources.load("csv", file, test_share=0.3)
+    assert dataset.name == "csv"
+    assert dataset.root == tmp_path
+    assert dataset.class_names == ("Tit, great", "Wren")
+    assert names(dataset, "train") == ["photos/2.png", "photos/1.png"]  # as listed
+    assert labels(dataset, "train") == [1, 0]
+    assert names(dataset, "test") == ["photos/3.png"]
+    assert dataset.splits["train"][0].box == pytest.approx((0.1, 0.1, 0.6, 0.5))
+    assert dataset.splits["train"][1].box is None
+    assert dataset.splits["train"][0].read(25).shape == (25, 50, 3)
+    assert dataset.notes == (
+        "1 rows of the split 'val' are not used",
+        f"columns of {file} that are not used: photographer",
+    )
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_csv_of_spreadsheets(separator, encoding, tmp_path):
+    text = "label,split,path\r\n2,train,photos/1.png\r\n10,train,photos/2.png\r\n"
+    text += "02,validation,photos/3.png\r\n"
+    text = text.replace(",", separator)
+    dataset = sources.load("csv", csv_tree(tmp_path, text, encoding=encoding))
+    assert dataset.class_names == ("2", "10")
+    assert labels(dataset, "train") == [0, 1]
+    assert labels(dataset, "test") == [0]  # 02 is 2
+    assert names(dataset, "test") == ["photos/3.png"]
+
+
+def test_csv_without_splits_draws_as_from_folders(tmp_path):
+    text = "path,label\n" + "".join(f"photos/{i}.png,{i % 2}\n" for i in range(1, 9))
+    file = csv_tree(tmp_path, text)
+    dataset = sources.load("csv", file, seed=1, test_share=0.5)
+    assert len(dataset.splits["test"]) == 4
+    assert sum(labels(dataset, "test")) == 2
+    assert "4 of 8 pictures were drawn for testing" in dataset.notes[0]
+    for split in ("train", "test"):
+        assert names(dataset, split) == sorted(names(dataset, split))
+    again = sources.load("csv", file, seed=1, test_share=0.5)
+    assert names(again, "test") == names(dataset, "test")
+    others = [sources.load("csv", file, seed=s, test_share=0.5) for s in (2, 3, 4)]
+    assert any(names(other, "test") != names(dataset, "test") for other in others)
+
+
+ROW = "photos/1.png,a,train\n"
+CSV_MISTAKES = {
+    "empty file": ("", r"header \[\] lacks path, label; expected"),
+    "no rows": ("path,label\n\n", "there are no rows below the header"),
+    "no header": (ROW, r"header .*1\.png.* lacks path, label"),
+    "half a box": ("path,label,x_min,y_min\n", "lacks x_max, y_max"),
+    "doubled column": ("path,label,Label\n", "doubles label"),
+    "short row": (f"path,label,split\n{ROW}photos/2.png,b\n", "line 3: 2 values, but"),
+    "after lines in quotes": ('path,label\nphotos/1.png,"a\nb"\nx\n', "line 4: 1 val"),
+    "open quotes": ('path,label\nphotos/1.png,"a\n', "after line .*: unexpected end"),
+    "no path": ("path,label\n,a\n", "line 2: the path is ''"),
+    "upwards": ("path,label\nphotos/../../1.png,a\n", "line 2: .* leaves the CSV's"),
+    "absolute": ("path,label\n/photos/1.png,a\n", "line 2: .* leaves the CSV's"),
+    "drive": ("path,label\nC:\\photos\\1.png,a\n", "line 2: .* leaves the CSV's"),
+    "no label": ("path,label\nphotos/1.png, \n", "line 2: the label is empty"),
+    "odd split": (
+        f"path,label,split\n{ROW}photos/2.png,b,dev\n",
+        "line 3: the split is 'dev'; use",
+    ),
+    "no split": (
+        f"path,label,split\n{ROW}photos/2.png,b,\n",
+        "line 3: the split is ''; use",
+    ),
+    "twice": (
+        "path,label\nphotos/1.png,a\n./photos/1.png,b\n",
+        "line 3: './photos/1.png' is on line 2 already",
+    ),
+    "missing": (
+        "path,label\nphotos/1.png,a\nphotos/9.png,b\nphotos,c\n",
+        r"2 of 3 pictures are not there: line 3: photos/9\.png, line 4: photos; paths",
+    ),
+    "one class": ("path,label\nphotos/1.png,a\nphotos/2.png,a\n", "only the class a"),
+    "no training": (
+        "path,label,split\nphotos/1.png,a,test\nphotos/2.png,b,test\n",
+        "split 'train' has no pictures",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CSV_MISTAKES)
+def test_mistakes_in_csv(mistake, tmp_path):
+    text, message = CSV_MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.load("csv", csv_tree(tmp_path, text))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "1,2,3,",
+        "1,2,3,x",
+        "9,2,3,4",
+        "1,9,3,4",
+        "nan,1,2,3",
+        "1,2,3,inf",
+        "1,2,inf,4",
+        "-inf,2,3,4",
+        "1,-inf,3,4",
+        "1,2,3,nan",
+    ],
+)
+def test_odd_boxes_in_csv(box, tmp_path):
+    text = f"path,label,x_min,y_min,x_max,y_max\nphotos/1.png,a,{box}\n"
+    with pytest.raises(ValueError, match=r"line 2: the box is .*x_min < x_max"):
+        sources.load("csv", csv_tree(tmp_path, text))
+
+
+def test_csv_in_another_encoding(tmp_path):
+    file = csv_tree(tmp_path, "path,label\nphotos/1.png,épée\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"list\.csv: .*save the file as UTF-8"):
+        sources.load("csv", file)
 
 
 # --- real photographs --------------------------------------------------------------

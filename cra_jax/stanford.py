@@ -1,0 +1,262 @@
+"""The MATLAB lists of Stanford Cars and Stanford Dogs -> files and their classes.
+
+Stanford Cars has lost its home, and is handed around in three layouts: all are read.
+No picture is opened.
+"""
+
+import csv
+import dataclasses
+import functools
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cra_jax import folders
+from cra_jax.folders import Corners, Entry, Listing, Splits
+
+LAYOUTS = {
+    "cars": (
+        "expected cars_train/, cars_test/, devkit/ with its .mat files and"
+        " cars_test_annos_withlabels.mat; or car_ims/ with cars_annos.mat; or train/"
+        " and test/ with one folder a class. The address at Stanford is dead; Kaggle"
+        " has copies in all three layouts (about 2 GB)"
+    ),
+    "dogs": (
+        "expected Images/ with one folder a breed, train_list.mat and test_list.mat"
+        " (here or in lists/) and, for boxes, Annotation/, as in images.tar, lists.tar"
+        " and annotation.tar from http://vision.stanford.edu/aditya86/ImageNetDogs"
+        " (816 MB)"
+    ),
+}
+"""What each source expects on disk, and where to get it; ends messages."""
+
+_KITS = ("", "devkit", "car_devkit/devkit", "car_devkit", "cars_devkit")
+_DOG_PICTURES = ("Images", "images/Images", "images")
+_DOG_LISTS = ("", "lists", "splits")
+_DOG_BOXES = ("Annotation", "annotation/Annotation", "annotations/Annotation")
+_XML_SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def cars(path: Path) -> Listing:
+    """Lists Stanford Cars, in any of the three layouts that are handed around.
+
+    Raises:
+        ValueError: a list is missing or damaged, or a label is out of range.
+    """
+    markers = ("cars_train", "car_ims", "train")
+    root = folders.first_below(
+        path, lambda folder: any((folder / m).is_dir() for m in markers)
+    )
+    if root is None:
+        raise ValueError(f"{path}: no Stanford Cars here; {LAYOUTS['cars']}")
+    if (root / "cars_train").is_dir():
+        return _cars_devkit(root)
+    if (root / "car_ims").is_dir():
+        return _cars_one_folder(root)
+    return _cars_class_folders(root, path)
+
+
+def _cars_devkit(root: Path) -> Listing:
+    """`cars_train/`, `cars_test/`, and the lists of the devkit wherever they lie."""
+    names = _mat_names(_find_mat(root, "cars_meta.mat"))
+    lists = {
+        "train": _find_mat(root, "cars_train_annos.mat"),
+        "test": _find_mat(root, "cars_test_annos_withlabels.mat"),
+    }
+    splits: Splits = {}
+    notes = ()
+    for split, file in lists.items():
+        folder = root / f"cars_{split}"
+        if (folder / folder.name).is_dir():  # Kaggle packs each folder twice
+            folder = folder / folder.name
+        splits[split] = [
+            _mat_entry(folder / str(row["fname"]), row, file, names)
+            for row in _mat_rows(file, "fname", "class")
+        ]
+        notes += folders.unlisted(folder, splits)
+    return Listing(root, names, splits, notes)
+
+
+def _cars_one_folder(root: Path) -> Listing:
+    """`car_ims/` and `cars_annos.mat`."""
+    file = _find_mat(root, "cars_annos.mat")
+    names = _mat_names(file)
+    splits: Splits = {"train": [], "test": []}
+    for row in _mat_rows(file, "relative_im_path", "class", "test"):
+        picture = root / "car_ims" / Path(str(row["relative_im_path"])).name
+        split = "test" if row["test"] else "train"
+        splits[split].append(_mat_entry(picture, row, file, names))
+    return Listing(root, names, splits, folders.unlisted(root / "car_ims", splits))
+
+
+def _cars_class_folders(root: Path, path: Path) -> Listing:
+    """Class folders, and the boxes in Kaggle's `anno_*.csv`, somewhere above them."""
+    listing = folders.class_folders(root)
+    above = [root, *root.parents][: len(root.parts) - len(path.parts) + 1]
+    splits: Splits = {}
+    for split, entries in listing.splits.items():
+        lists = (folder / f"anno_{split}.csv" for folder in above)
+        file = next((file for file in lists if file.is_file()), None)
+        boxes = _csv_boxes(file) if file else {}
+        splits[split] = [e._replace(corners=boxes.get(e.file.name)) for e in entries]
+    return dataclasses.replace(listing, splits=splits)
+
+
+def _csv_boxes(file: Path) -> dict[str, Corners]:
+    """Lines of "file, x1, y1, x2, y2, class"."""
+    boxes = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for row in csv.reader(lines):
+            try:
+                boxes[row[0]] = folders.from_one(*map(float, row[1:5]))
+            except (IndexError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{file}: {','.join(row)!r} is not file, x1, y1, x2, y2, class; get"
+                    " the file anew, or remove it to go without boxes"
+                ) from error
+    return boxes
+
+
+def _mat_entry(picture: Path, row, file: Path, names: Sequence[str]) -> Entry:
+    number = int(row["class"])
+    if not 1 <= number <= len(names):
+        raise ValueError(
+            f"{file}: class {number} is not one of the {len(names)} classes; get the"
+            " file anew"
+        )
+    sides = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+    corners = None
+    if set(sides) <= set(row.dtype.names):
+        corners = folders.from_one(*(float(row[side]) for side in sides))
+    return Entry(picture, number - 1, corners)
+
+
+def _mat_names(file: Path) -> tuple[str, ...]:
+    return tuple(str(name) for name in np.atleast_1d(_mat(file, "class_names")))
+
+
+def _mat_rows(file: Path, *columns: str) -> np.ndarray:
+    rows = np.atleast_1d(_mat(file, "annotations"))
+    missing = sorted(set(columns) - set(rows.dtype.names or ()))
+    if missing:
+        raise ValueError(
+            f"{file}: its annotations lack {', '.join(missing)}; is it another list"
+            " under this name?"
+        )
+    return rows
+
+
+def dogs(path: Path) -> Listing:
+    """Lists Stanford Dogs, whose folder `path` is or contains.
+
+    Where a picture shows several dogs, the box is the one round all of them.
+
+    Raises:
+        ValueError: a list is missing, damaged or at odds with itself.
+    """
+    root = folders.first_below(path, lambda folder: bool(_find(folder, _DOG_PICTURES)))
+    pictures = root and _find(root, _DOG_PICTURES)
+    if root is None or pictures is None:
+        raise ValueError(f"{path}: no Images/ here; {LAYOUTS['dogs']}")
+    breeds: dict[int, str] = {}
+    splits: Splits = {}
+    for split in ("train", "test"):
+        file = _find(root, _DOG_LISTS, f"{split}_list.mat")
+        if file is None:
+            raise ValueError(
+                f"{root}: there is no {split}_list.mat; {LAYOUTS['dogs']}. Copies at"
+                " Kaggle leave out lists.tar (481,280 bytes)"
+            )
+        splits[split] = []
+        for name, label in _dog_rows(file):
+            breed = name.rpartition("/")[0]
+            if not breed or breeds.setdefault(label, breed) != breed:
+                raise ValueError(
+                    f"{file}: {name!r} has class {label}, which is"
+                    f" {breeds.get(label)!r} elsewhere; get the file anew"
+                )
+            splits[split].append(Entry(pictures / name, label, None))
+    position = {label: i for i, label in enumerate(sorted(breeds))}
+    boxes = _find(root, _DOG_BOXES)
+    splits = {
+        split: [
+            Entry(e.file, position[e.label], boxes and _dog_box(boxes, e.file))
+            for e in entries
+        ]
+        for split, entries in splits.items()
+    }
+    names = tuple(breeds[label] for label in position)
+    notes = folders.unlisted(pictures, splits)
+    if boxes is None:
+        notes += (f"no boxes: {root / _DOG_BOXES[0]} is missing",)
+    return Listing(root, names, splits, notes)
+
+
+def _dog_rows(file: Path) -> list[tuple[str, int]]:
+    names = [str(name) for name in np.atleast_1d(_mat(file, "file_list"))]
+    labels = [int(label) for label in np.atleast_1d(_mat(file, "labels"))]
+    if len(names) != len(labels):
+        raise ValueError(
+            f"{file}: {len(names)} files, but {len(labels)} labels; get the file anew"
+        )
+    return list(zip(names, labels, strict=True))
+
+
+def _dog_box(boxes: Path, picture: Path) -> Callable[[], Corners]:
+    return functools.partial(_round_all, boxes / picture.parent.name / picture.stem)
+
+
+def _round_all(file: Path) -> Corners:
+    """The box round all boxes of an annotation, an XML file without a suffix.
+
+    Read only when it is asked for: there are 20,580 of them.
+    """
+    try:
+        boxes = [
+            [float(box.findtext(side, "")) for side in _XML_SIDES]
+            for box in ElementTree.parse(file).iter("bndbox")
+        ]
+        left, top, right, bottom = zip(*boxes, strict=True)
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise ValueError(
+            f"{file}: no boxes can be read from it ({error}); unpack annotation.tar"
+            " anew, or remove Annotation/ to go without boxes"
+        ) from error
+    return min(left), min(top), max(right), max(bottom)
+
+
+def _find(root: Path, places: Sequence[str], name: str = "") -> Path | None:
+    files = (root / place / name for place in places)
+    return next((file for file in files if file.exists()), None)
+
+
+def _mat(file: Path, variable: str) -> np.ndarray:
+    import scipy.io  # 0.2 s that only these sets should cost
+
+    try:
+        return scipy.io.loadmat(file, squeeze_me=True)[variable]
+    except Exception as error:  # a damaged file may raise anything at all in scipy
+        raise ValueError(
+            f"{file}: no {variable!r} can be read from it ({type(error).__name__}:"
+            f" {error}); get the file anew"
+        ) from error
+
+
+def _find_mat(root: Path, name: str) -> Path:
+    file = _find(root, _KITS, name)
+    if file:
+        return file
+    message = f"{root / name}: this file is missing; put it there or into devkit/"
+    if name == "cars_test_annos_withlabels.mat":
+        message += (
+            " (185,758 bytes; it came as a file of its own, beside the devkit, whose"
+            " cars_test_annos.mat has no labels)"
+        )
+    if (root / "cars_annos.mat").is_file():
+        message += (
+            ". cars_annos.mat cannot replace it: it numbers the files of car_ims/,"
+            " which are in another order"
+        )
+    raise ValueError(f"{message}. Layouts: {LAYOUTS['cars']}")
