@@ -63,11 +63,13 @@ def main(argv: list[str]) -> None:
 
 def _config_of(workdir: Path) -> ConfigDict:
     """The config that was named, else the run's own; with the overrides, either way."""
+    from configs.cub import get_config
     from cra_jax import run_folder
 
     if any(re.match(rf"--?{_CONFIG}(=|$)", argument) for argument in sys.argv):
         return flags.FLAGS.config
-    config = ConfigDict(run_folder.read_config(workdir))
+    config = get_config()  # for keys that are younger than the run
+    config.update(run_folder.read_config(workdir))
     config.update_from_flattened_dict(
         config_flags.get_override_values(flags.FLAGS[_CONFIG])
     )

@@ -51,7 +51,8 @@ def keep_config(
     path = workdir / "config.json"
     text = json.dumps(config, indent=2, sort_keys=True)
     if path.is_file() and not allow_change:
-        before, now = flatten(read_config(workdir)), flatten(json.loads(text))
+        now = flatten(_with_tuples(json.loads(text)))
+        before = flatten(read_config(workdir))
         changes = [
             f"{key}: {before.get(key, 'absent')!r} in the run folder, "
             f"{now.get(key, 'absent')!r} now"
@@ -75,12 +76,20 @@ def read_config(workdir: Path) -> dict[str, Any]:
       ValueError: the folder holds no run.
     """
     try:
-        return json.loads((workdir / "config.json").read_text())
+        text = (workdir / "config.json").read_text()
     except FileNotFoundError:
         raise ValueError(
             f"{workdir} holds no run (there is no config.json in it): name the folder "
             "of a run that was trained, with --workdir"
         ) from None
+    return _with_tuples(json.loads(text))
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has no tuples; configs have no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
