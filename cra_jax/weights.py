@@ -1,7 +1,8 @@
 """Weights in and out: ResNets of torchvision, timm and transformers; all or an error.
 
-Names are torchvision's (timm's ResNets bear the same). Nothing is skipped in silence:
-each array of a file is used or named as left, and each parameter is filled.
+Names are torchvision's (timm's ResNets bear the same); those of EfficientNet-Lite are
+their PyTorch package's, less the underscores. Nothing is skipped in silence: each array
+of a file is used or named as left, and each parameter is filled.
 """
 
 import os
@@ -16,9 +17,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cra_jax import hub, resnet, torch_files
+from cra_jax import efficientnet, hub, resnet, torch_files
 
 STREAMS = ("classification_stream", "regularization_stream")
+_ARCHITECTURES = (*resnet.ARCHITECTURES, *efficientnet.ARCHITECTURES)
 _CLASSIFIER = ("fc.weight", "fc.bias")
 _SHOWN = 8  # names of each kind of problem in an error
 
@@ -36,7 +38,7 @@ def load_torch(
 
     Args:
       path: `.safetensors` or `.pth`, in torchvision's, timm's or transformers' names.
-      arch: a key of `resnet.ARCHITECTURES`.
+      arch: a key of some family's `ARCHITECTURES`.
       num_classes: how many classes the file must know; None: as many as it does.
 
     Returns:
@@ -82,16 +84,17 @@ def load_trunk(
 
 
 def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
-    """Writes a ResNet's variables under torchvision's names, whole or not at all.
+    """Writes a network's variables under torch's names, whole or not at all.
 
-    torchvision's class loads the file strictly: BatchNorm's counters are there, as 0.
+    torchvision's class (for EfficientNet-Lite its package's) loads the file strictly:
+    BatchNorm's counters are there, as 0.
 
     Args:
       path: the `.safetensors` file; its folder is made, what was there is replaced.
-      variables: `{"params", "batch_stats"}` of a plain ResNet, of any width or stem.
+      variables: `{"params", "batch_stats"}` of a plain backbone, of any width or stem.
 
     Raises:
-      ValueError: the variables are not exactly a ResNet's, or not finite float32.
+      ValueError: the variables are not exactly a backbone's, or not finite float32.
     """
     path = Path(path)
     flat: Flat = flatten_dict(dict(variables))
@@ -100,18 +103,20 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
     if arch is None:
         raise ValueError(
             f"cannot write {path}: {', '.join(list(arrays)[:3])}, ... are "
-            f"not the variables of one of {', '.join(resnet.ARCHITECTURES)}; give the "
+            f"not the variables of one of {', '.join(_ARCHITECTURES)}; give the "
             "classification stream's, without anything else"
         )
     expected = _expected(arch, _rows(arrays, "fc.weight") or 1, arrays)
     cure = "give them all, as the network has them"
     _fill(expected, arrays, path=f"what should go to {path}", arch=arch, cure=cure)
-    counters = {name: np.array(0, np.int64) for name in _counters(arrays)}
+    arrays |= {name: np.array(0, np.int64) for name in _counters(arrays)}
+    if arch in efficientnet.ARCHITECTURES:
+        arrays = {efficientnet.published_name(n): x for n, x in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         # transformers refuses a file that does not say which library it is for.
-        save_file(arrays | counters, partial, metadata={"format": "pt"})
+        save_file(arrays, partial, metadata={"format": "pt"})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -177,9 +182,10 @@ def start_from(
 
 
 def _read(path: str | Path) -> dict[str, np.ndarray]:
-    """A file's arrays under torchvision's names."""
+    """A file's arrays under the names that are used here."""
     arrays = torch_files.read(path)
-    return _unique((_from_transformers(name), x) for name, x in arrays.items())
+    renamed = {n: efficientnet.plain_name(_from_transformers(n)) for n in arrays}
+    return _unique((renamed[name], x) for name, x in arrays.items())
 
 
 def _unique(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -213,7 +219,7 @@ def _from_transformers(name: str) -> str:
 def _torch_name(key: Key) -> str:
     """`("params", "layer1_0", "bn1", "scale")` -> `layer1.0.bn1.weight`, and so on."""
     _, *modules, leaf = key
-    name = re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", ".".join(modules))
+    name = re.sub(r"^(layer\d|blocks)_(\d+)", r"\1.\2", ".".join(modules))
     name = name.replace("downsample_conv", "downsample.0")
     name = name.replace("downsample_bn", "downsample.1")
     leaves = {"kernel": "weight", "scale": "weight"}
@@ -246,8 +252,10 @@ def _counters(names: Iterable[str]) -> list[str]:
 
 
 def _looks_like(names: Iterable[str]) -> str | None:
-    """The architecture with just these residual blocks."""
+    """The architecture with just these blocks."""
     names = list(names)
+    if arch := efficientnet.looks_like(names):
+        return arch
     found = {m[0] for name in names if (m := re.match(r"layer\d+\.\d+\.", name))}
     bottleneck = any(name.endswith(".conv3.weight") for name in names)
     for arch, (blocks, is_bottleneck) in resnet.ARCHITECTURES.items():
@@ -261,14 +269,20 @@ def _expected(
     arch: str, num_classes: int, arrays: Mapping[str, np.ndarray]
 ) -> dict[Key, tuple[int, ...]]:
     """Path and shape of each variable; width and stem are those of the arrays."""
-    conv1 = arrays.get("conv1.weight")
-    size = conv1.shape[-1] if conv1 is not None and conv1.ndim == 4 else 7
-    model = resnet.create(
-        arch,
-        num_classes,
-        width=_rows(arrays, "conv1.weight") or 64,
-        stem="imagenet" if size == 7 else "small",  # "medium" has the same shapes
-    )
+    if arch not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise ValueError(f"unknown arch {arch!r}; choose from {known}")
+    if arch in efficientnet.ARCHITECTURES:
+        model = efficientnet.create(arch, num_classes)
+    else:
+        conv1 = arrays.get("conv1.weight")
+        size = conv1.shape[-1] if conv1 is not None and conv1.ndim == 4 else 7
+        model = resnet.create(
+            arch,
+            num_classes,
+            width=_rows(arrays, "conv1.weight") or 64,
+            stem="imagenet" if size == 7 else "small",  # "medium" has the same shapes
+        )
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     leaves: Flat = flatten_dict(
         dict(jax.eval_shape(model.init, jax.random.key(0), images))

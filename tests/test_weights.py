@@ -500,6 +500,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_records_agree_with_their_names():
     for name, record in hub.KNOWN.items():
+        if record.package:  # tests/test_efficientnet.py
+            continue
         arch = re.fullmatch(r"timm/(resnet\d+)\.tv2?_in1k", name)
         assert arch is not None
         assert arch[1] == record.arch
