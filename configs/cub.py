@@ -3,8 +3,9 @@
     python launch.py --config configs/cub.py --config.data.path=CUB_200_2011
     python launch.py --config configs/cub.py:resnet101,baseline
 
-Variants, joined by commas: a backbone (`resnet18` ... `resnet152`) and a kind
-(`baseline`, `stn`). "(open)" marks what the paper does not say.
+Variants, joined by commas: a backbone (`resnet18` ... `resnet152`,
+`efficientnet_lite0`) and a kind (`baseline`, `stn`). "(open)" marks what the paper does
+not say.
 """
 
 import math
@@ -13,8 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cra_jax.hub import KNOWN
-from cra_jax.model import KINDS
-from cra_jax.resnet import ARCHITECTURES
+from cra_jax.model import BACKBONES, KINDS
 
 
 def get_config(variant: str = "") -> Any:
@@ -118,13 +118,16 @@ def get_config(variant: str = "") -> Any:
     evaluation.checkpoint = "latest"  # --mode eval: latest, best, or a step
 
     for name in filter(None, variant.split(",")):
-        if name in ARCHITECTURES:
+        if name in BACKBONES:
             model.backbone = name
         elif name in KINDS:
             model.kind = name
         else:
-            known = ", ".join((*ARCHITECTURES, *KINDS))
+            known = ", ".join((*BACKBONES, *KINDS))
             raise ValueError(f"unknown variant {name!r}; choose from {known}")
-    published = f"timm/{model.backbone}.tv_in1k"
-    model.pretrained = published if published in KNOWN else ""  # ImageNet (Sec. 4.1)
+    # ImageNet's weights (Sec. 4.1), where there are some, and their normalisation.
+    for published in (f"timm/{model.backbone}.tv_in1k", model.backbone):
+        if published in KNOWN:
+            model.pretrained = published
+            data.mean, data.std = KNOWN[published].mean, KNOWN[published].std
     return config

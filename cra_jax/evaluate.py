@@ -283,9 +283,9 @@ def run(config: experiment.Config, workdir: Path) -> None:
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
             scores = evaluator.scores(restored.variables, split, protocol)
             print(f"{name}, {protocol}: {run_folder.describe_scores(scores)}")
-            run_folder.append_metrics(
-                workdir, step=step, epoch=epoch, split=name, numbers=scores
-            )
+            line = {"step": step, "epoch": epoch, "split": name, **scores}
+            if line not in run_folder.read_metrics(workdir):
+                run_folder.append_metrics(workdir, line)
 
 
 def _class_difference(here: Sequence[str], there: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ REDUNDANCIES = ("hard", "soft")
 
 # A family is a room with `ARCHITECTURES` and `create`; another is one more entry.
 _FAMILIES = (resnet, efficientnet)
+BACKBONES = tuple(name for family in _FAMILIES for name in family.ARCHITECTURES)
 
 
 @struct.dataclass
@@ -221,8 +222,9 @@ def create_backbone(backbone: str, num_classes: int, **arguments: Any) -> nn.Mod
     for family in _FAMILIES:
         if backbone in family.ARCHITECTURES:
             return family.create(backbone, num_classes, **arguments)
-    known = [name for family in _FAMILIES for name in family.ARCHITECTURES]
-    raise ValueError(f"unknown backbone {backbone!r}; choose from {', '.join(known)}")
+    raise ValueError(
+        f"unknown backbone {backbone!r}; choose from {', '.join(BACKBONES)}"
+    )
 
 
 def create(

@@ -110,13 +110,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def append_metrics(
-    workdir: Path, *, step: int, epoch: int, split: str, numbers: Mapping[str, Any]
-) -> None:
-    """Adds a line to `metrics.jsonl`."""
-    line = json.dumps({"step": step, "epoch": epoch, "split": split, **numbers})
+def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
+    """Adds a line to `metrics.jsonl`: step, epoch and split, then numbers."""
     with open(workdir / "metrics.jsonl", "a") as file:
-        file.write(line + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -198,9 +195,8 @@ class Log:
         self.say(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
 
     def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
-        append_metrics(
-            self._workdir, step=step, epoch=epoch, split=split, numbers=numbers
-        )
+        line = {"step": step, "epoch": epoch, "split": split, **numbers}
+        append_metrics(self._workdir, line)
         for name, value in numbers.items():
             if not isinstance(value, str):
                 self._board.add_scalar(f"{split}/{name}", value, step)
