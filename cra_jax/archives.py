@@ -167,8 +167,7 @@ def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None
                     f"{archive}: {member.name!r} {problem}, so nothing is unpacked; get"
                     " the archive from where it was published"
                 )
-            data_filter(member, str(folder))
-            place = folder / path
+            place = folder / data_filter(member, str(folder)).name
             if member.isdir():
                 place.mkdir(parents=True, exist_ok=True)
             else:

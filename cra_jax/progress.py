@@ -59,7 +59,11 @@ class Progress:
         rate = (self._done - self._first) / max(now - self._begun, 1e-9)
         left_s = (self._total - self._done) / max(rate, 1e-9)
         done, total, pace = map(self._figure, (self._done, self._total, rate))
-        say(f"{self._title}: {done} of {total}, {pace}/s, {left_s:.0f} s left")
+        unit = "MB" if self._unit == "B" else self._unit
+        say(
+            f"{self._title}: {done} of {total} {unit}, {pace} {unit}/s,"
+            f" {left_s:.0f} s left"
+        )
 
     def back_to(self, done: int) -> None:
         """What was done is lost: counting goes on from `done`."""
@@ -70,8 +74,8 @@ class Progress:
 
     def _figure(self, count: float) -> str:
         if self._unit == "B":
-            return f"{count / 1e6:,.1f} MB"
-        return f"{count:,.0f} {self._unit}"
+            return f"{count / 1e6:,.1f}"
+        return f"{count:,.0f}"
 
 
 def say(text: str) -> None:

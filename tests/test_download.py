@@ -99,7 +99,7 @@ def test_a_file_is_fetched_once(server, tmp_path, capsys):
     assert target.read_bytes() == DATA
     shown = capsys.readouterr().err
     assert f"fetching {server.url} (0.3 MB)" in shown
-    assert "set.tgz: 0.3 MB of 0.3 MB" in shown
+    assert "set.tgz: 0.3 of 0.3 MB, " in shown
     assert fetch(server, target) == target
     assert server.asked == [None]
     assert left(target.parent) == [".set.tgz.lock", "set.tgz"]
@@ -309,7 +309,7 @@ def test_unpacking(mode, tmp_path, capsys):
 HOSTILE = {
     "upwards": member("../evil"),
     "upwards from inside": member("set/../../evil"),
-    "absolute": member("/tmp/evil_of_cra_jax"),
+    "absolute": member("HERE/evil"),
     "symlink": member("link", type=tarfile.SYMTYPE, linkname=".."),
     "symlink inside": member("link", type=tarfile.SYMTYPE, linkname="good"),
     "hard link": member("link", type=tarfile.LNKTYPE, linkname="good"),
@@ -322,12 +322,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_archives_are_refused_as_a_whole(kind, tmp_path):
-    archive = make_tar(tmp_path / "a.tgz", member("good"), HOSTILE[kind], member("c"))
+    info, content = HOSTILE[kind]
+    info.name = info.name.replace("HERE", str(tmp_path))
+    archive = make_tar(tmp_path / "a.tgz", member("good"), (info, content), member("c"))
     with pytest.raises(ValueError, match=r"a\.tgz: .*so nothing is unpacked"):
         unpack(archive, tmp_path / "out" / "in", max_bytes=1000)
     assert left(tmp_path / "out") == [".in.lock"]
     assert left(tmp_path) == ["a.tgz", "out"]
-    assert not Path("/tmp/evil_of_cra_jax").exists()
 
 
 def test_too_many_files(tmp_path, monkeypatch):
@@ -474,6 +475,6 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
         bar.advance(3)
         bar.advance()
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"look: 1 pictures of 4 pictures, .*/s, \d+ s left", lines[0])
-    assert re.fullmatch(r"end: 4 pictures of 4 pictures, .*/s, 0 s left", lines[1])
+    assert re.fullmatch(r"look: 1 of 4 pictures, .* pictures/s, \d+ s left", lines[0])
+    assert re.fullmatch(r"end: 4 of 4 pictures, .* pictures/s, 0 s left", lines[1])
     assert len(lines) == 2
