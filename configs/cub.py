@@ -1,6 +1,6 @@
 """CUB-200-2011 as in the paper: every number of Sec. 4.1, and what it leaves open.
 
-    python launch.py --config configs/cub.py --config.data.path=CUB_200_2011
+    python launch.py --config configs/cub.py  # fetches the set, or: --config.data.path=
     python launch.py --config configs/cub.py:resnet101,baseline
 
 Variants, joined by commas: a backbone (`resnet18` ... `resnet152`,
@@ -30,8 +30,8 @@ def get_config(variant: str = "") -> Any:
     config.seed = 0  # of weights, order, crops and flips
 
     data = config.data = ConfigDict()
-    data.source = "cub"  # synthetic, cub, cars, folder
-    data.path = ""  # folder of the data set; empty for synthetic
+    data.source = "cub"  # see README: synthetic, folder, csv, cub, cars, ...
+    data.path = ""  # folder of the data set; empty: none is needed, or CUB is fetched
     data.seed = 0  # of drawn pictures, and of splits that the folder does not have
     data.short_side_px = 512  # resize, aspect kept, antialiased bicubic (Sec. 4.1)
     data.crop_px = 448  # random in training, the centre in testing (Sec. 4.1)
@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> Any:
     data.cache_dir = ""  # where that file goes; empty: in or near the data folder
     data.workers = 2  # threads that make batches
     data.prefetch_batches = 4  # batches made ahead
-    data.test_share = 0.2  # folder without a test split: share of each class
+    data.test_share = 0.2  # folder, csv: without a test split: share of each class
     data.num_species = 8  # synthetic: classes
     data.habitat_share = 0.7  # synthetic: how often the habitat gives the class away
     data.train_size = 4096  # synthetic: pictures

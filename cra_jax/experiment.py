@@ -13,7 +13,17 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from cra_jax import hub, model, optim, parallel, schedule, sources, steps, store
+from cra_jax import (
+    archives,
+    hub,
+    model,
+    optim,
+    parallel,
+    schedule,
+    sources,
+    steps,
+    store,
+)
 
 Config = Any
 """An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
@@ -103,10 +113,16 @@ def check(config: Config) -> None:
 
 
 def load_data(config: Config) -> sources.Dataset:
-    """Lists the records of the config's data set; opens no picture."""
+    """Lists the records of the config's data set; opens no picture.
+
+    CUB-200-2011 is fetched where no path is given: it is the one set that can be.
+    """
     data = config.data
+    path = data.path
+    if data.source == "cub" and not path:
+        path = archives.cub_200_2011(store.default_cache_dir(None) / "datasets")
     options = {key: data[key] for key in sources.OPTIONS.get(data.source, ())}
-    dataset = sources.load(data.source, data.path, seed=data.seed, **options)
+    dataset = sources.load(data.source, path, seed=data.seed, **options)
     count, batch_size = len(dataset.splits["train"]), config.train.batch_size
     if count < batch_size:
         raise ValueError(

@@ -105,7 +105,7 @@ def test_train_then_eval(cache, tmp_path):
         (["--config=nowhere.py"], "error in the flags: "),
         (["--mode=evaluate"], "value should be one of <train|eval|export>"),
         (["train"], "'train' is no flag"),
-        (["--config={root}/configs/cub.py"], "error: source 'cub' needs a path"),
+        (["--config={root}/configs/cars.py"], "error: source 'cars' needs a path"),
         (
             ["--config={root}/configs/cars.py", "--config.data.path=/nowhere"],
             "error: /nowhere: there is no such folder; expected cars_train/",
