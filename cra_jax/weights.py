@@ -7,7 +7,7 @@ of a file is used or named as left, and each parameter is filled.
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cra_jax import efficientnet, hub, resnet, torch_files
+from cra_jax import efficientnet, origins, resnet
+from cra_jax.torch_names import Key, counters, to_linen, to_torch, torch_name
 
 STREAMS = ("classification_stream", "regularization_stream")
 _ARCHITECTURES = (*resnet.ARCHITECTURES, *efficientnet.ARCHITECTURES)
 _CLASSIFIER = ("fc.weight", "fc.bias")
 _SHOWN = 8  # names of each kind of problem in an error
 
-Key = tuple[str, ...]
 Flat = dict[Any, Any]  # what flatten_dict gives, too loosely typed to check
 
 
@@ -49,7 +49,7 @@ def load_torch(
       ValueError: as `torch_files.read`; or the file is not this network's, is rounded
         to half precision, or holds NaN; one error lists all that is wrong.
     """
-    arrays = _read(path)
+    arrays = origins.read(path)
     known = _rows(arrays, "fc.weight")
     if num_classes is not None and known is not None and known != num_classes:
         raise ValueError(
@@ -77,7 +77,7 @@ def load_trunk(
     Raises:
       ValueError: as `load_torch`.
     """
-    arrays = _read(path)
+    arrays = origins.read(path)
     expected = _without_classifier(_expected(arch, 1, arrays))
     filled, left = _fill(expected, arrays, path=path, arch=arch, leave=_CLASSIFIER)
     return unflatten_dict(filled), left
@@ -98,7 +98,7 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     flat: Flat = flatten_dict(dict(variables))
-    arrays = _unique((_torch_name(key), _to_torch(x)) for key, x in flat.items())
+    arrays = origins.unique((torch_name(key), to_torch(x)) for key, x in flat.items())
     arch = _looks_like(arrays)
     if arch is None:
         raise ValueError(
@@ -109,7 +109,7 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
     expected = _expected(arch, _rows(arrays, "fc.weight") or 1, arrays)
     cure = "give them all, as the network has them"
     _fill(expected, arrays, path=f"what should go to {path}", arch=arch, cure=cure)
-    arrays |= {name: np.array(0, np.int64) for name in _counters(arrays)}
+    arrays |= {name: np.array(0, np.int64) for name in counters(arrays)}
     if arch in efficientnet.ARCHITECTURES:
         arrays = {efficientnet.published_name(n): x for n, x in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,127 +128,105 @@ def start_from(
     *,
     pretrained: str | Path,
     arch: str,
+    class_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Starts every stream from the same weights; classifiers and Gamma's head stay.
+    """Starts every stream from the same weights; Gamma's head stays.
+
+    So do the classifiers, unless the weights come from a run or an export of the same
+    classes: the authors' code starts CRA-CNN from a backbone that was already
+    fine-tuned on the target set, classifier included.
 
     Args:
       params: a training state's, with one or both of `STREAMS`.
       batch_stats: the same state's.
-      pretrained: as for `hub.fetch`.
+      pretrained: as for `origins.open_origin`.
       arch: the streams' architecture.
+      class_names: of the training to come; empty: classes that are as many are the
+        same.
 
     Returns:
       New `params` and `batch_stats`, no two of whose new arrays share memory, and lines
       that say what was used, what was left and what stays fresh.
 
     Raises:
-      ValueError: as `hub.fetch` and `load_torch`; the file must fit the streams' width
-        and stem, too.
+      ValueError: as `origins.open_origin` and `load_torch`; the file must fit the
+        streams' width and stem, too.
     """
-    record = hub.record_of(pretrained)
-    if record and record.arch != arch:
-        raise ValueError(
-            f"{pretrained} is a {record.arch}, and model.backbone is {arch!r}: change "
-            "one of the two"
-        )
-    streams = [stream for stream in STREAMS if stream in params]
-    if not streams:
-        raise ValueError(f"params hold {list(params)}, none of {', '.join(STREAMS)}")
-    file = hub.fetch(pretrained)
-    arrays = _read(file)
+    filled, lines = _plan(params, batch_stats, pretrained, arch, class_names)
     new: Flat = flatten_dict({"params": dict(params), "batch_stats": dict(batch_stats)})
-    left: tuple[str, ...] = ()
-    used = 0
-    for stream in streams:
-        own = {(c, *key): x for (c, s, *key), x in new.items() if s == stream}
-        expected = _without_classifier({key: x.shape for key, x in own.items()})
-        filled, left = _fill(expected, arrays, path=file, arch=arch, leave=_CLASSIFIER)
-        used = len(filled)
-        for (collection, *key), array in filled.items():
-            # Copies: the training step gives its buffers away.
-            new[(collection, stream, *key)] = jnp.array(array, copy=True)
+    # Copies: the training step gives its buffers away.
+    new |= {key: jnp.array(array, copy=True) for key, array in filled.items()}
     tree = unflatten_dict(new)
-    named = [name for name in _CLASSIFIER if name in left]
-    lines = [
-        f"pretrained: {pretrained}" + (f" ({file})" if str(file) != pretrained else ""),
-        hub.describe(record),
-        f"{used} arrays start {' and '.join(streams)}",
-        f"left in the file: {', '.join(named) or 'no classifier'}; "
-        f"{len(left) - len(named)} counters (num_batches_tracked)",
-        f"fresh: fc of {' and '.join(streams)}"
-        + "".join(f", {name}" for name in params if name not in STREAMS),
-    ]
     return tree["params"], tree["batch_stats"], lines
 
 
-def _read(path: str | Path) -> dict[str, np.ndarray]:
-    """A file's arrays under the names that are used here."""
-    arrays = torch_files.read(path)
-    renamed = {n: efficientnet.plain_name(_from_transformers(n)) for n in arrays}
-    return _unique((renamed[name], x) for name, x in arrays.items())
+def preview(
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    *,
+    pretrained: str | Path,
+    arch: str,
+    class_names: Sequence[str] = (),
+) -> list[str]:
+    """What `start_from` would do, line by line; the state may be abstract.
+
+    Raises:
+      ValueError: what `start_from` would.
+    """
+    filled, lines = _plan(params, batch_stats, pretrained, arch, class_names)
+    stages: dict[str, list[int]] = {}
+    for (_, stream, module, *_), array in filled.items():
+        stage = f"{stream}.{re.sub(r'_[0-9]+$', '', module)}"
+        stages.setdefault(stage, []).append(array.size)
+    rows = [(s, f"{len(n)} arrays", f"{sum(n):,} values") for s, n in stages.items()]
+    return lines + [f"  {s:<32}{n:>12}{v:>20}" for s, n, v in sorted(rows)]
 
 
-def _unique(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    for name, array in pairs:
-        if name in arrays:
-            raise ValueError(f"two arrays stand for {name}: keep one of them")
-        arrays[name] = array
-    return arrays
-
-
-def _from_transformers(name: str) -> str:
-    """`resnet.encoder.stages.0.layers.1.layer.2.*` -> `layer1.1.conv3`, and so on."""
-    match = re.fullmatch(
-        r"(?:resnet\.)?(?:(?P<stem>embedder\.embedder)|encoder\.stages\.(?P<stage>\d+)"
-        r"\.layers\.(?P<block>\d+)\.(?:layer\.(?P<layer>\d+)|shortcut))"
-        r"\.(?P<kind>convolution|normalization)\.(?P<leaf>\w+)",
-        name,
+def _plan(
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    pretrained: str | Path,
+    arch: str,
+    class_names: Sequence[str],
+) -> tuple[dict[Key, np.ndarray], list[str]]:
+    """The arrays that a state gets, by their path in it, and lines that say so."""
+    streams = [stream for stream in STREAMS if stream in params]
+    if not streams:
+        raise ValueError(f"params hold {list(params)}, none of {', '.join(STREAMS)}")
+    origin = origins.open_origin(pretrained, arch=arch)
+    tree: Flat = flatten_dict(
+        {"params": dict(params), "batch_stats": dict(batch_stats)}
     )
-    if match is None:
-        return re.sub(r"^classifier\.1\.", "fc.", name)
-    stem, stage, block, layer, kind, leaf = match.groups()
-    is_norm = kind == "normalization"
-    short = "bn" if is_norm else "conv"
-    if stem:
-        return f"{short}1.{leaf}"
-    last = f"{short}{int(layer) + 1}" if layer else f"downsample.{int(is_norm)}"
-    return f"layer{int(stage) + 1}.{block}.{last}.{leaf}"
-
-
-def _torch_name(key: Key) -> str:
-    """`("params", "layer1_0", "bn1", "scale")` -> `layer1.0.bn1.weight`, and so on."""
-    _, *modules, leaf = key
-    name = re.sub(r"^(layer\d|blocks)_(\d+)", r"\1.\2", ".".join(modules))
-    name = name.replace("downsample_conv", "downsample.0")
-    name = name.replace("downsample_bn", "downsample.1")
-    leaves = {"kernel": "weight", "scale": "weight"}
-    leaves |= {"mean": "running_mean", "var": "running_var"}
-    return f"{name}.{leaves.get(leaf, leaf)}"
-
-
-def _to_torch(array: Any) -> np.ndarray:
-    """Linen's `HWIO` and `IO` kernels as torch's `OIHW` and `OI`; vectors stay."""
-    array = np.asarray(array)
-    order = (3, 2, 0, 1) if array.ndim == 4 else None
-    return np.ascontiguousarray(array.transpose(order))
-
-
-def _to_linen(array: np.ndarray) -> np.ndarray:
-    order = (2, 3, 1, 0) if array.ndim == 4 else None
-    return np.ascontiguousarray(array.transpose(order))
+    own = {(c, *k): x.shape for (c, s, *k), x in tree.items() if s == streams[0]}
+    wanted = tuple(class_names) or origin.class_names
+    same = bool(origin.class_names) and wanted == origin.class_names
+    same = same and own["params", "fc", "bias"] == (len(wanted),)
+    leave = () if same else _CLASSIFIER
+    expected = own if same else _without_classifier(own)
+    found, left = _fill(
+        expected, origin.arrays, path=origin.place, arch=arch, leave=leave
+    )
+    named = [name for name in _CLASSIFIER if name in left]
+    why = " (of other classes)" if named and origin.class_names else ""
+    heads = [] if same else [f"fc of {' and '.join(streams)}"]
+    heads += [name for name in params if name not in STREAMS]
+    shown = "" if origin.place == str(pretrained) else f" ({origin.place})"
+    lines = [
+        f"pretrained: {pretrained}{shown}",
+        origin.about,
+        f"{len(found)} arrays start {' and '.join(streams)}"
+        + (", classifier included" if same else ""),
+        f"left in the file: {', '.join(named) or 'no classifier'}{why}; "
+        f"{len(left) - len(named)} counters (num_batches_tracked)",
+        f"fresh: {', '.join(heads) or 'nothing'}",
+    ]
+    return {(c, s, *k): x for s in streams for (c, *k), x in found.items()}, lines
 
 
 def _rows(arrays: Mapping[str, np.ndarray], name: str) -> int | None:
     """How many outputs a layer has, if it is there at all."""
     array = arrays.get(name)
     return array.shape[0] if array is not None and array.ndim else None
-
-
-def _counters(names: Iterable[str]) -> list[str]:
-    """BatchNorm's counters that belong to these names."""
-    means = [name for name in names if name.endswith(".running_mean")]
-    return [n.replace(".running_mean", ".num_batches_tracked") for n in means]
 
 
 def _looks_like(names: Iterable[str]) -> str | None:
@@ -310,8 +288,8 @@ def _fill(
     Raises:
       ValueError: anything is missing, left over, or not as it should be.
     """
-    keys = {_torch_name(key): key for key in expected}
-    may_stay = {*leave, *_counters(keys)}
+    keys = {torch_name(key): key for key in expected}
+    may_stay = {*leave, *counters(keys)}
     left = tuple(name for name in arrays if name in may_stay)
     filled: dict[Key, np.ndarray] = {}
     problems: dict[str, list[str]] = {
@@ -323,10 +301,10 @@ def _fill(
     }
     shape_problems, dtype_problems, value_problems = list(problems.values())[2:]
     for name in (name for name in arrays if name in keys):
-        key, array = keys[name], _to_linen(arrays[name])
+        key, array = keys[name], to_linen(arrays[name])
         filled[key] = array
         if array.shape != expected[key]:
-            wanted = _to_torch(np.empty(expected[key], "b")).shape
+            wanted = to_torch(np.empty(expected[key], "b")).shape
             shape_problems.append(f"{name} {arrays[name].shape}, not {wanted}")
         if array.dtype != np.float32:
             dtype_problems.append(f"{name} {array.dtype}")

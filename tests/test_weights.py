@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ from oracles.torch_resnet import TorchResNet, randomize, to_linen
 from torch._utils import _rebuild_tensor_v2
 
 from cra_jax import hub, resnet, torch_files, weights
+from cra_jax.checkpoint import Checkpoints
 
 FORMATS = ("zip.pth", "legacy.pth", "safetensors")
 
@@ -576,15 +578,21 @@ def test_a_folder_is_refused(client, tmp_path):
 # --- a start of training ------------------------------------------------------------
 
 
-def training_state(streams=weights.STREAMS, **options):
-    model = resnet.create("resnet10", 7, width=4, **options)
-    images = jnp.zeros((1, 32, 32, 3))
-    states = {
-        stream: jax.jit(model.init)(jax.random.key(i), images)
-        for i, stream in enumerate(streams)
-    }
-    params: Any = {stream: state["params"] for stream, state in states.items()}
-    stats: Any = {stream: state["batch_stats"] for stream, state in states.items()}
+def training_state(streams=weights.STREAMS) -> Any:
+    """Parameters and statistics, other ones in each stream; made without compiling."""
+    model = resnet.create("resnet10", 7, width=4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    params, stats = (
+        {
+            stream: jax.tree.map(
+                lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes[part]
+            )
+            for stream in streams
+        }
+        for part in ("params", "batch_stats")
+    )
     params["attention_head"] = {"kernel": jnp.ones((32, 4)), "bias": jnp.ones(4)}
     return params, stats
 
@@ -657,3 +665,157 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
     path = save(network(stem="small").state_dict(), tmp_path, "safetensors")
     with pytest.raises(ValueError, match=r"\(4, 3, 3, 3\), not \(4, 3, 7, 7\)"):
         start(params, stats)
+
+
+# --- a start from what was trained here ---------------------------------------------
+
+CLASSES = [f"class {i}" for i in range(7)]
+ABOUT = {"width": 4, "stem": "imagenet", "mean": (0.1, 0.2, 0.3), "std": (1, 1, 1)}
+
+
+def save_run(folder, state, *, step=3, names=CLASSES):
+    """Saves a state as a run does."""
+    params, stats = state
+    about = {"model": {"backbone": "resnet10"} | ABOUT, "data": ABOUT}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        saved = {"params": params, "batch_stats": stats, "step": np.array(step)}
+        meta = {"class_names": names, "epoch": 2, "config": about}
+        checkpoints.save(step, saved, meta)
+    return folder
+
+
+def save_export(folder, state, names=CLASSES):
+    """Writes what `--mode export` does, as far as it matters here."""
+    stream = weights.STREAMS[0]
+    variables = {"params": state[0][stream], "batch_stats": state[1][stream]}
+    weights.save_torch(folder / "model.safetensors", variables)
+    about = {"architecture": "resnet10", "class_names": names} | ABOUT
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def trained_state(streams=weights.STREAMS):
+    """A state far from any fresh one."""
+    return jax.tree.map(lambda x: x * 0.5 + 3, training_state(streams))
+
+
+@pytest.mark.parametrize("save_as", [save_run, save_export])
+@pytest.mark.parametrize("streams", [weights.STREAMS, weights.STREAMS[:1]])
+def test_a_run_hands_on_its_classification_stream_and_classifier(
+    save_as, streams, tmp_path
+):
+    trained = trained_state(streams)
+    folder = save_as(tmp_path, trained)
+    params, stats = training_state()
+    new_params, new_stats, lines = weights.start_from(
+        params, stats, pretrained=folder, arch="resnet10", class_names=CLASSES
+    )
+    for new, old in zip((new_params, new_stats), trained, strict=True):
+        for stream in weights.STREAMS:  # N_ar too, and from N_cls
+            assert_same(new[stream], old["classification_stream"])
+    assert (new_params["attention_head"]["bias"] == 1).all()  # fresh
+    report = "\n".join(lines)
+    for part in (
+        "step 3, epoch 2" if save_as is save_run else "model.safetensors",
+        "resnet10, width 4, stem imagenet, 7 classes",
+        "(0.1, 0.2, 0.3)",
+        "62 arrays start classification_stream and regularization_stream, classifier",
+        "fresh: attention_head",
+    ):
+        assert part in report
+
+
+def test_a_run_s_newest_checkpoint_is_taken(tmp_path):
+    state = training_state(weights.STREAMS[:1])
+    save_run(tmp_path, trained_state(weights.STREAMS[:1]), step=3)
+    save_run(tmp_path, state, step=11)
+    new, _, lines = weights.start_from(*state, pretrained=tmp_path, arch="resnet10")
+    assert_same(new, state[0])
+    assert "step 11" in lines[0]
+
+
+@pytest.mark.parametrize("save_as", [save_run, save_export])
+@pytest.mark.parametrize(
+    ("names", "wanted", "classes"),
+    [
+        (CLASSES[::-1], CLASSES, 7),  # as many, and not the same
+        (CLASSES[:5], CLASSES, 5),
+        (CLASSES[:5], (), 5),
+    ],
+)
+def test_a_classifier_of_other_classes_stays(save_as, names, wanted, classes, tmp_path):
+    trained: Any = trained_state()
+    fc = trained[0]["classification_stream"]["fc"]
+    fc["kernel"], fc["bias"] = fc["kernel"][:, :classes], fc["bias"][:classes]
+    folder = save_as(tmp_path, trained, names=list(names))
+    params, stats = training_state()
+    new, _, lines = weights.start_from(
+        params, stats, pretrained=folder, arch="resnet10", class_names=wanted
+    )
+    for stream in weights.STREAMS:
+        assert_same(new[stream]["fc"], params[stream]["fc"])
+        assert_same(
+            new[stream]["layer4_0"], trained[0]["classification_stream"]["layer4_0"]
+        )
+    assert "left in the file: fc.weight, fc.bias (of other classes)" in lines[3]
+    assert "fc of classification_stream and regularization_stream" in lines[4]
+
+
+def test_a_run_that_does_not_fit_is_refused(tmp_path):
+    save_run(tmp_path, trained_state())
+    wide = training_state()
+    del wide[0]["classification_stream"]["layer4_0"]["conv1"]
+    params, stats = training_state()
+    start = partial(weights.start_from, pretrained=tmp_path)
+    with pytest.raises(ValueError, match=r"step 3.*does not fit(.|\n)*1 unknown"):
+        start(*wide, arch="resnet10")
+    model = resnet.create("resnet18", 7, width=4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    other: Any = jax.eval_shape(model.init, jax.random.key(0), images)
+    state = [{"classification_stream": other[c]} for c in ("params", "batch_stats")]
+    with pytest.raises(ValueError, match=r"fit resnet18 .*like a resnet10"):
+        start(*state, arch="resnet18")
+    # Runs are told apart from other folders; nothing of theirs is guessed.
+    (empty := tmp_path / "empty").mkdir()
+    for folder, message in [
+        (empty, "neither a run .* nor an export"),
+        (tmp_path / "missing", "no weights file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            weights.start_from(params, stats, pretrained=folder, arch="resnet10")
+    (empty / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="nothing is saved yet"):
+        weights.start_from(params, stats, pretrained=empty, arch="resnet10")
+
+
+@pytest.mark.parametrize("about", [None, "{", "{}"])
+def test_an_export_without_its_description_is_refused(about, tmp_path):
+    save_export(tmp_path, trained_state())
+    (tmp_path / "config.json").unlink()
+    if about:
+        (tmp_path / "config.json").write_text(about)
+    start = partial(weights.start_from, *training_state(), arch="resnet10")
+    with pytest.raises(ValueError, match=r"no config\.json of an export"):
+        start(pretrained=tmp_path)
+    # As the message says, the file itself will do.
+    assert "fresh: fc of" in start(pretrained=tmp_path / "model.safetensors")[2][4]
+
+
+def test_a_preview_says_what_a_start_would_do_and_needs_no_arrays(tmp_path):
+    state = training_state()
+    abstract = jax.eval_shape(lambda: state)
+    path = save(network(classes=1000).state_dict(), tmp_path, "safetensors")
+    lines = weights.preview(*abstract, pretrained=path, arch="resnet10")
+    *_, started = weights.start_from(*state, pretrained=path, arch="resnet10")
+    assert lines[: len(started)] == started
+    rows = [line.split() for line in lines[len(started) :]]
+    stages = ["bn1", "conv1", "layer1", "layer2", "layer3", "layer4"]
+    assert [row[0] for row in rows] == [
+        f"{s}.{n}" for s in weights.STREAMS for n in stages
+    ]
+    assert rows[1][1:] == ["1", "arrays", f"{7 * 7 * 3 * 4}", "values"]
+    assert rows[2][1:] == ["10", "arrays", f"{2 * 9 * 4 * 4 + 2 * 4 * 4}", "values"]
+    assert sum(int(row[1]) for row in rows) == 2 * 60
+    path = save(changed(network().state_dict(), **{BN: None}), tmp_path, "zip.pth")
+    with pytest.raises(ValueError, match=f"1 missing: {BN}"):
+        weights.preview(*abstract, pretrained=path, arch="resnet10")
