@@ -167,7 +167,7 @@ def boxed(root: Path, *boxes: str) -> sources.Dataset:
 
 def test_boxes(tmp_path):
     dataset = boxed(
-        tmp_path, "0,0,100,50", "0,0,50,25", "0,0,50,50", "200,60,300,70", ",,,"
+        tmp_path, "0,0,100,50", "50,25,100,50", "0,0,50,50", "200,60,300,70", ",,,"
     )
     lines = lines_of(dataset)
     place = lines.index("boxes: of 4 pictures; 0% to 100% of the area, median 38%")
