@@ -91,10 +91,10 @@ class Block(nn.Module):
         y = x
         if self.expansion != 1:
             y = Conv(channels * self.expansion, 1, name="expand_conv")(y)
-            y = relu6(self.norm(name="bn0")(y, train=train))
+            y = nn.relu6(self.norm(name="bn0")(y, train=train))
         y = pad_same(y, self.size, self.stride, extent_px)
         y = DepthwiseConv(self.size, self.stride, name="depthwise_conv")(y)
-        y = relu6(self.norm(name="bn1")(y, train=train))
+        y = nn.relu6(self.norm(name="bn1")(y, train=train))
         y = Conv(self.features, 1, name="project_conv")(y)
         y = self.norm(name="bn2")(y, train=train)
         return x + y if (self.stride, channels) == (1, self.features) else y
@@ -197,12 +197,12 @@ class EfficientNet(nn.Module):
         is_float64 = images.dtype == jnp.float64
         x = images.astype(jnp.float64 if is_float64 else self.dtype)
         x = self.conv_stem(pad_same(x, 3, self.conv_stem.stride, extent_px))
-        x = relu6(self.bn0(x, train=train))
+        x = nn.relu6(self.bn0(x, train=train))
         extent_px = shrink(extent_px, self.conv_stem.stride)
         for block in self.blocks:
             x = block(x, train=train, extent_px=extent_px)
             extent_px = shrink(extent_px, block.stride)
-        return relu6(self.bn1(self.conv_head(x), train=train))
+        return nn.relu6(self.bn1(self.conv_head(x), train=train))
 
     def classify(self, pooled: jax.Array) -> jax.Array:
         """Scores `[..., k]`, at least float32, of pooled features `[..., c]`."""
@@ -247,11 +247,6 @@ def create(
         )
     check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
     return EfficientNet(arch, num_classes, dtype, bn_group_size, all_mean, num_replicas)
-
-
-def relu6(x: jax.Array) -> jax.Array:
-    """`x` between 0 and 6, with torch's gradient: 0 at 0."""
-    return jnp.minimum(nn.relu(x), 6)
 
 
 def plain_name(name: str) -> str:
