@@ -241,7 +241,7 @@ class Evaluator:
         """Whether each peak lies in its record's box, for the records that have one."""
         hits = []
         for i, (point, box) in enumerate(zip(peak_px, split.boxes, strict=True)):
-            if box is None:
+            if box is None or box == (0, 0, 1, 1):  # the whole picture says nothing
                 continue
             size_px = np.array(split.pictures[i].shape[1::-1])
             # The centre of the peak's pixel, as a fraction of the whole picture.

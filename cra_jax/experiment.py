@@ -23,6 +23,7 @@ from cra_jax import (
     sources,
     steps,
     store,
+    survey,
 )
 
 Config = Any
@@ -122,14 +123,28 @@ def load_data(config: Config) -> sources.Dataset:
     if data.source == "cub" and not path:
         path = archives.cub_200_2011(store.default_cache_dir(None) / "datasets")
     options = {key: data[key] for key in sources.OPTIONS.get(data.source, ())}
-    dataset = sources.load(data.source, path, seed=data.seed, **options)
+    return sources.load(data.source, path, seed=data.seed, **options)
+
+
+def describe_data(config: Config, workdir: Path) -> None:
+    """Prints what the data set holds, and leaves a contact sheet in the run folder."""
+    dataset = load_data(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    print(survey.describe(dataset, sheet=workdir / "data.png"))
+
+
+def check_count(config: Config, dataset: sources.Dataset) -> None:
+    """Checks that the training pictures fill a batch.
+
+    Raises:
+      ValueError: they do not.
+    """
     count, batch_size = len(dataset.splits["train"]), config.train.batch_size
     if count < batch_size:
         raise ValueError(
             f"{count} training pictures do not fill one batch of {batch_size}: set "
             f"train.batch_size to {count} or less"
         )
-    return dataset
 
 
 def open_split(config: Config, dataset: sources.Dataset, name: str) -> Split:

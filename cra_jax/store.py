@@ -231,7 +231,7 @@ def _build(
         if skipped and not (skip_unreadable and shapes):
             raise ValueError(
                 f"{_unreadable(skipped, len(records))}\nMend or remove them"
-                + (", or set data.skip_unreadable=True to leave them out" if shapes else "")
+                + (", or set data.skip_unreadable=True" if shapes else "")
             )
     index = {"key": key, "shapes": shapes, "skipped": skipped}
     with _replacing(Path(f"{stem}.json")) as file:

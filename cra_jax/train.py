@@ -43,6 +43,7 @@ def run(
     """
     experiment.check(config)
     dataset = experiment.load_data(config)
+    experiment.check_count(config, dataset)
     keep = config.checkpoint.keep_latest
     with (
         run_folder.locked(workdir),

@@ -87,6 +87,17 @@ def test_train_then_eval(cache, tmp_path):
     assert exported.returncode == 0, exported.stderr
     names = json.loads((workdir / "export" / "config.json").read_text())["class_names"]
     assert len(names) == 8
+    looked = _launch(
+        cache,
+        "--mode=data",
+        config,
+        f"--workdir={workdir}",
+        *_overrides(),
+        cwd=tmp_path,
+    )
+    assert looked.returncode == 0, looked.stderr
+    assert "train: 96 pictures of 8 classes" in looked.stdout
+    assert (workdir / "data.png").stat().st_size > 1000
     again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout == trained.stdout
@@ -103,7 +114,7 @@ def test_train_then_eval(cache, tmp_path):
         (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
         (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
         (["--config=nowhere.py"], "error in the flags: "),
-        (["--mode=evaluate"], "value should be one of <train|eval|export>"),
+        (["--mode=evaluate"], "value should be one of <train|eval|export|data>"),
         (["train"], "'train' is no flag"),
         (["--config={root}/configs/cars.py"], "error: source 'cars' needs a path"),
         (
