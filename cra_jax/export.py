@@ -96,7 +96,8 @@ def serialize(
       What `jax.export.deserialize` reads: uint8 ``[b, crop_px, crop_px, 3] -> [b, k]``
       scores before any softmax, for any ``b``, on CPU, CUDA and TPU.
     """
-    variables = jax.tree.map(jnp.asarray, variables)  # with NumPy, tracing computes
+    # What NumPy holds would be computed with while tracing, not in the program.
+    variables = jax.tree.map(jnp.asarray, variables)
 
     @jax.jit
     def scores(images: jax.Array) -> jax.Array:
