@@ -25,6 +25,7 @@ from cra_jax import (
     published,
     stanford,
     synthetic,
+    tfds_sets,
 )
 from cra_jax.folders import some
 
@@ -39,6 +40,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "nabirds": (),
     "folder": ("test_share",),
     "csv": ("test_share",),
+    "tfds": ("name",),
 }
 """The options of `load` that each source reads."""
 
@@ -98,7 +100,8 @@ class Dataset:
         name: the source's name.
         class_names: names in the order of the labels.
         splits: the records of each split, in an order fixed by their names or lists.
-        root: the folder that the names of files start from; None without files.
+        root: the folder that the names of files start from, or that holds the built
+            set; None without files.
         notes: what was left out or decided while loading, one line each, to be shown.
     """
 
@@ -121,11 +124,13 @@ def load(
     Args:
         source: one of `SOURCES`.
         path: the data set's folder, or the CSV file; empty or None for "synthetic".
+            For "tfds" where it keeps its sets; empty or None for its own default.
         seed: of the drawings, or of the split that is drawn from folders of classes.
         **options: those of the source in `OPTIONS`.
             num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
             of the drawn birds.
             test_share (0.2): of each class, where folders or CSV hold no test split.
+            name (""): of the set in tfds, which must be built there as array_record.
 
     Returns:
         A data set whose every class has a training picture. A class may be missing from
@@ -150,6 +155,8 @@ def load(
                 " the path, or choose another source"
             )
         return _check(_synthetic(seed, **options))
+    if source == "tfds":
+        return _check(_from_tfds(path, **options))
     if not path:
         raise ValueError(f"source {source!r} needs a path: {_LAYOUTS[source]}")
     root = Path(path).expanduser().absolute()
@@ -245,6 +252,35 @@ def _from_listing(name: str, listing: folders.Listing) -> Dataset:
     return Dataset(name, listing.class_names, splits, root, listing.notes)
 
 
+def _from_tfds(path: str | os.PathLike[str] | None, *, name: str = "") -> Dataset:
+    found = tfds_sets.read_set(name, path)
+    splits = {
+        split: tuple(
+            Record(
+                example.name,
+                example.label,
+                functools.partial(_read_content, example.content, example.name),
+                example.stamp,
+                example.box
+                and functools.partial(_content_box, example.content, example.box),
+                example.content,
+            )
+            for example in examples
+        )
+        for split, examples in found.splits.items()
+    }
+    return Dataset("tfds", found.class_names, splits, found.root, found.notes)
+
+
+def _read_content(content: Callable[[], bytes], name: str, short_side_px: int):
+    return pictures.read(content(), short_side_px, name=name)
+
+
+def _content_box(content: Callable[[], bytes], box: Box) -> Box:
+    header = pictures.read_header(content())
+    return _upright_box(header, np.array(box[::2]), np.array(box[1::2]))
+
+
 def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
     """Reads a picture without the lowest rows, a banner."""
     picture = pictures.decode(file)
@@ -263,8 +299,16 @@ def _fraction_box(
     if callable(corners):
         corners = corners()
     header = pictures.read_header(file)
+    x = np.array(corners[::2]) / header.width_px
+    y = np.array(corners[1::2]) / header.height_px
+    return _upright_box(header, x, y, cut_px)
+
+
+def _upright_box(
+    header: pictures.Header, x: np.ndarray, y: np.ndarray, cut_px: int = 0
+) -> Box:
+    """Fractions of the picture as stored -> of the picture as it is read."""
     width, height = header.width_px, header.height_px
-    x, y = np.array(corners[::2]) / width, np.array(corners[1::2]) / height
     if header.orientation in (2, 3, 7, 8):
         x = 1 - x
     if header.orientation in (3, 4, 6, 7):
