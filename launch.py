@@ -13,13 +13,13 @@ from ml_collections import config_flags
 
 _CONFIG = "config"
 _DEFAULT = str(Path(__file__).resolve().parent / "configs" / "quickstart.py")
-_MODES = ["train", "eval", "export", "data"]
+_MODES = ["train", "eval", "export", "data", "weights"]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake in them ends in one line."""
     flags.DEFINE_string("workdir", "", "Run folder; empty: runs/<name of the config>.")
-    flags.DEFINE_enum("mode", "train", _MODES, "What to do; data: a look at the data.")
+    flags.DEFINE_enum("mode", "train", _MODES, "What to do; the last two look.")
     flags.DEFINE_bool("allow_config_change", False, "Go on under another config.")
     flags.DEFINE_bool("traceback", False, "On an error, show where it comes from.")
     try:
@@ -56,8 +56,8 @@ def _run(mode: str, workdir: Path) -> None:
     values = flags.FLAGS
     if mode == "train":
         train.run(values.config, workdir, allow_change=values.allow_config_change)
-    elif mode == "data":
-        experiment.describe_data(values.config, workdir)
+    elif mode in ("data", "weights"):
+        experiment.describe(mode, values.config, workdir)
     else:
         {"eval": evaluate, "export": export}[mode].run(_config_of(workdir), workdir)
 

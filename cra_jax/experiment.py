@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cra_jax import (
@@ -24,6 +26,7 @@ from cra_jax import (
     steps,
     store,
     survey,
+    weights,
 )
 
 Config = Any
@@ -126,11 +129,41 @@ def load_data(config: Config) -> sources.Dataset:
     return sources.load(data.source, path, seed=data.seed, **options)
 
 
-def describe_data(config: Config, workdir: Path) -> None:
-    """Prints what the data set holds, and leaves a contact sheet in the run folder."""
+def describe(what: str, config: Config, workdir: Path) -> None:
+    """Prints what training would start from; trains nothing.
+
+    Args:
+      what: "data": what the data set holds, with a contact sheet in the run folder; or
+        "weights": what of ``model.pretrained`` would be loaded, and what not.
+      config: of `configs/`.
+      workdir: the run folder.
+
+    Raises:
+      ValueError: there is something wrong with what would be loaded.
+    """
+    check(config)
     dataset = load_data(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    print(survey.describe(dataset, sheet=workdir / "data.png"))
+    if what == "data":
+        workdir.mkdir(parents=True, exist_ok=True)
+        print(survey.describe(dataset, sheet=workdir / "data.png"))
+        return
+    if not config.model.pretrained:
+        raise ValueError(
+            "model.pretrained is empty, so training starts from random weights: give "
+            "--config.model.pretrained= a name, a file or a run folder"
+        )
+    network = build_network(config, len(dataset.class_names))
+    crop_px = config.data.crop_px
+    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), images)
+    lines = weights.preview(
+        abstract["params"],
+        abstract["batch_stats"],
+        pretrained=config.model.pretrained,
+        arch=config.model.backbone,
+        class_names=dataset.class_names,
+    )
+    print("\n".join(lines))
 
 
 def check_count(config: Config, dataset: sources.Dataset) -> None:

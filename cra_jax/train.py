@@ -10,7 +10,7 @@ import numpy as np
 
 from cra_jax import (
     experiment,
-    hub,
+    origins,
     parallel,
     pipeline,
     run_folder,
@@ -78,7 +78,7 @@ class _Run:
         # pictures are prepared.
         pretrained = "" if first_step else config.model.pretrained
         if pretrained:
-            hub.fetch(pretrained)
+            origins.open_origin(pretrained, arch=config.model.backbone)
         self._splits = {
             name: experiment.open_split(config, dataset, name)
             for name in dataset.splits
@@ -123,6 +123,7 @@ class _Run:
             self._state.batch_stats,
             pretrained=pretrained,
             arch=self._config.model.backbone,
+            class_names=self._class_names,
         )
         self._state = dataclasses.replace(
             self._state, params=params, batch_stats=batch_stats

@@ -207,6 +207,14 @@ def test_a_run_starts_from_an_export_and_resumes_without_it(
         assert np.abs(fresh - trained).max() > 1e-3
     file.unlink()
     train.run(started, tmp_path / "run")
+    capsys.readouterr()
+    # From the run itself the classifier comes, too: the classes are the same.
+    experiment.describe(
+        "weights", _changed(started, **{"model.pretrained": str(workdir)}), tmp_path
+    )
+    preview = capsys.readouterr().out
+    assert "classification_stream.fc" in preview
+    assert "attention_head" in preview
     with pytest.raises(ValueError, match=r"weights.safetensors"):
         train.run(started, tmp_path / "another")
 
