@@ -177,7 +177,8 @@ def _how_to_build(name: str, folder: Path) -> str:
     cars = name.split(":")[0] == "cars196"
     by_hand = _CARS.format(manual=folder / "downloads" / "manual") if cars else ""
     return (
-        "build it once, where TensorFlow is installed (reading needs none):\n"
+        "build it once, where tensorflow and opencv-python are installed, too (reading"
+        " needs neither):\n"
         f'    python -c "{code}"{by_hand}'
     )
 

@@ -148,8 +148,15 @@ def test_features_like_those_of_caltech_birds2011(tmp_path):
 
 
 def test_names_of_classes_and_numbers_for_pictures(tmp_path):
-    features = {**labelled(), "label": tfds.features.ClassLabel(names=["wren", "tit"])}
-    splits = {"train": rows(3), "test": rows(2, 10)}
+    features = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(names=["wren", "tit"]),
+        "label_name": tfds.features.Text(),  # of no use where the label has names
+    }
+    splits = {
+        split: [{**row, "label_name": str(row["label"])} for row in rows(*span)]
+        for split, span in {"train": (3, 0), "test": (2, 10)}.items()
+    }
     build(tmp_path, "named", features, splits)
     dataset = sources.load("tfds", tmp_path, name="named:1.0.0")
     assert dataset.class_names == ("wren", "tit")
@@ -207,6 +214,15 @@ def test_a_set_built_anew_has_other_stamps_and_is_read_anew(tmp_path):
     after = sources.load("tfds", tmp_path, name="plain").splits["train"]
     assert not {r.stamp for r in before} & {r.stamp for r in after}
     assert {content(r) for r in after}.isdisjoint(old)
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
+    both = [*rows(2), {"image": b"no picture", "label": 0}]
+    plain(tmp_path, train=both, test=both)
+    records = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    (junk,) = [record for record in records if content(record) == b"no picture"]
+    with pytest.raises(pictures.PictureError, match=f"^{junk.name}: not a picture"):
+        junk.read(8)
 
 
 def test_pictures_are_prepared(tmp_path):
