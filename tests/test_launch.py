@@ -114,7 +114,7 @@ def test_train_then_eval(cache, tmp_path):
         (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
         (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
         (["--config=nowhere.py"], "error in the flags: "),
-        (["--mode=evaluate"], "value should be one of <train|eval|export|data|weights>"),
+        (["--mode=evaluate"], "should be one of <train|eval|export|data|weights>"),
         (["train"], "'train' is no flag"),
         (["--config={root}/configs/cars.py"], "error: source 'cars' needs a path"),
         (

@@ -86,7 +86,7 @@ def test_paths_from_here_and_from_home(tmp_path, monkeypatch):
 
 
 def test_every_source_is_tried_above():
-    assert set(HINTS) | {"synthetic"} == set(sources.SOURCES)
+    assert set(HINTS) | {"synthetic", "tfds"} == set(sources.SOURCES)
 
 
 def test_unreadable_folder_is_named(tmp_path, monkeypatch):
