@@ -153,10 +153,8 @@ class CRACNN(nn.Module):
         if self.redundancy == "hard":
             grid = geometry.redundancy_grid(gamma_res, size)
             return geometry.bilinear_sample(images, jax.lax.stop_gradient(grid))
-        nowhere = jnp.zeros_like(gamma_res).at[:, :2].set(3.0)
-        whole = geometry.bilinear_sample(
-            images, geometry.redundancy_grid(nowhere, size)
-        )
+        identity = jnp.tile(jnp.eye(2, 3), (len(images), 1, 1))
+        whole = geometry.bilinear_sample(images, geometry.affine_grid(identity, size))
         weight = geometry.redundancy_weight(gamma_res, size, softness=self.softness)
         return whole * weight[..., None].astype(whole.dtype)
 
