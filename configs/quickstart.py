@@ -28,15 +28,15 @@ def get_config(variant: str = "") -> Any:
     # From scratch: a high rate after a warm-up, and two falls near the end.
     config.optim.base_lr = 0.05
     config.optim.warmup_epochs = 1
-    config.optim.first_epochs = 8
-    config.optim.period_epochs = 2
-    config.restriction.first_epochs = 8
-    config.restriction.period_epochs = 2
+    config.optim.first_epochs = 12
+    config.optim.period_epochs = 3
+    config.restriction.first_epochs = 12
+    config.restriction.period_epochs = 3
 
-    config.train.epochs = 12
+    config.train.epochs = 18
     config.train.log_every_steps = 8
     config.eval.batch_size = 128
-    config.eval.every_epochs = 2
+    config.eval.every_epochs = 3
     named = cub(variant)  # checks the names, too
     if named.model.backbone != cub().model.backbone:
         config.model.backbone = named.model.backbone
