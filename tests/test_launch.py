@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from numpy.testing import assert_array_equal
@@ -167,6 +169,40 @@ def test_the_papers_numbers_are_the_defaults():
     assert config.restriction.first_epochs == 50
     assert config.restriction.period_epochs == 45
     assert config.model.backbone == "resnet50"
+
+
+@pytest.mark.slow
+def test_the_papers_config_takes_steps_at_its_size():
+    """ResNet-50, 448 px, 200 classes; two pictures, which a CPU can hold."""
+    from configs.cub import get_config
+    from cra_jax import experiment, optim, steps
+
+    config = get_config()
+    network = experiment.build_network(config, 200)
+    optimizer = optim.make_optimizer(lambda step: jnp.float32(config.optim.base_lr))
+    step = jax.jit(
+        steps.make_train_step(
+            experiment.build_loss(config, network, steps_per_epoch=93),
+            optimizer,
+            learning_rate=lambda step: jnp.float32(config.optim.base_lr),
+            mean=config.data.mean,
+            std=config.data.std,
+        )
+    )
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (2, 448, 448, 3)).astype(np.uint8),
+        "flip": np.array([True, False]),
+        "label": np.array([3, 7], np.int32),
+    }
+    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=448)
+    losses = []
+    for _ in range(3):
+        state, terms = step(state, batch)
+        losses.append(float(terms["loss"]))
+    print(f"losses of three steps: {losses}")
+    assert np.isfinite(losses).all()
+    assert losses[2] < losses[0]
 
 
 def _newest_arrays(workdir):
