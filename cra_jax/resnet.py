@@ -24,6 +24,7 @@ from cra_jax.layers import (
     Conv,
     Outputs,
     at_least_float32,
+    check_common_options,
     check_images,
     mask,
     shrink,
@@ -233,23 +234,9 @@ def create(
         )
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; choose from {', '.join(STEMS)}")
-    counts = {"num_classes": num_classes, "width": width, "num_replicas": num_replicas}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if bn_group_size < 0:
-        raise ValueError(f"bn_group_size must be 0 or more, not {bn_group_size}")
-    if bn_group_size and all_mean is not None:
-        raise ValueError(
-            f"bn_group_size={bn_group_size} splits a device's batch and all_mean joins"
-            " the devices; give only one"
-        )
-    if all_mean is None and num_replicas != 1:
-        raise ValueError(
-            f"num_replicas={num_replicas} needs all_mean, which joins them"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating point, like bfloat16, not {dtype}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, not {width}")
+    check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
     return ResNet(
         arch, num_classes, width, stem, dtype, bn_group_size, all_mean, num_replicas
     )
