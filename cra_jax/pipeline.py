@@ -247,14 +247,14 @@ def prefetch(
 
 
 def _prefetch(
-    make: Callable[[int], T], todo: Iterator[int], workers: int, depth: int
+    make: Callable[[int], T], numbers: Iterator[int], workers: int, depth: int
 ) -> Generator[T, None, None]:
     """The generator of `prefetch`, apart so that arguments are checked at the call."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
     ahead: deque[Future[T]] = deque()
     try:
         while True:
-            while len(ahead) < depth and (number := next(todo, None)) is not None:
+            while len(ahead) < depth and (number := next(numbers, None)) is not None:
                 ahead.append(pool.submit(make, number))
             if not ahead:
                 return
