@@ -29,7 +29,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, LookupError, AttributeError, OSError, ValueError) as error:
         text = str(error).replace("\\n", "\n").replace("\\", "").strip('" \n')
         # What a config file raises arrives with its traceback as text: the last line.
-        text = text.rpartition("ValueError: ")[-1]
+        text = text.rpartition("ValueError: ")[-1].replace("''", "no setting '")
         sys.exit(f"error in the flags: {' '.join(text.split())}")
 
 
