@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import http.client
 import itertools
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cra_jax.progress import Progress, say
+from cra_jax.progress import Progress, say, waited_for
 
 ATTEMPTS = 5  # in a row that bring less than _PIECE
 _PIECE = 1 << 20  # bytes that are read at once
@@ -211,17 +210,7 @@ def writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def locked(target: Path, progress: bool) -> Iterator[None]:
-    """Holds a lock beside `target`; the system releases it if this process is killed.
-
-    Another process waits, and says so where `progress` is wanted.
-    """
-    with target.with_name(f".{target.name}.lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress:
-                say(f"{target.name}: another process is at work on it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def locked(target: Path, progress: bool) -> contextlib.AbstractContextManager[None]:
+    """Holds a lock beside `target`; another process waits, and says so if wanted."""
+    lock = target.with_name(f".{target.name}.lock")
+    return waited_for(lock, target.name, show=progress)

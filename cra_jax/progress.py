@@ -1,7 +1,11 @@
-"""How far a long job is: a bar on a terminal, a line now and then in a log."""
+"""How far a long job is: a bar on a terminal, lines in a log; and one job at a time."""
 
+import contextlib
+import fcntl
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -82,3 +86,24 @@ def say(text: str) -> None:
     """A line for people, on standard error; above the bar where there is one."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def waited_for(lock: Path, title: str, *, show: bool) -> Iterator[None]:
+    """Holds a lock file, once any other process has let go of it.
+
+    The system releases it if this process is killed.
+
+    Args:
+        lock: the file; its folder must be there.
+        title: what the job is called, in the line that says that it waits.
+        show: False keeps silent.
+    """
+    with lock.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if show:
+                say(f"{title}: another process is at work on it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -8,7 +8,6 @@ renamed into place last: where it is sound and the pixels have its size, all is 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cra_jax.pipeline import prefetch
+from cra_jax.progress import say, waited_for
 from cra_jax.sources import Record
 
 FORMAT = 1
@@ -145,23 +145,23 @@ def prepare(
         raise ValueError(f"there are no pictures to store for {name!r}")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"store name {name!r}: use letters, digits and . _ - alone")
-    say = _say if progress else _mute
+    tell = say if progress else _mute
     key = _key(records, _check_side(short_side_px))
     stem = Path(cache_dir) / f"{name}-{key[:16]}"
 
-    def find(say: Say) -> Store | None:
-        store = _open(stem, key, records, say)
+    def find(tell: Say) -> Store | None:
+        store = _open(stem, key, records, tell)
         # A store with gaps does not serve who wants all: perhaps they can be read now.
         return store if store and (skip_unreadable or not store.skipped) else None
 
     try:
-        store = find(say)
+        store = find(tell)
         if store is None:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(stem, say):
+            with waited_for(Path(f"{stem}.lock"), stem.name, show=progress):
                 store = find(_mute)  # made by the process that we waited for
                 if store is None:
-                    _check_disk(stem, records, short_side_px, say)
+                    _check_disk(stem, records, short_side_px, tell)
                     with _reading(records, short_side_px, workers) as read:
                         shown = _tracked(read, len(records), name) if progress else read
                         _build(stem, key, records, shown, skip_unreadable)
@@ -175,7 +175,7 @@ def prepare(
         ) from error
     assert store is not None, f"{stem} changed while it was made"
     if store.skipped:
-        say(f"{name}: {_unreadable(store.skipped, len(records))}; left out")
+        tell(f"{name}: {_unreadable(store.skipped, len(records))}; left out")
     return store
 
 
@@ -189,7 +189,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _open(stem: Path, key: str, records: Sequence[Record], say: Say) -> Store | None:
+def _open(stem: Path, key: str, records: Sequence[Record], tell: Say) -> Store | None:
     """Maps a store that is there and whole; needs no right to write."""
     pixels = Path(f"{stem}.pixels")
     try:
@@ -205,7 +205,7 @@ def _open(stem: Path, key: str, records: Sequence[Record], say: Say) -> Store | 
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         whole = False
     if not whole:
-        say(f"{pixels} or its index is damaged or cut short: it is made again")
+        tell(f"{pixels} or its index is damaged or cut short: it is made again")
         return None
     kept = [record for record in records if record.name not in index["skipped"]]
     return Store(pixels, kept, index["skipped"], shapes)
@@ -257,20 +257,8 @@ def _replacing(path: Path):
         os.close(folder)
 
 
-@contextlib.contextmanager
-def _locked(stem: Path, say: Say) -> Iterator[None]:
-    """Holds the store's lock; the system releases it if this process is killed."""
-    with open(Path(f"{stem}.lock"), "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{stem.name}: another process is at work on it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _check_disk(
-    stem: Path, records: Sequence[Record], short_side_px: int, say: Say
+    stem: Path, records: Sequence[Record], short_side_px: int, tell: Say
 ) -> None:
     """Says how much disk the store will take, judged by a few; refuses if it lacks."""
     Path(f"{stem}.pixels.partial").unlink(missing_ok=True)  # of a kill
@@ -285,12 +273,12 @@ def _check_disk(
             f"storing {len(records):,} pictures takes {figures}: free some space, "
             "choose another cache folder, or stream the pictures instead"
         )
-    say(f"{stem.name}: storing {len(records):,} pictures, {figures}")
+    tell(f"{stem.name}: storing {len(records):,} pictures, {figures}")
     name = stem.name.rpartition("-")[0]
     others = set(stem.parent.glob(f"{name}-*.pixels")) - {Path(f"{stem}.pixels")}
     if others:
         taken = sum(path.stat().st_size for path in others) / 1e9
-        say(
+        tell(
             f"{stem.name}: {len(others)} older stores of other settings or pictures "
             f"take {taken:.2f} GB there; remove those that you no longer need"
         )
@@ -348,16 +336,12 @@ def _tracked(
         if now - said >= _LOG_EVERY_S or done == total:
             rate = done / max(now - start, 1e-9)
             left = (total - done) / rate
-            _say(f"{name}: {done:,} of {total:,}, {rate:.0f}/s, {left:.0f} s left")
+            say(f"{name}: {done:,} of {total:,}, {rate:.0f}/s, {left:.0f} s left")
             said = now
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _mute(text: str) -> None:
-    """Takes the place of `_say` where no progress is wanted."""
+    """Takes the place of `say` where no progress is wanted."""
 
 
 def _check_side(short_side_px: int) -> int:

@@ -168,15 +168,14 @@ class _Run:
             if epoch_ends or step % config.train.log_every_steps == 0:
                 self._log_window(log, step, clock)
             measured = epoch_ends and (last or epoch % config.eval.every_epochs == 0)
-            if measured:
-                self._evaluate(log, step, epoch)
+            top1 = self._evaluate(log, step, epoch) if measured else None
             every = config.checkpoint.every_steps
             if (
                 last
                 or (epoch_ends and epoch % config.checkpoint.every_epochs == 0)
                 or (every and step % every == 0)
             ):
-                self._save(step, measured=measured)
+                self._save(step, top1)
             if epoch_ends:
                 clock.restart()
 
@@ -208,15 +207,19 @@ class _Run:
                 f"again in a new --workdir; earlier checkpoints are in {self._workdir}"
             )
 
-    def _evaluate(self, log: run_folder.Log, step: int, epoch: int) -> None:
+    def _evaluate(self, log: run_folder.Log, step: int, epoch: int) -> float:
+        """Scores and logs the test splits; returns what "best" goes by."""
         variables = classification_variables(
             self._state.params, self._state.batch_stats
         )
+        top1 = {}
         for name, split in self._splits.items():
             scores = self._evaluator.scores(variables, split, "center")
             log.test(step=step, epoch=epoch, split=name, numbers=scores)
+            top1[name] = scores["top1"]
+        return top1["test"]
 
-    def _save(self, step: int, *, measured: bool) -> None:
+    def _save(self, step: int, top1: float | None) -> None:
         meta = {
             "step": step,
             "epoch": -(-step // self._steps_per_epoch),
@@ -224,8 +227,7 @@ class _Run:
             "class_names": list(self._class_names),
             "config": self._config.to_dict(),
         }
-        metric = self._scores()["test"]["top1"] if measured else None
-        self._checkpoints.save(step, self._state, meta, metric=metric)
+        self._checkpoints.save(step, self._state, meta, metric=top1)
 
     def _scores(self) -> dict[str, dict[str, Any]]:
         """The newest scores of each test split."""
