@@ -157,6 +157,26 @@ class EfficientNet(nn.Module):
         """
         return -(-extent_px // self.stride_px)
 
+    @nn.nowrap
+    def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
+        """Centre of the receptive fields of these cells of the feature map, in pixels.
+
+        Args:
+            cells: indices along an axis of the feature map; any array of numbers does.
+            extent_px: the picture's size along that axis, integer, which broadcasts
+                with them.
+
+        Returns:
+            Coordinates of which pixel centres are the integers. Where a layer that
+            strides sees an even size, "SAME" pads one less in front, and all that
+            follows looks one of that layer's own pixels further.
+        """
+        offset_px, step_px = 0, 1
+        while step_px < self.stride_px:
+            offset_px = offset_px + step_px * (1 - extent_px % 2)
+            extent_px, step_px = -(-extent_px // 2), 2 * step_px
+        return cells * self.stride_px + offset_px
+
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Scores, feature map and its mean for `[b, H, W, 3]` normalised pictures.
 

@@ -137,6 +137,20 @@ class ResNet(nn.Module):
         """
         return -(-extent_px // self.stride_px)
 
+    @nn.nowrap
+    def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
+        """Centre of the receptive fields of these cells of the feature map, in pixels.
+
+        Args:
+            cells: indices along an axis of the feature map; any array of numbers does.
+            extent_px: the picture's size along that axis, which broadcasts with them.
+
+        Returns:
+            Coordinates of which pixel centres are the integers. Padding is symmetric
+            here, so cell 0 looks at pixel 0, whatever the size.
+        """
+        return cells * self.stride_px + 0 * extent_px
+
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Scores, feature map and its mean for `[b, H, W, 3]` normalised pictures.
 
