@@ -13,6 +13,7 @@ from cra_jax import (
     origins,
     parallel,
     pipeline,
+    provenance,
     run_folder,
     sources,
     steps,
@@ -139,9 +140,13 @@ class _Run:
         self._notes.append(f"goes on from step {step}")
 
     def to_the_end(self) -> dict[str, dict[str, Any]]:
-        with run_folder.Log(
-            self._workdir, first_step=self._first_step, total_steps=self._total_steps
-        ) as log:
+        steps_left = {"first_step": self._first_step, "total_steps": self._total_steps}
+        with (
+            provenance.recorded(
+                self._workdir, devices=parallel.describe_devices(), **steps_left
+            ),
+            run_folder.Log(self._workdir, **steps_left) as log,
+        ):
             for note in self._notes:
                 log.say(note)
             self._loop(log)
