@@ -4,19 +4,21 @@
 Where it also has `.shapes`, `[n, 2]` of (height, width), no picture is read for its
 size alone. Nothing here depends on the number of workers, of batches computed ahead, or
 of devices: a batch is computed from its number alone, so training can resume anywhere.
+
+Where several hosts train together, each makes its own rows of every batch: a `shard`
+`(i, n)` is the i-th of n equal runs of consecutive rows.
 """
 
 import functools
 import operator
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from cra_jax.prefetch import prefetch
+
 Batch = dict[str, np.ndarray]
-T = TypeVar("T")
 
 
 class Pictures(Protocol):
@@ -47,20 +49,23 @@ class TrainBatches:
         crop_px: int,
         seed: int,
         flip: bool = True,
+        shard: tuple[int, int] = (0, 1),
     ):
         """Checks what can be checked without reading a picture.
 
         Args:
             pictures: the split's pictures.
             labels: one class number a picture.
-            batch_size: pictures in a batch.
+            batch_size: pictures in a batch, those of all hosts together.
             crop_px: side of the square that is cut out of each picture.
             seed: names the random order, crops and flips; 0 to 2^64 - 1.
             flip: whether half of the pictures are marked to be mirrored.
+            shard: which rows of each batch are made here; all of them unless told.
 
         Raises:
             ValueError: fewer pictures than a batch, a picture smaller than the crop,
-                labels that do not match the pictures, or a seed out of range.
+                labels that do not match the pictures, a seed out of range, or a batch
+                that the hosts cannot share evenly.
         """
         self._pictures = pictures
         self._labels = _check(pictures, labels, batch_size)
@@ -72,6 +77,7 @@ class TrainBatches:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: set it between 0 and 2^64 - 1")
         _check_crop(pictures, crop_px)
+        self._mine = _rows_of(shard, batch_size)
         self._batch_size = batch_size
         self._crop_px = crop_px
         self._seed = seed
@@ -88,26 +94,55 @@ class TrainBatches:
 
         Returns:
             `image` uint8 `[b, crop, crop, 3]`, `flip` bool `[b]`, `label` int32 `[b]`,
-            `index` int32 `[b]`, the picture's place in the split.
+            `index` int32 `[b]`, the picture's place in the split; `b` rows of the
+            shard.
 
         Raises:
             ValueError: a picture is smaller than the crop, or the step is negative.
         """
+        batch, draws = self._drawn(step)
+        index = batch["index"]
+        image = np.empty((len(index), self._crop_px, self._crop_px, 3), np.uint8)
+        for row, i in enumerate(index.tolist()):
+            picture = _picture(self._pictures, i)
+            room = _room(picture.shape, self._crop_px, i)
+            top, left = _corners(draws[row], np.array(room)).tolist()
+            image[row] = _window(picture, top, left, self._crop_px)
+        return {"image": image, **batch}
+
+    def plan(self, step: int) -> Batch:
+        """What `batch` would cut out, without the pixels.
+
+        Where the pictures have no `.shapes`, the first call reads all of them once.
+
+        Args:
+            step: number of the batch since the start of training, from 0.
+
+        Returns:
+            `flip`, `label` and `index` as of `batch`, and `corner_px` int32 `[b, 2]`,
+            (top, left) of each crop in its picture.
+
+        Raises:
+            ValueError: the step is negative.
+        """
+        batch, draws = self._drawn(step)
+        room = self._sizes[batch["index"]] - self._crop_px
+        return {"corner_px": _corners(draws, room), **batch}
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return _shapes(self._pictures)
+
+    def _drawn(self, step: int) -> tuple[Batch, np.ndarray]:
+        """What a batch has beside pixels, and the draws of its crops, `[b, 2]`."""
         if step < 0:
             raise ValueError(f"step is {step}: steps count from 0")
         epoch, place = divmod(step, self.steps_per_epoch)
         order, draws = _epoch_draws(self._seed, epoch, len(self._pictures))
-        index = order[place * self._batch_size :][: self._batch_size]
-        image = np.empty((self._batch_size, self._crop_px, self._crop_px, 3), np.uint8)
-        for row, i in enumerate(index.tolist()):
-            picture = _picture(self._pictures, i)
-            room = _room(picture.shape, self._crop_px, i)
-            # The bias of `%` is below 2^-48 for any picture.
-            top, left = (int(d) % (r + 1) for d, r in zip(draws[i], room, strict=False))
-            image[row] = _window(picture, top, left, self._crop_px)
+        index = order[place * self._batch_size :][: self._batch_size][self._mine]
         flip = (draws[index, 2] >> np.uint64(63)).astype(bool) & self._flip
-        label = self._labels[index]
-        return {"image": image, "flip": flip, "label": label, "index": index}
+        batch = {"flip": flip, "label": self._labels[index], "index": index}
+        return batch, draws[index, :2]
 
 
 class Batches(Sequence[Batch]):
@@ -130,11 +165,13 @@ def center_batches(
     *,
     batch_size: int,
     crop_px: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Cuts the centre out of every picture, each exactly once, in the split's order.
 
     The crop starts at `(size - crop_px) // 2`: an odd remainder goes to the right and
-    to the bottom. The last batch is filled up, so that all have one shape.
+    to the bottom. The last batch is filled up, so that all have one shape. With a
+    `shard`, only its rows of each batch are made: every host makes as many batches.
 
     Returns:
         Batches of `image` uint8 `[b, crop, crop, 3]`, `label` int32 `[b]`, `index`
@@ -142,17 +179,19 @@ def center_batches(
         image, label 0 and index -1.
 
     Raises:
-        ValueError: no pictures, a picture smaller than the crop, or labels that do not
-            match the pictures.
+        ValueError: no pictures, a picture smaller than the crop, labels that do not
+            match the pictures, or a batch that the hosts cannot share evenly.
     """
     checked = _check(pictures, labels, batch_size)
     _check_crop(pictures, crop_px)
+    mine = _rows_of(shard, batch_size)
+    share = mine.stop - mine.start
 
     def make(number: int) -> Batch:
         start = number * batch_size
-        members = np.arange(start, min(start + batch_size, len(pictures)))
-        batch = _rows(members, checked, batch_size)
-        batch["image"] = np.zeros((batch_size, crop_px, crop_px, 3), np.uint8)
+        members = np.arange(start, min(start + batch_size, len(pictures)))[mine]
+        batch = _rows(members, checked, share)
+        batch["image"] = np.zeros((share, crop_px, crop_px, 3), np.uint8)
         for row, i in enumerate(members.tolist()):
             picture = _picture(pictures, i)
             top, left = (r // 2 for r in _room(picture.shape, crop_px, i))
@@ -168,6 +207,7 @@ def full_batches(
     *,
     batch_size: int,
     bucket_px: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Whole pictures, each exactly once, in batches of one shape each.
 
@@ -175,7 +215,8 @@ def full_batches(
     together, filled up with zeros at the right and at the bottom. With `bucket_px` 0
     only pictures of exactly one size go together, and no pixel is added. Groups come
     in the order of (height, width), and pictures within a group in the split's order.
-    Where `pictures` has no `.shapes`, this call reads every picture once.
+    Where `pictures` has no `.shapes`, this call reads every picture once. With a
+    `shard`, only its rows of each batch are made: every host makes as many batches.
 
     Returns:
         Batches of `image` uint8 `[b, H, W, 3]`, `extent_px` int32 `[b, 2]`, the true
@@ -184,13 +225,16 @@ def full_batches(
         whole (H, W) as its extent, so that a mean over it divides by no zero.
 
     Raises:
-        ValueError: no pictures, a negative `bucket_px`, or labels that do not match.
+        ValueError: no pictures, a negative `bucket_px`, labels that do not match, or a
+            batch that the hosts cannot share evenly.
     """
     checked = _check(pictures, labels, batch_size)
     if bucket_px < 0:
         raise ValueError(
             f"bucket_px is {bucket_px}: set it to 0 for exact sizes, or above 0"
         )
+    mine = _rows_of(shard, batch_size)
+    share = mine.stop - mine.start
     extents = _shapes(pictures)
     step = max(bucket_px, 1)
     groups: dict[tuple[int, int], list[int]] = {}
@@ -203,64 +247,17 @@ def full_batches(
     ]
 
     def make(number: int) -> Batch:
-        shape, members = plan[number]
-        batch = _rows(members, checked, batch_size)
-        batch["extent_px"] = np.tile(np.array(shape, np.int32), (batch_size, 1))
+        shape, members = plan[number][0], plan[number][1][mine]
+        batch = _rows(members, checked, share)
+        batch["extent_px"] = np.tile(np.array(shape, np.int32), (share, 1))
         batch["extent_px"][: len(members)] = extents[members]
-        batch["image"] = np.zeros((batch_size, *shape, 3), np.uint8)
+        batch["image"] = np.zeros((share, *shape, 3), np.uint8)
         for row, i in enumerate(members.tolist()):
             height, width = extents[i]
             batch["image"][row, :height, :width] = _picture(pictures, i)
         return batch
 
     return Batches(make, len(plan))
-
-
-def prefetch(
-    make: Callable[[int], T],
-    start: int,
-    stop: int,
-    *,
-    workers: int = 2,
-    depth: int = 4,
-) -> Generator[T, None, None]:
-    """Yields `make(start), ..., make(stop - 1)` in order, computed ahead in threads.
-
-    Closing the generator cancels what has not begun, and waits for what has. An error
-    of `make` is raised at its place, after everything before it.
-
-    Args:
-        make: called from several threads at once; a function of its argument alone.
-        start: first argument.
-        stop: one past the last argument.
-        workers: threads.
-        depth: how many results may be in the making or waiting at once.
-
-    Raises:
-        ValueError: `workers` or `depth` below 1.
-    """
-    if workers < 1 or depth < 1:
-        raise ValueError(
-            f"workers is {workers} and depth is {depth}: set both to 1 or more"
-        )
-    return _prefetch(make, iter(range(start, stop)), workers, depth)
-
-
-def _prefetch(
-    make: Callable[[int], T], numbers: Iterator[int], workers: int, depth: int
-) -> Generator[T, None, None]:
-    """The generator of `prefetch`, apart so that arguments are checked at the call."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
-    ahead: deque[Future[T]] = deque()
-    try:
-        while True:
-            while len(ahead) < depth and (number := next(numbers, None)) is not None:
-                ahead.append(pool.submit(make, number))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=3)  # threads may be at work on both sides of an epoch
@@ -277,6 +274,26 @@ def _epoch_draws(seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndar
     draws = raw[:, :3].copy()
     order.flags.writeable = draws.flags.writeable = False  # shared by the cache
     return order, draws
+
+
+def _corners(draws: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Corners of crops, int32, from draws and how far each can move; same shapes."""
+    # The bias of `%` is below 2^-48 for any picture.
+    return (draws % (room + 1).astype(np.uint64)).astype(np.int32)
+
+
+def _rows_of(shard: tuple[int, int], batch_size: int) -> slice:
+    """Which rows of a batch a host makes."""
+    number, count = shard
+    if not 0 <= number < count:
+        raise ValueError(f"shard is {shard}: give (i, n), the i-th of n, from 0")
+    if batch_size % count:
+        raise ValueError(
+            f"a batch of {batch_size} pictures cannot be shared evenly by {count} "
+            f"hosts: set it to a multiple of {count}"
+        )
+    share = batch_size // count
+    return slice(number * share, (number + 1) * share)
 
 
 def _check(

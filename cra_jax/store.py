@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cra_jax.pipeline import prefetch
+from cra_jax.prefetch import prefetch
 from cra_jax.progress import say, waited_for
 from cra_jax.sources import Record
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cra_jax.pipeline import TrainBatches, center_batches, full_batches, prefetch
+from cra_jax.pipeline import TrainBatches, center_batches, full_batches
+from cra_jax.prefetch import prefetch
 
 CROP = 8
 
