@@ -5,7 +5,7 @@ Everything below takes plain arguments; everything above gets what is built here
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from cra_jax import (
     archives,
+    attention,
     hub,
     model,
     optim,
@@ -33,6 +34,7 @@ Config = Any
 """An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
 
 PROTOCOLS = ("center", "full", "both")
+ATTENTION_HEAD = "attention_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Split:
     def boxes(self) -> tuple[sources.Box | None, ...]:
         """Where the object is in each picture, found at first use."""
         return tuple(record.box for record in self.records)
+
+    def take(self, indices: Sequence[int]) -> "Split":
+        """Some of its pictures, in the order of `indices`."""
+        return Split(
+            [self.pictures[i] for i in indices],  # pyright: ignore[reportArgumentType]
+            self.labels[list(indices)],
+            tuple(self.records[i] for i in indices),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +247,26 @@ def build_network(config: Config, num_classes: int) -> model.CRACNN:
         normalize_head=art.normalize_head,
         guard=art.guard,
         ar_passes=config.model.ar_passes,
+    )
+
+
+def attention_head(config: Config, params: Mapping[str, Any]) -> attention.Head | None:
+    """What turns pooled features into attention; None where the kind has no such thing.
+
+    Args:
+      config: that the parameters were trained with.
+      params: of `build_network`, or of them the attention head's alone.
+    """
+    if ATTENTION_HEAD not in params:
+        return None
+    head = params[ATTENTION_HEAD]
+    art = config.art
+    return attention.Head(
+        kernel=head["kernel"],
+        bias=head["bias"],
+        alpha_p=art.alpha_p,
+        alpha_s=art.alpha_s,
+        normalize=art.normalize_head,
     )
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint -> the plain network that predicts.
+"""A checkpoint -> the plain network that predicts, and for pictures its attention head.
 
-Only the classification stream is read: nothing here builds, loads or needs the
-regularization stream, the attention head or the optimiser.
+Prediction reads the classification stream alone. Nothing here builds, loads or needs
+the regularization stream or the optimiser.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from cra_jax import experiment
+from cra_jax import attention, experiment
 from cra_jax.checkpoint import Checkpoints
 
 STREAM = "classification_stream"
@@ -65,3 +66,35 @@ def restore(config: experiment.Config, workdir: Path) -> Restored:
         )
     variables = classification_variables(found["params"], found["batch_stats"])
     return Restored(backbone, variables, step, meta["epoch"], class_names)
+
+
+def restore_attention(
+    config: experiment.Config, workdir: Path
+) -> attention.Head | None:
+    """Restores the attention head of the checkpoint that `restore` takes.
+
+    Only those who want to see the attention need it: two small arrays.
+
+    Args:
+      config: ``eval.checkpoint`` says which checkpoint; the bounds of Eq. (6) are those
+        that the checkpoint was trained with.
+      workdir: the run folder.
+
+    Returns:
+      Pooled features -> affine matrices; None where the kind has no attention.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+    """
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose(str(config.eval.checkpoint))
+        wanted = {
+            name: arrays
+            for name, arrays in checkpoints.shapes(step)["params"].items()
+            if name == experiment.ATTENTION_HEAD
+        }
+        if not wanted:
+            return None
+        trained_with = ConfigDict(checkpoints.meta(step)["config"])
+        params = checkpoints.restore(step, {"params": wanted})["params"]
+    return experiment.attention_head(trained_with, params)
