@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_tables_2_and_3(text):
 def test_every_row_is_found_and_no_other():
     assert len(paper.ROWS) == 12
     for row in paper.ROWS:
-        run = {
+        run: Any = {
             "source": row.data,
             "name": "",
             "backbone": row.backbone,
