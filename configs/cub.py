@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> Any:
     data.mean = (0.485, 0.456, 0.406)  # of ImageNet's channels, pictures in 0..1
     data.std = (0.229, 0.224, 0.225)
     data.prepare = True  # decode once into a file; False: again at each use
+    data.on_device = False  # keep the training pictures in device memory, decoded
     data.skip_unreadable = False  # leave pictures out that cannot be decoded, by name
     data.cache_dir = ""  # where that file goes; empty: in or near the data folder
     data.workers = 2  # threads that make batches

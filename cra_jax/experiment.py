@@ -96,6 +96,11 @@ def check(config: Config) -> None:
             f"data.crop_px={data.crop_px} does not fit into pictures whose shorter "
             f"side is data.short_side_px={data.short_side_px}: raise the latter"
         )
+    if data.on_device and not data.prepare:
+        raise ValueError(
+            "data.on_device=True keeps prepared pictures in device memory: set "
+            "data.prepare=True, or data.on_device=False"
+        )
     if evaluation.protocol not in PROTOCOLS:
         raise ValueError(
             f"unknown eval.protocol {evaluation.protocol!r}; choose from "

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Batch = Mapping[str, Any]
 _AXIS = "devices"
@@ -21,9 +22,43 @@ def device_count() -> int:
     return jax.local_device_count()
 
 
+def host() -> tuple[int, int]:
+    """This host's number, from 0, and how many there are: a `shard` of `pipeline`."""
+    return jax.process_index(), jax.process_count()
+
+
 def describe_devices() -> str:
     """For the log: "8 x TPU v5e"."""
     return f"{device_count()} x {jax.local_devices()[0].device_kind}"
+
+
+def free_bytes() -> int:
+    """Memory that every device can still give.
+
+    As the devices themselves say; where they do not, as on a CPU, each one's equal
+    share of what the host has, with one more share left to the host.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("bytes_limit" in s and "bytes_in_use" in s for s in stats):
+        return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    return _available_bytes() // (device_count() + 1)
+
+
+def _available_bytes() -> int:
+    """What the host can give without swapping; all it has where only that is known."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def on_each_device(array: np.ndarray) -> jax.Array:
+    """Copies an array to every device, laid as `batch_step` takes it: no copy later."""
+    mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def keep_compiled(folder: Path) -> None:
@@ -98,6 +133,16 @@ def eval_step(step: Callable) -> Callable:
         return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), out)
 
     return run
+
+
+def batch_step(step: Callable) -> Callable:
+    """Runs ``(shared, batch) -> batch`` on all devices, and leaves the result there.
+
+    Takes a whole batch and what `on_each_device` gave; what it returns has the device
+    axis, so that `train_step` takes it as it is.
+    """
+    mapped = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0))  # pyright: ignore[reportArgumentType]
+    return lambda shared, batch: mapped(shared, split(batch))
 
 
 def split(batch: Batch) -> dict[str, Any]:

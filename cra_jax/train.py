@@ -14,6 +14,7 @@ from cra_jax import (
     parallel,
     pipeline,
     provenance,
+    resident,
     run_folder,
     sources,
     steps,
@@ -92,6 +93,7 @@ class _Run:
             crop_px=config.data.crop_px,
             seed=config.seed,
             flip=config.data.flip,
+            shard=parallel.host(),
         )
         self._steps_per_epoch = self._batches.steps_per_epoch
         self._total_steps = config.train.epochs * self._steps_per_epoch
@@ -111,6 +113,11 @@ class _Run:
             *dataset.notes,
             *_describe(config, dataset, self._batches, self._splits),
         ]
+        self._resident = None
+        if config.data.on_device:
+            pictures: Any = train_split.pictures  # a Store: see experiment.check
+            self._resident = resident.Resident(pictures, crop_px=config.data.crop_px)
+            self._notes.append(self._resident.about)
         if pretrained:
             self._start_from(pretrained)
         self._first_step = first_step or 0
@@ -184,7 +191,9 @@ class _Run:
             if epoch_ends:
                 clock.restart()
 
-    def _device_batch(self, step: int) -> dict[str, np.ndarray]:
+    def _device_batch(self, step: int) -> dict[str, Any]:
+        if self._resident:
+            return self._resident.batch(self._batches.plan(step))
         batch = self._batches.batch(step)
         return parallel.split({k: batch[k] for k in ("image", "flip", "label")})
 
