@@ -117,6 +117,7 @@ def get_config(variant: str = "") -> Any:
     evaluation.batch_size = 32  # images; the scores do not depend on it
     evaluation.bucket_px = 64  # full: sizes are rounded up to multiples; 0: exact
     evaluation.every_epochs = 5  # while training, protocol center
+    evaluation.snapshots = 8  # test pictures whose attention is kept each time
     evaluation.checkpoint = "latest"  # --mode eval: latest, best, or a step
 
     for name in filter(None, variant.split(",")):

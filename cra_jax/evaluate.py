@@ -6,6 +6,7 @@ slides over the feature map by 1, the classifier runs at each place, and its out
 averaged.
 """
 
+import collections
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from cra_jax import experiment, metrics, parallel, pipeline, run_folder
+from cra_jax import attention, experiment, metrics, parallel, pipeline, run_folder
 from cra_jax.restore import restore
 from cra_jax.steps import normalize
 
@@ -30,13 +31,15 @@ class Predictions:
     Attributes:
       logits: ``[n, k]``.
       labels: ``[n]``.
-      peak_px: ``[n, 2]``, the ``(x, y)`` of the strongest activation of the predicted
-        class, in pixels of the crop; None under the protocol "full".
+      activation: ``[n, h, w]``, class activation maps of the predicted class; None
+        under the protocol "full".
+      matrices: ``[n, 2, 3]``, where the attention is; None without attention head.
     """
 
     logits: np.ndarray
     labels: np.ndarray
-    peak_px: np.ndarray | None = None
+    activation: np.ndarray | None = None
+    matrices: np.ndarray | None = None
 
 
 def make_center_step(
@@ -45,23 +48,22 @@ def make_center_step(
     """The step of the protocol "center", over all devices.
 
     Returns:
-      ``(variables, batch) -> {"logits": [b, k], "peak_px": [b, 2]}``.
+      ``(variables, batch) -> {"logits": [b, k], "activation": [b, h, w]}``. Where the
+      variables hold an `attention.Head` under "head", ``matrices [b, 2, 3]`` as well.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+        head = variables.get("head")
+        variables = {k: v for k, v in variables.items() if k != "head"}
         images = normalize(batch["image"], mean=mean, std=std)
         out: Any = backbone.apply(variables, images)
-        # Class activation map (Zhou et al., 2016): the classifier at each place.
-        scores = backbone.apply(variables, out.features, method="classify")
-        assert isinstance(scores, Array)
-        predicted = out.logits.argmax(-1)[:, None, None, None]
-        activation = jnp.take_along_axis(scores, predicted, -1)[..., 0]
-        width = activation.shape[2]
-        peak = activation.reshape(len(activation), -1).argmax(-1)
-        # Strides start at the first pixel: place i looks at pixels around i * stride.
-        stride_px = backbone.stride_px  # pyright: ignore[reportAttributeAccessIssue]
-        peak_px = stride_px * jnp.stack([peak % width, peak // width], -1)
-        return {"logits": out.logits, "peak_px": peak_px}
+        found = {
+            "logits": out.logits,
+            "activation": attention.class_activation(
+                backbone, variables, out.features, out.logits.argmax(-1)
+            ),
+        }
+        return found | ({"matrices": head(out.pooled)} if head else {})
 
     return parallel.eval_step(step)
 
@@ -160,7 +162,7 @@ def predict_split(
         labels[index] = batch["label"][valid]
         times_seen[index] += 1
     assert (times_seen == 1).all(), "a picture was missed or counted twice"
-    return Predictions(found["logits"], labels, found.get("peak_px"))
+    return Predictions(labels=labels, **found)
 
 
 class Evaluator:
@@ -173,6 +175,7 @@ class Evaluator:
 
     def __init__(self, backbone: nn.Module, config: experiment.Config):
         data = config.data
+        self._backbone = backbone
         self._crop_px = data.crop_px
         self._workers = data.workers
         self._batch_size = parallel.round_up(config.eval.batch_size)
@@ -186,14 +189,22 @@ class Evaluator:
             **normalization,
         )
 
-    def center(self, variables: Any, split: experiment.Split) -> Predictions:
-        """Protocol "center"."""
+    def center(
+        self,
+        variables: Any,
+        split: experiment.Split,
+        *,
+        head: attention.Head | None = None,
+    ) -> Predictions:
+        """Protocol "center"; with a head, where the attention is, too."""
         batches = pipeline.center_batches(
             split.pictures,
             split.labels,
             batch_size=self._batch_size,
             crop_px=self._crop_px,
         )
+        if head:
+            variables = {**variables, "head": head}
         return self._run(self._center_step, variables, batches, split)
 
     def full(self, variables: Any, split: experiment.Split) -> Predictions:
@@ -206,25 +217,39 @@ class Evaluator:
         )
         return self._run(self._full_step, variables, batches, split)
 
+    def predict(
+        self,
+        variables: Any,
+        split: experiment.Split,
+        protocol: str,
+        *,
+        head: attention.Head | None = None,
+    ) -> Predictions:
+        """Under the protocol of that name; the head is for "center" alone."""
+        if protocol == "full":
+            return self.full(variables, split)
+        return self.center(variables, split, head=head)
+
     def scores(
-        self, variables: Any, split: experiment.Split, protocol: str
+        self, found: Predictions, split: experiment.Split, protocol: str
     ) -> dict[str, Any]:
-        """Accuracies of a split, and whether the strongest activation hits the object.
+        """Accuracies of a split, and how well the network looks at the object.
 
         Returns:
           What `metrics.classification_scores` gives, ``loss`` (Eq. 9 without the
-          terms of the stream that testing leaves out), ``protocol``, and where the
-          records have boxes and the protocol is "center", ``pointing``.
+          terms of the stream that testing leaves out), ``protocol``, and where records
+          have boxes and the protocol is "center", means over the ``box_count`` pictures
+          that have one: ``pointing`` (whether the strongest activation of the predicted
+          class lies in the box), ``activation_in_box`` (`attention.share_inside`),
+          ``box_share`` (of the crop's area, which is what a map of no meaning scores in
+          both), and with matrices ``attention_iou`` (`attention.iou`). Of a box counts
+          what the crop shows.
         """
-        predict = self.center if protocol == "center" else self.full
-        found = predict(variables, split)
         scores: dict[str, Any] = {"protocol": protocol}
         scores |= metrics.classification_scores(found.logits, found.labels)
         scores["loss"] = scores["loss_cls1"]
-        if found.peak_px is not None:
-            hits = self._pointing(found.peak_px, split)
-            if hits.size:
-                scores["pointing"] = float(hits.mean())
+        if found.activation is not None:
+            scores |= self._attention_scores(found, found.activation, split)
         return scores
 
     def _run(self, step, variables, batches, split) -> Predictions:
@@ -237,23 +262,64 @@ class Evaluator:
             description="evaluate",
         )
 
-    def _pointing(self, peak_px: np.ndarray, split: experiment.Split) -> np.ndarray:
-        """Whether each peak lies in its record's box, for the records that have one."""
-        hits = []
-        for i, (point, box) in enumerate(zip(peak_px, split.boxes, strict=True)):
-            if box is None or box == (0, 0, 1, 1):  # the whole picture says nothing
-                continue
-            size_px = np.array(split.pictures[i].shape[1::-1])
-            # The centre of the peak's pixel, as a fraction of the whole picture.
-            place = ((size_px - self._crop_px) // 2 + point + 0.5) / size_px
-            hits.append(bool((box[:2] <= place).all() and (place <= box[2:]).all()))
-        return np.array(hits)
+    def _attention_scores(
+        self, found: Predictions, activation: np.ndarray, split: experiment.Split
+    ) -> dict[str, Any]:
+        crop_px = self._crop_px
+        boxes = split.boxes_px(crop_px)
+        if not boxes:
+            return {}
+        rows_px, columns_px = attention.places_px(
+            self._backbone, activation.shape[1:], crop_px
+        )
+        peaks = attention.peak_px(activation, rows_px, columns_px)
+        measured = collections.defaultdict(list)
+        for i, (x_min, y_min, x_max, y_max) in boxes.items():
+            box, (x, y) = boxes[i], peaks[i]
+            inside = x_min <= x <= x_max and y_min <= y <= y_max
+            measured["pointing"].append(inside)
+            measured["activation_in_box"].append(
+                attention.share_inside(
+                    activation[i],
+                    box,
+                    rows_px=rows_px,
+                    columns_px=columns_px,
+                    crop_px=crop_px,
+                )
+            )
+            measured["box_share"].append((x_max - x_min) * (y_max - y_min) / crop_px**2)
+            if found.matrices is not None:
+                corners = attention.corners_px(found.matrices[i], crop_px)
+                measured["attention_iou"].append(attention.iou(corners, box))
+        means = {name: float(np.mean(values)) for name, values in measured.items()}
+        return means | {"box_count": len(boxes)}
+
+
+def results(
+    found: Predictions, split: experiment.Split, *, step: int
+) -> list[run_folder.Result]:
+    """What a checkpoint says of each picture, for `run_folder.write_results`."""
+    shifted = found.logits - found.logits.max(1, keepdims=True)
+    confidence = 1 / np.exp(shifted).sum(1)  # softmax of the highest score
+    predicted = found.logits.argmax(1)
+    return [
+        run_folder.Result(
+            index=i,
+            name=record.name,
+            label=int(found.labels[i]),
+            predicted=int(predicted[i]),
+            confidence=float(confidence[i]),
+            step=step,
+        )
+        for i, record in enumerate(split.records)
+    ]
 
 
 def run(config: experiment.Config, workdir: Path) -> None:
     """Restores a checkpoint's classification stream, scores the test splits, prints.
 
-    The numbers are added to the run folder's `metrics.jsonl`.
+    The numbers are added to the run folder's `metrics.jsonl`, and what is said of each
+    picture is written to `results/<split>-<protocol>.csv`.
 
     Args:
       config: the run's, or one that reads other data with the same classes;
@@ -281,10 +347,16 @@ def run(config: experiment.Config, workdir: Path) -> None:
             continue
         split = experiment.open_split(config, dataset, name)
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
-            scores = evaluator.scores(restored.variables, split, protocol)
+            found = evaluator.predict(restored.variables, split, protocol)
+            scores = evaluator.scores(found, split, protocol)
+            run_folder.write_results(
+                workdir, name, protocol, results(found, split, step=step)
+            )
             print(f"{name}, {protocol}: {run_folder.describe_scores(scores)}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
-            if line not in run_folder.read_metrics(workdir):
+            # Training's own line says the same, and of the attention as well.
+            known = run_folder.read_metrics(workdir)
+            if not any(line.items() <= other.items() for other in known):
                 run_folder.append_metrics(workdir, line)
 
 

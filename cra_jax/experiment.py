@@ -56,6 +56,36 @@ class Split:
         """Where the object is in each picture, found at first use."""
         return tuple(record.box for record in self.records)
 
+    @functools.cached_property
+    def _sizes_px(self) -> list[tuple[int, int]]:
+        """Width and height of each picture, found at first use."""
+        pictures = self.pictures
+        shapes = (
+            pictures.shapes[:, :2].tolist()
+            if isinstance(pictures, store.Store)
+            else [picture.shape[:2] for picture in pictures]
+        )
+        return [(width, height) for height, width in shapes]
+
+    def boxes_px(self, crop_px: int) -> dict[int, sources.Box]:
+        """What the centre crop shows of each object's box, in pixels of the crop.
+
+        Returns:
+          Index -> box, for the pictures that have one; a box of the whole picture says
+          nothing, and is left out.
+        """
+        if not any(self.boxes):
+            return {}
+        return {
+            i: attention.box_in_crop_px(box, self._sizes_px[i], crop_px)
+            for i, box in enumerate(self.boxes)
+            if box is not None and tuple(box) != (0, 0, 1, 1)
+        }
+
+    def firsts(self, count: int) -> list[int]:
+        """The first picture of each of the first `count` classes, as indices."""
+        return np.unique(self.labels, return_index=True)[1][:count].tolist()
+
     def take(self, indices: Sequence[int]) -> "Split":
         """Some of its pictures, in the order of `indices`."""
         return Split(
@@ -119,6 +149,8 @@ def check(config: Config) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
+    if evaluation.snapshots < 0:
+        raise ValueError(f"eval.snapshots={evaluation.snapshots} must be 0 or more")
     record = hub.record_of(config.model.pretrained)
     if record and (tuple(data.mean), tuple(data.std)) != (record.mean, record.std):
         raise ValueError(

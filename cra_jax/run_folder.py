@@ -1,19 +1,44 @@
 """What a run leaves behind: its config, its numbers, and a lock while it runs."""
 
+import csv
 import fcntl
+import io
 import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 Numbers = Mapping[str, float]
+
+METRICS = "metrics.jsonl"
+SNAPSHOTS = "attention.jsonl"
+
+
+class Result(NamedTuple):
+    """What a checkpoint says of one picture.
+
+    Attributes:
+      index: of the picture in its split.
+      name: of its record.
+      label: its class, a number.
+      predicted: the class with the highest score.
+      confidence: softmax of that score, in 0..1.
+      step: of the checkpoint.
+    """
+
+    index: int
+    name: str
+    label: int
+    predicted: int
+    confidence: float
+    step: int
 
 
 @contextmanager
@@ -106,19 +131,39 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is there as a whole, or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
     """Adds a line to `metrics.jsonl`: step, epoch and split, then numbers."""
-    with open(workdir / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    _append(workdir / METRICS, [line])
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; one that a crash left unfinished is passed over."""
-    path = workdir / "metrics.jsonl"
+    return _read(workdir / METRICS)
+
+
+def read_snapshots(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `attention.jsonl`: where a few test pictures were attended.
+
+    Each has ``step``, ``epoch``, ``split``, ``index``, ``name`` and ``matrix``, the
+    2 x 3 affine matrix. None for a kind without attention.
+    """
+    return _read(workdir / SNAPSHOTS)
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "a") as file:
+        file.write(_json_lines(lines))
+
+
+def _json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -128,8 +173,46 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _results_path(workdir: Path, split: str, protocol: str) -> Path:
+    return workdir / "results" / f"{split}-{protocol}.csv"
+
+
+def write_results(
+    workdir: Path, split: str, protocol: str, results: Iterable[Result]
+) -> None:
+    """Writes `results/<split>-<protocol>.csv`, a row a picture, as a whole."""
+    path = _results_path(workdir, split, protocol)
+    path.parent.mkdir(exist_ok=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Result._fields)
+    for result in results:
+        writer.writerow(result._replace(confidence=f"{result.confidence:.6f}"))  # pyright: ignore[reportArgumentType]
+    write_atomically(path, text.getvalue())
+
+
+def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
+    """What `write_results` wrote, in the split's order.
+
+    Raises:
+      ValueError: there are none.
+    """
+    path = _results_path(workdir, split, protocol)
+    if not path.is_file():
+        raise ValueError(
+            f"there are no results of each picture at {path}: `--mode eval --workdir "
+            f"{workdir} --config.eval.protocol={protocol}` writes them"
+        )
+    kinds = Result.__annotations__
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Result(**{name: kinds[name](row[name]) for name in Result._fields})
+            for row in csv.DictReader(file)
+        ]
+
+
 class Log:
-    """The numbers of a run: `metrics.jsonl`, TensorBoard files, and the terminal.
+    """The numbers of a run: `metrics.jsonl` and its like, TensorBoard, the terminal.
 
     Where standard error is a terminal, there is a progress bar with an ETA; elsewhere
     a line each time that numbers are logged.
@@ -144,10 +227,10 @@ class Log:
     def __init__(self, workdir: Path, *, first_step: int, total_steps: int):
         self._workdir = workdir
         self._total_steps = total_steps
-        kept = [x for x in read_metrics(workdir) if x["step"] <= first_step]
-        write_atomically(
-            workdir / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept)
-        )
+        for path in (workdir / METRICS, workdir / SNAPSHOTS):
+            kept = [x for x in _read(path) if first_step and x["step"] <= first_step]
+            if path.exists():
+                write_atomically(path, _json_lines(kept))
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1
         )
@@ -194,6 +277,31 @@ class Log:
         self._record(step, epoch, split, numbers)
         self.say(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
 
+    def attention(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        split: str,
+        names: Mapping[int, str],
+        matrices: Mapping[int, Any],
+    ) -> None:
+        """Records where pictures are attended: index -> name, index -> matrix."""
+        lines = [
+            {
+                "step": step,
+                "epoch": epoch,
+                "split": split,
+                "index": index,
+                "name": name,
+                "matrix": [
+                    [round(float(x), 6) for x in row] for row in matrices[index]
+                ],
+            }
+            for index, name in names.items()
+        ]
+        _append(self._workdir / SNAPSHOTS, lines)
+
     def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
         line = {"step": step, "epoch": epoch, "split": split, **numbers}
         append_metrics(self._workdir, line)
@@ -209,6 +317,8 @@ def describe_scores(numbers: Mapping[str, Any]) -> str:
         "top5": "top-5",
         "mean_per_class": "per class",
         "pointing": "strongest activation in the box",
+        "activation_in_box": "share of activation in it",
+        "attention_iou": "attention IoU",
     }
     parts = [
         f"{text} {100 * numbers[name]:.1f} %"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from cra_jax import (
+    attention,
     experiment,
     origins,
     parallel,
@@ -21,7 +22,7 @@ from cra_jax import (
     weights,
 )
 from cra_jax.checkpoint import Checkpoints
-from cra_jax.evaluate import Evaluator
+from cra_jax.evaluate import Evaluator, results
 from cra_jax.metrics import Mean
 from cra_jax.restore import classification_variables
 
@@ -108,6 +109,8 @@ class _Run:
             self._training.optimizer,
             crop_px=config.data.crop_px,
         )
+        # Their attention is kept at each evaluation: old checkpoints are not.
+        self._watched = self._splits["test"].firsts(config.eval.snapshots)
         self._window = Mean()
         self._notes = [
             *dataset.notes,
@@ -156,6 +159,8 @@ class _Run:
         ):
             for note in self._notes:
                 log.say(note)
+            if not self._first_step:
+                self._watch_the_start(log)
             self._loop(log)
             self._checkpoints.wait()
             return self._scores()
@@ -221,17 +226,51 @@ class _Run:
                 f"again in a new --workdir; earlier checkpoints are in {self._workdir}"
             )
 
+    def _network(self) -> tuple[dict[str, Any], attention.Head | None]:
+        """The plain backbone's variables, and the head where there is attention."""
+        params = self._state.params
+        return (
+            classification_variables(params, self._state.batch_stats),
+            experiment.attention_head(self._config, params),
+        )
+
     def _evaluate(self, log: run_folder.Log, step: int, epoch: int) -> float:
         """Scores and logs the test splits; returns what "best" goes by."""
-        variables = classification_variables(
-            self._state.params, self._state.batch_stats
-        )
+        variables, head = self._network()
         top1 = {}
         for name, split in self._splits.items():
-            scores = self._evaluator.scores(variables, split, "center")
+            found = self._evaluator.center(variables, split, head=head)
+            scores = self._evaluator.scores(found, split, "center")
             log.test(step=step, epoch=epoch, split=name, numbers=scores)
             top1[name] = scores["top1"]
+            if name == "test" and found.matrices is not None:
+                self._keep_attention(log, step, epoch, found.matrices[self._watched])
+            if step == self._total_steps:
+                run_folder.write_results(
+                    self._workdir, name, "center", results(found, split, step=step)
+                )
         return top1["test"]
+
+    def _watch_the_start(self, log: run_folder.Log) -> None:
+        """Keeps where the attention begins, before the first step."""
+        variables, head = self._network()
+        if head and self._watched:
+            few = self._splits["test"].take(self._watched)
+            found = self._evaluator.center(variables, few, head=head)
+            assert found.matrices is not None
+            self._keep_attention(log, 0, 0, found.matrices)
+
+    def _keep_attention(
+        self, log: run_folder.Log, step: int, epoch: int, matrices: np.ndarray
+    ) -> None:
+        records = self._splits["test"].records
+        log.attention(
+            step=step,
+            epoch=epoch,
+            split="test",
+            names={i: records[i].name for i in self._watched},
+            matrices=dict(zip(self._watched, matrices, strict=True)),
+        )
 
     def _save(self, step: int, top1: float | None) -> None:
         meta = {
