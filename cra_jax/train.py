@@ -15,6 +15,7 @@ from cra_jax import (
     parallel,
     pipeline,
     provenance,
+    report,
     resident,
     run_folder,
     sources,
@@ -58,6 +59,7 @@ def run(
             workdir, config.to_dict(), allow_change=allow_change or fresh
         )
         scores = _Run(config, workdir, dataset, checkpoints).to_the_end()
+    report.leave(config, workdir)
     print("\n".join(_summary(scores, workdir)))
     return scores
 
