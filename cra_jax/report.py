@@ -19,8 +19,6 @@ from cra_jax import (
     uncertainty,
 )
 
-_KINDS = {"cra": "CRA-CNN", "baseline": "Baseline", "stn": "STN"}
-
 
 class Fact(NamedTuple):
     """A figure at the top of the page: what it is, its value, and a word on it."""
@@ -112,14 +110,11 @@ def _values(
     scores = [_with_interval(line, settings) for line in scored]
     ends = [row[name] for row in scores for name in ("low", "high")]
     ends += [row["paper"].top1 for row in scores if row["paper"]]
-    data, kind = settings["data"], settings["model"]["kind"]
-    source = data["name"] or data["source"]
     flat, base = run_folder.flatten(settings), summary.recipe()
     last = starts[-1] if starts else {}
     ended = last.get("ended")
     values = {
-        "title": f"{_KINDS.get(kind, kind)}, {settings['model']['backbone']}, "
-        f"{paper.NAMES.get(source, source)}",
+        "title": summary.title(settings),
         "name": workdir.resolve().name,
         "seed": settings["seed"],
         "finished": f"ended {_moment(ended)}" if ended else "",
