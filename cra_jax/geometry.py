@@ -8,8 +8,6 @@ Shapes: ``b`` batch, ``H W`` the picture's and ``h w`` the grid's height and wid
 ``c`` channels.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -159,7 +157,7 @@ def bilinear_sample(image: Array, grid: Array) -> Array:
     """Samples a picture at the grid's points, bilinearly.
 
     The backward pass is in closed form: the gradient to the grid needs only the four
-    corners that the forward pass read, and the gradient to the picture is a scatter,
+    pixels that the forward pass read, and the gradient to the picture is a scatter,
     which XLA drops where nobody asks for it (in a training step, where pictures are
     data).
 
@@ -187,21 +185,22 @@ def _sample_forward(image: Array, grid: Array):
         )
     if jnp.finfo(grid.dtype).bits < 32:
         raise ValueError(f"a grid of {grid.dtype} is too coarse: make it float32")
-    (nw, ne, sw, se), across, down = _corners(image, grid)
-    sample = _mix(_mix(nw, ne, across), _mix(sw, se, across), down)
-    # All that the gradient to the grid will need of the picture: how fast the sample
-    # changes, per pixel, to the right and downwards.
-    slopes = _mix(ne - nw, se - sw, down), _mix(sw - nw, se - ne, across)
-    return sample.astype(image.dtype), (image, grid, slopes)
+    return _interpolate(image, grid).astype(image.dtype), (image, grid)
 
 
 def _sample_backward(residuals, cotangent: Array) -> tuple[Array, Array]:
-    image, grid, slopes = residuals
-    _, height, width, _ = image.shape
-    pixels_per_unit = jnp.array([0.5 * (width - 1), 0.5 * (height - 1)], grid.dtype)
+    image, grid = residuals
+    _, height, width, channels = image.shape
     cotangent = cotangent.astype(grid.dtype)
-    to_grid = jnp.stack([(cotangent * slope).sum(-1) for slope in slopes], -1)
-    return _gradient_to_image(image, grid, cotangent), pixels_per_unit * to_grid
+    (nw, ne, sw, se), across, down = _neighbours(image, grid)
+    # How fast the sample changes, per pixel, to the right and downwards.
+    slopes = _mix(ne - nw, se - sw, down), _mix(sw - nw, se - ne, across)
+    pixels_per_unit = jnp.array([0.5 * (width - 1), 0.5 * (height - 1)], grid.dtype)
+    # Summed channel by channel: over an axis of 3, XLA's CPU reductions are slow.
+    shares = [cotangent * slope for slope in slopes]
+    to_grid = [sum(share[..., c] for c in range(channels)) for share in shares]
+    _, to_image = jax.vjp(lambda image: _interpolate(image, grid), image)
+    return *to_image(cotangent), pixels_per_unit * jnp.stack(to_grid, -1)
 
 
 bilinear_sample.defvjp(_sample_forward, _sample_backward)
@@ -211,57 +210,38 @@ def _mix(a: Array, b: Array, weight: Array) -> Array:
     return a + (b - a) * weight
 
 
-def _pixel_position(grid: Array, image_shape: tuple[int, ...]) -> tuple[Array, ...]:
-    """``(left, top)`` as integers and ``(across, down)`` as fractions of a pixel."""
-    _, height, width, _ = image_shape
-    # Two pixels outside is as good as infinitely far, and fits an integer.
+def _interpolate(image: Array, grid: Array) -> Array:
+    """The samples ``[b, h, w, c]``, in the grid's type."""
+    (nw, ne, sw, se), across, down = _neighbours(image, grid)
+    return _mix(_mix(nw, ne, across), _mix(sw, se, across), down)
+
+
+def _neighbours(image: Array, grid: Array) -> tuple[list[Array], Array, Array]:
+    """The four pixels around each point, and where between them it lies.
+
+    Returns:
+      ``[b, h, w, c]`` each, in reading order and in the grid's type, 0 outside the
+      picture; then how far the point is across and down from the first to the last,
+      ``[b, h, w, 1]`` each, in 0..1.
+    """
+    _, height, width, channels = image.shape
+    # Two pixels outside is as good as infinitely far.
     x = jnp.clip((grid[..., 0] + 1) * (0.5 * (width - 1)), -2, width + 1)
     y = jnp.clip((grid[..., 1] + 1) * (0.5 * (height - 1)), -2, height + 1)
     left, top = jnp.floor(x), jnp.floor(y)
-    return left.astype(jnp.int32), top.astype(jnp.int32), x - left, y - top
-
-
-def _corner_index(left: Array, top: Array, image_shape: tuple[int, ...]):
-    """Flat index and validity of the four pixels around each point.
-
-    In reading order: top left, top right, bottom left, bottom right.
-    """
-    _, height, width, _ = image_shape
-    for row in (top, top + 1):
-        for column in (left, left + 1):
-            valid = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = jnp.clip(row, 0, height - 1) * width + jnp.clip(
-                column, 0, width - 1
-            )
-            yield index, valid[..., None]
-
-
-def _corners(image: Array, grid: Array) -> tuple[list[Array], Array, Array]:
-    """The four pixels around each point, 0 outside, in the grid's type."""
-    left, top, across, down = _pixel_position(grid, image.shape)
-    flat = image.reshape(image.shape[0], -1, image.shape[-1])
-    take = jax.vmap(partial(jnp.take, axis=0, mode="clip"))
-    corners = [
-        jnp.where(valid, take(flat, index).astype(grid.dtype), 0)
-        for index, valid in _corner_index(left, top, image.shape)
-    ]
-    return corners, across[..., None], down[..., None]
-
-
-def _gradient_to_image(image: Array, grid: Array, cotangent: Array) -> Array:
-    left, top, across, down = _pixel_position(grid, image.shape)
-    across, down = across[..., None], down[..., None]
-    weights = [
-        (1 - down) * (1 - across),
-        (1 - down) * across,
-        down * (1 - across),
-        down * across,
-    ]
-    flat = jnp.zeros(
-        (image.shape[0], image.shape[1] * image.shape[2], image.shape[3]), grid.dtype
-    )
-    corners = _corner_index(left, top, image.shape)
-    for (index, valid), weight in zip(corners, weights, strict=True):
-        share = jnp.where(valid, weight * cotangent, 0)
-        flat = jax.vmap(lambda f, i, s: f.at[i].add(s))(flat, index, share)
-    return flat.reshape(image.shape).astype(image.dtype)
+    # A frame of zeros, where even the points farthest out find all four; and one gather
+    # of squares of 2 x 2, not four of pixels.
+    framed = jnp.pad(image, ((0, 0), (2, 3), (2, 3), (0, 0)))
+    picture = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
+    corner = [(edge + 2).astype(jnp.int32) for edge in (top, left)]
+    squares = jax.lax.gather(
+        framed,
+        jnp.stack([picture, *corner], -1),
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(3, 4, 5), collapsed_slice_dims=(0,), start_index_map=(0, 1, 2)
+        ),
+        slice_sizes=(1, 2, 2, channels),
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    ).astype(grid.dtype)
+    pixels = [squares[..., row, column, :] for row in (0, 1) for column in (0, 1)]
+    return pixels, (x - left)[..., None], (y - top)[..., None]

@@ -256,9 +256,9 @@ def test_nothing_is_nan_where_distances_are_zero():
 
 
 def _picture_scatters(function, *arguments):
-    """Scatters into arrays of the pictures' own shape, in the compiled program."""
+    """Scatters into the pictures in their frame of zeros, in the compiled program."""
     hlo = jax.jit(function).lower(*arguments).compile().as_text() or ""
-    pixels = f"[6,{SIZE * SIZE},3]"
+    pixels = f"[6,{SIZE + 5},{SIZE + 5},3]"
     return [x for x in hlo.splitlines() if " scatter(" in x and pixels in x]
 
 
