@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> Any:
     data.source = "cub"  # see README: synthetic, folder, csv, cub, cars, ...
     data.path = ""  # folder of the data set; empty: none is needed, or CUB is fetched
     data.name = ""  # tfds: of the set, such as caltech_birds2011
+    data.manual_dir = ""  # tfds, --mode prepare: archives got by hand; see its messages
     data.seed = 0  # of drawn pictures, and of splits that the folder does not have
     data.short_side_px = 512  # resize, aspect kept, antialiased bicubic (Sec. 4.1)
     data.crop_px = 448  # random in training, the centre in testing (Sec. 4.1)
