@@ -1,0 +1,91 @@
+"""What the benchmarks share: times taken by turns, and what they were taken on."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy", "pillow")
+
+
+def by_turns(
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of each action, taken by turns: the machine's moods hit all alike.
+
+    Args:
+      actions: each runs once and waits for its result.
+      repeats: rounds that count; one more, before them, warms up.
+      clock: in seconds; `time.process_time` counts what other programs do not take.
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(repeats + 1):
+        for name, action in actions.items():
+            start = clock()
+            action()
+            if turn:
+                times[name].append(1000 * (clock() - start))
+    return times
+
+
+def summary(values: Sequence[float], *, digits: int = 1) -> str:
+    """Median, and the quartiles as its spread: "9.1 (8.8 to 9.9)"."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratio(values: Sequence[float], of: Sequence[float]) -> float:
+    """How many times as long as its peer: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(values, of, strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; its first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def machine() -> str:
+    """Devices, processor, cores, versions and commit, as one line."""
+    import jax
+
+    device = jax.devices()[0]
+    devices = f"{len(jax.devices())} x {device.device_kind}, {device.platform}"
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "?"
+    return (
+        f"{devices}; {_processor()}, {cores} cores; Python "
+        f"{platform.python_version()}, {', '.join(versions)}; commit {_commit()}"
+    )
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Of the code that runs; with a + where the working tree has changes."""
+    here = Path(__file__).resolve().parent
+    try:
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+"]
+        return subprocess.run(
+            asked, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
