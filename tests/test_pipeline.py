@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cra_jax import parallel
 from cra_jax.pipeline import TrainBatches, center_batches, full_batches
 from cra_jax.prefetch import prefetch
 
@@ -31,7 +32,9 @@ def numbered(*sizes: tuple[int, int]) -> list[np.ndarray]:
     return pictures
 
 
-def train(count=21, *, sizes=None, seed=0, batch_size=4, flip=True) -> TrainBatches:
+def train(
+    count=21, *, sizes=None, seed=0, batch_size=4, flip=True, shard=(0, 1)
+) -> TrainBatches:
     sizes = sizes or [(10 + i % 5, 9 + i % 7) for i in range(count)]
     labels = [i % 3 for i in range(len(sizes))]
     return TrainBatches(
@@ -41,6 +44,7 @@ def train(count=21, *, sizes=None, seed=0, batch_size=4, flip=True) -> TrainBatc
         crop_px=CROP,
         seed=seed,
         flip=flip,
+        shard=shard,
     )
 
 
@@ -274,6 +278,109 @@ def test_groups_come_by_size_and_members_in_the_order_of_the_split():
         [2, -1],  # 12 x 8
         [6, -1],  # 16 x 8
     ]
+
+
+def joined(batches: list[dict]) -> dict:
+    """The rows of several batches, one after another."""
+    return {
+        name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    hosts=st.integers(1, 6),
+    share=st.integers(1, 5),
+    spare=st.integers(0, 20),
+    seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 10_000),
+)
+def test_hosts_together_make_the_batch_of_one(hosts, share, spare, seed, step):
+    batch_size = hosts * share
+    kwargs: Any = {"batch_size": batch_size, "seed": seed}
+    count = batch_size + spare
+    parts = [train(count, shard=(i, hosts), **kwargs).batch(step) for i in range(hosts)]
+    assert all(len(part["image"]) == share for part in parts)
+    assert_same(joined(parts), train(count, **kwargs).batch(step))
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_shards_of_an_epoch_are_disjoint_and_cover_the_set(hosts):
+    made = [train(30, batch_size=6, shard=(i, hosts)) for i in range(hosts)]
+    for epoch in range(2):
+        steps = range(5 * epoch, 5 * epoch + 5)
+        seen = [
+            np.concatenate([batches.batch(step)["index"] for step in steps])
+            for batches in made
+        ]
+        assert [len(index) for index in seen] == [30 // hosts] * hosts
+        assert sorted(np.concatenate(seen).tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize(("hosts", "devices"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
+def test_the_devices_of_all_hosts_share_the_same_batch(hosts, devices, monkeypatch):
+    """Device k of all gets rows k b/n to (k + 1) b/n, whichever host it is at."""
+    monkeypatch.setattr(parallel, "device_count", lambda: devices)
+    parts = []
+    for i in range(hosts):
+        ahead = prefetch(
+            train(40, batch_size=16, shard=(i, hosts)).batch, 0, 5, workers=2
+        )
+        parts.append([parallel.split(batch) for batch in ahead])
+    whole = train(40, batch_size=16)
+    for step, split in enumerate(zip(*parts, strict=True)):
+        of_devices = joined(list(split))
+        n = hosts * devices
+        assert of_devices["image"].shape[:2] == (n, 16 // n)
+        rows = {k: v.reshape(-1, *v.shape[2:]) for k, v in of_devices.items()}
+        assert_same(rows, whole.batch(step))
+
+
+@pytest.mark.parametrize("kind", [list, lambda pictures: Sized(pictures)])
+def test_a_plan_is_the_batch_without_its_pixels(kind):
+    sizes = [(10 + i % 5, 9 + i % 7) for i in range(21)]
+    pictures = kind(numbered(*sizes))
+    batches = TrainBatches(
+        pictures, [0] * 21, batch_size=4, crop_px=CROP, seed=3, shard=(1, 2)
+    )
+    plans = [batches.plan(step) for step in range(12)]
+    assert getattr(pictures, "reads", 0) == 0  # sizes that are known cost nothing
+    for step, plan in enumerate(plans):
+        batch = batches.batch(step)
+        corner = batch.pop("image")[:, 0, 0, :2]  # `numbered` wrote (y, x) there
+        np.testing.assert_array_equal(plan.pop("corner_px"), corner)
+        assert_same(plan, batch)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_evaluate_disjoint_rows_in_as_many_batches(hosts):
+    for make, extra in (
+        (center_batches, {"crop_px": CROP}),
+        (full_batches, {"bucket_px": 4}),
+    ):
+        pictures = numbered(*SIZES, (13, 8))
+        kwargs: Any = {"batch_size": 4, **extra}
+        whole = make(pictures, range(9), **kwargs)
+        parts = [
+            make(pictures, range(9), shard=(i, hosts), **kwargs) for i in range(hosts)
+        ]
+        assert {len(part) for part in parts} == {len(whole)}
+        for number, batch in enumerate(whole):
+            assert_same(joined([part[number] for part in parts]), batch)
+
+
+def test_hosts_that_cannot_share_a_batch_are_told():
+    match = r"a batch of 4 pictures cannot be shared evenly by 3 hosts: .*multiple of 3"
+    with pytest.raises(ValueError, match=match):
+        train(shard=(0, 3))
+    kwargs: Any = {"batch_size": 4, "shard": (0, 3)}
+    with pytest.raises(ValueError, match=match):
+        center_batches(numbered((9, 9)), [0], crop_px=8, **kwargs)
+    with pytest.raises(ValueError, match=match):
+        full_batches(numbered((9, 9)), [0], bucket_px=4, **kwargs)
+    for shard in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=r"shard is .*: give \(i, n\)"):
+            train(shard=shard)
 
 
 def prefetch_threads() -> list[threading.Thread]:
