@@ -13,22 +13,18 @@ import json
 import os
 import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cra_jax.prefetch import prefetch
-from cra_jax.progress import say, waited_for
+from cra_jax.progress import Progress, say, waited_for
 from cra_jax.sources import Record
 
 FORMAT = 1
 """Part of every key: raise it when the files change, or the decoder, or the resize."""
 
-_LOG_EVERY_S = 10.0
 _NAMED = 10  # how many unreadable pictures a message names
 _SAMPLE = 16  # how many pictures the size of a store is estimated from
 
@@ -162,9 +158,13 @@ def prepare(
                 store = find(_mute)  # made by the process that we waited for
                 if store is None:
                     _check_disk(stem, records, short_side_px, tell)
-                    with _reading(records, short_side_px, workers) as read:
-                        shown = _tracked(read, len(records), name) if progress else read
-                        _build(stem, key, records, shown, skip_unreadable)
+                    with (
+                        _reading(records, short_side_px, workers) as read,
+                        Progress(
+                            len(records), name, unit="pictures", show=progress
+                        ) as bar,
+                    ):
+                        _build(stem, key, records, read, bar, skip_unreadable)
                     store = find(_mute)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -216,6 +216,7 @@ def _build(
     key: str,
     records: Sequence[Record],
     read: Iterable[np.ndarray | str],
+    bar: Progress,
     skip_unreadable: bool,
 ) -> None:
     """Writes both files under other names, and renames them when they are on disk."""
@@ -228,6 +229,7 @@ def _build(
             else:
                 shapes.append(picture.shape[:2])
                 file.write(np.ascontiguousarray(picture).data)
+            bar.advance()
         if skipped and not (skip_unreadable and shapes):
             raise ValueError(
                 f"{_unreadable(skipped, len(records))}\nMend or remove them"
@@ -320,24 +322,6 @@ def _unreadable(skipped: dict[str, str], count: int) -> str:
     lines += [f"  {reason}" for reason in list(skipped.values())[:_NAMED]]
     lines += [f"  and {len(skipped) - _NAMED} more"] * (len(skipped) > _NAMED)
     return "\n".join(lines)
-
-
-def _tracked(
-    read: Iterator[np.ndarray | str], total: int, name: str
-) -> Iterator[np.ndarray | str]:
-    """Passes pictures on and shows how far it is: a bar, or lines where none can be."""
-    if sys.stderr.isatty():
-        yield from tqdm(read, total=total, desc=name, unit=" pictures")
-        return
-    start = said = time.monotonic()
-    for done, picture in enumerate(read, 1):
-        yield picture
-        now = time.monotonic()
-        if now - said >= _LOG_EVERY_S or done == total:
-            rate = done / max(now - start, 1e-9)
-            left = (total - done) / rate
-            say(f"{name}: {done:,} of {total:,}, {rate:.0f}/s, {left:.0f} s left")
-            said = now
 
 
 def _mute(text: str) -> None:

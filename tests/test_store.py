@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cra_jax import pictures, sources, store
+from cra_jax import pictures, progress, sources, store
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 12
@@ -319,11 +319,12 @@ def test_nothing_takes_its_name_before_it_is_on_disk(tmp_path, monkeypatch):
 def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     prepare(tmp_path, progress=True)
     assert len(capsys.readouterr().err.splitlines()) == 2  # at the start, at the end
-    monkeypatch.setattr(store, "_LOG_EVERY_S", 0)
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
     prepare(tmp_path, progress=True, short_side_px=13)
     lines = capsys.readouterr().err.splitlines()[-30:]
     for i, line in enumerate(lines, 1):
-        assert re.fullmatch(rf"birds_train: {i} of 30, \d+/s, \d+ s left", line), line
+        match = rf"birds_train: {i} of 30 pictures, [\d,]+ pictures/s, \d+ s left"
+        assert re.fullmatch(match, line), line
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
