@@ -1,30 +1,38 @@
-"""Trains, evaluates, exports: `python launch.py [--config F] [--workdir D] [--mode M]`.
+"""Trains, evaluates, predicts: `launch.py [--config F] [--workdir D] [--mode M]`.
 
 Without flags: the quickstart. Settings follow `--config`: `--config.train.epochs=3`.
 """
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = "config"
 _DEFAULT = str(Path(__file__).resolve().parent / "configs" / "quickstart.py")
-_MODES = ["train", "eval", "export", "data", "weights"]
+_ROOMS = {"eval": "evaluate", "data": "preview", "weights": "preview"}
+_OF_A_RUN = ("eval", "export", "predict", "demo", "figures", "report")
+_MODES = ("train", "prepare", "data", "weights", *_OF_A_RUN, "compare")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake in them ends in one line."""
+    flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
     flags.DEFINE_string("workdir", "", "Run folder; empty: runs/<name of the config>.")
-    flags.DEFINE_enum("mode", "train", _MODES, "What to do; the last two look.")
     flags.DEFINE_bool("allow_config_change", False, "Go on under another config.")
+    flags.DEFINE_multi_string("images", [], "predict: files, folders, patterns, or -.")
+    flags.DEFINE_bool("overlay", False, "predict: draw where the network looks, too.")
+    flags.DEFINE_integer("port", 8000, "demo: of the page, on this machine.")
+    flags.DEFINE_string("baseline", None, "figures: the run to compare with.")
     flags.DEFINE_bool("traceback", False, "On an error, show where it comes from.")
+    flags.FLAGS.set_gnu_getopt(True)  # pictures and runs may stand before flags
     try:
-        config_flags.DEFINE_config_file(_CONFIG, _DEFAULT, "FILE[:VARIANT[,VARIANT]].")
+        config_flags.DEFINE_config_file("config", _DEFAULT, "FILE[:VARIANT[,VARIANT]].")
         rest, _ = flags.FLAGS(argv), flags.FLAGS.config.seed  # a missing file shows
+        if rest[1:] and flags.FLAGS.mode not in ("predict", "compare"):
+            raise ValueError(f"{rest[1]!r} is no flag; flags begin with --")
         return rest
     except (flags.Error, LookupError, AttributeError, OSError, ValueError) as error:
         text = str(error).replace("\\n", "\n").replace("\\", "").strip('" \n')
@@ -35,45 +43,37 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Hands over to the mode."""
-    if argv[1:]:
-        sys.exit(f"error in the flags: {argv[1]!r} is no flag; flags begin with --")
-    values = flags.FLAGS
-    file, _, variant = config_flags.get_config_filename(values[_CONFIG]).partition(":")
-    name = re.sub(r"\W+", "-", f"{Path(file).stem} {variant}").strip("-")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    name = re.sub(r"\W+", "-", re.sub(r"^.*/|\.py(?=:|$)", "", file)).strip("-")
     try:
-        _run(values.mode, Path(values.workdir or f"runs/{name}"))
+        _run(Path(flags.FLAGS.workdir or f"runs/{name}"), argv[1:], flags.FLAGS)
     except ValueError as error:
-        if not values.traceback:
+        if not flags.FLAGS.traceback:
             sys.exit(f"error: {error}\n(--traceback shows where it comes from)")
         raise
 
 
-def _run(mode: str, workdir: Path) -> None:
+def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from cra_jax import evaluate, experiment, export, parallel, store, train
+    from configs.cub import get_config
+    from cra_jax import experiment, parallel, store
 
     parallel.keep_compiled(store.default_cache_dir(None) / "compiled")
-    values = flags.FLAGS
-    if mode == "train":
-        train.run(values.config, workdir, allow_change=values.allow_config_change)
-    elif mode in ("data", "weights"):
-        experiment.describe(mode, values.config, workdir)
-    else:
-        {"eval": evaluate, "export": export}[mode].run(_config_of(workdir), workdir)
-
-
-def _config_of(workdir: Path) -> Any:
-    """The config that was named, else the run's own; with the overrides, either way."""
-    if any(re.match(rf"--?{_CONFIG}(=|$)", argument) for argument in sys.argv):
-        return flags.FLAGS.config
-    from configs.cub import get_config
-    from cra_jax import run_folder
-
-    config = get_config()  # for keys that are younger than the run
-    config.update(run_folder.read_config(workdir))
-    overrides = config_flags.get_override_values(flags.FLAGS[_CONFIG])
-    config.update_from_flattened_dict(overrides)
-    return config.lock()
+    mode, config = values.mode, values.config
+    if mode in _OF_A_RUN and not any(re.match("--?config(=|$)", a) for a in sys.argv):
+        changes = config_flags.get_override_values(values["config"])
+        must = mode not in ("predict", "demo")  # which take exports, too
+        config = experiment.of_run(workdir, get_config(), changes, must=must)
+    more = {
+        "train": {"allow_change": values.allow_config_change},
+        "data": {"what": "data"},
+        "weights": {"what": "weights"},
+        "predict": {"images": [*values.images, *rest], "overlays": values.overlay},
+        "demo": {"port": values.port},
+        "figures": {"baseline": values.baseline and Path(values.baseline)},
+        "compare": {"runs": [Path(run) for run in rest]},
+    }.get(mode, {})
+    import_module(f"cra_jax.{_ROOMS.get(mode, mode)}").run(config, workdir, **more)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""What training would start from: `--mode data` and `--mode weights`."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from cra_jax import experiment, survey, weights
+
+
+def run(config: experiment.Config, workdir: Path, *, what: str) -> None:
+    """Prints what training would start from; trains nothing.
+
+    Args:
+      config: of `configs/`.
+      workdir: the run folder.
+      what: "data": what the data set holds, with a contact sheet in the run folder; or
+        "weights": what of ``model.pretrained`` would be loaded, and what not.
+
+    Raises:
+      ValueError: there is something wrong with what would be loaded.
+    """
+    experiment.check(config)
+    dataset = experiment.load_data(config)
+    if what == "data":
+        workdir.mkdir(parents=True, exist_ok=True)
+        print(survey.describe(dataset, sheet=workdir / "data.png"))
+        return
+    if not config.model.pretrained:
+        raise ValueError(
+            "model.pretrained is empty, so training starts from random weights: give "
+            "--config.model.pretrained= a name, a file or a run folder"
+        )
+    network = experiment.build_network(config, len(dataset.class_names))
+    crop_px = config.data.crop_px
+    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), images)
+    lines = weights.preview(
+        abstract["params"],
+        abstract["batch_stats"],
+        pretrained=config.model.pretrained,
+        arch=config.model.backbone,
+        class_names=dataset.class_names,
+    )
+    print("\n".join(lines))
