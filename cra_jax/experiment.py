@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cra_jax import (
@@ -23,12 +21,11 @@ from cra_jax import (
     optim,
     origins,
     parallel,
+    run_folder,
     schedule,
     sources,
     steps,
     store,
-    survey,
-    weights,
 )
 
 Config = Any
@@ -177,41 +174,28 @@ def load_data(config: Config) -> sources.Dataset:
     return sources.load(data.source, path, seed=data.seed, **options)
 
 
-def describe(what: str, config: Config, workdir: Path) -> None:
-    """Prints what training would start from; trains nothing.
+def of_run(
+    workdir: Path, defaults: Config, changes: Mapping[str, Any], *, must: bool = True
+) -> Config | None:
+    """The config that a run was made with.
 
     Args:
-      what: "data": what the data set holds, with a contact sheet in the run folder; or
-        "weights": what of ``model.pretrained`` would be loaded, and what not.
-      config: of `configs/`.
       workdir: the run folder.
+      defaults: of `configs/`, for keys that are younger than the run.
+      changes: values by their dotted keys, laid over it.
+      must: whether the folder must be a run's.
+
+    Returns:
+      The config, locked; None where the folder is no run's and need not be.
 
     Raises:
-      ValueError: there is something wrong with what would be loaded.
+      ValueError: it is no run's, and must be.
     """
-    check(config)
-    dataset = load_data(config)
-    if what == "data":
-        workdir.mkdir(parents=True, exist_ok=True)
-        print(survey.describe(dataset, sheet=workdir / "data.png"))
-        return
-    if not config.model.pretrained:
-        raise ValueError(
-            "model.pretrained is empty, so training starts from random weights: give "
-            "--config.model.pretrained= a name, a file or a run folder"
-        )
-    network = build_network(config, len(dataset.class_names))
-    crop_px = config.data.crop_px
-    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), images)
-    lines = weights.preview(
-        abstract["params"],
-        abstract["batch_stats"],
-        pretrained=config.model.pretrained,
-        arch=config.model.backbone,
-        class_names=dataset.class_names,
-    )
-    print("\n".join(lines))
+    if not must and not (workdir / "checkpoints").is_dir():
+        return None
+    defaults.update(run_folder.read_config(workdir))
+    defaults.update_from_flattened_dict(changes)
+    return defaults.lock()
 
 
 def check_count(config: Config, dataset: sources.Dataset) -> None:

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from oracles.torch_resnet import TorchResNet
 from safetensors.torch import load_file
 
-from cra_jax import evaluate, experiment, export, pipeline, run_folder, train
+from cra_jax import evaluate, experiment, export, pipeline, preview, run_folder, train
 from cra_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -209,12 +209,11 @@ def test_a_run_starts_from_an_export_and_resumes_without_it(
     train.run(started, tmp_path / "run")
     capsys.readouterr()
     # From the run itself the classifier comes, too: the classes are the same.
-    experiment.describe(
-        "weights", _changed(started, **{"model.pretrained": str(workdir)}), tmp_path
-    )
-    preview = capsys.readouterr().out
-    assert "classification_stream.fc" in preview
-    assert "attention_head" in preview
+    again = _changed(started, **{"model.pretrained": str(workdir)})
+    preview.run(again, tmp_path, what="weights")
+    shown = capsys.readouterr().out
+    assert "classification_stream.fc" in shown
+    assert "attention_head" in shown
     with pytest.raises(ValueError, match=r"weights.safetensors"):
         train.run(started, tmp_path / "another")
 
