@@ -40,10 +40,11 @@ def newest(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             # Evaluation by hand says the same, but for the attention.
             same = all(before.get(x) == line[x] for x in ("top1", "count"))
             found[key] = {**before, **line} if same else dict(line)
-    return [found[key] for key in sorted(found, key=_order)]
+    return [found[key] for key in sorted(found, key=order)]
 
 
-def _order(key: tuple[str, str]) -> tuple:
+def order(key: tuple[str, str]) -> tuple:
+    """Sorts splits and protocols: test first, center first."""
     split, protocol = key
     return (split != "test", split, protocol != "center")
 
