@@ -8,12 +8,13 @@ renamed into place last: where it is sound and the pixels have its size, all is 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -157,14 +158,12 @@ def prepare(
             with waited_for(Path(f"{stem}.lock"), stem.name, show=progress):
                 store = find(_mute)  # made by the process that we waited for
                 if store is None:
-                    _check_disk(stem, records, short_side_px, tell)
-                    with (
-                        _reading(records, short_side_px, workers) as read,
-                        Progress(
-                            len(records), name, unit="pictures", show=progress
-                        ) as bar,
-                    ):
-                        _build(stem, key, records, read, bar, skip_unreadable)
+                    read = functools.partial(_reading, short_side_px, workers)
+                    sample = _sample(records, read)
+                    _check_disk(stem, sample.values(), len(records), tell)
+                    bar = Progress(len(records), name, unit="pictures", show=progress)
+                    with bar, read(records, sample) as pictures:
+                        _build(stem, key, records, pictures, bar, skip_unreadable)
                     store = find(_mute)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -260,22 +259,20 @@ def _replacing(path: Path):
 
 
 def _check_disk(
-    stem: Path, records: Sequence[Record], short_side_px: int, tell: Say
+    stem: Path, sample: Iterable[np.ndarray | str], count: int, tell: Say
 ) -> None:
     """Says how much disk the store will take, judged by a few; refuses if it lacks."""
     Path(f"{stem}.pixels.partial").unlink(missing_ok=True)  # of a kill
-    sample = records[:: -(-len(records) // _SAMPLE)]
-    read = [_read(record, short_side_px) for record in sample]
-    sizes = [picture.nbytes for picture in read if not isinstance(picture, str)]
-    need = sum(sizes) / max(len(sizes), 1) * len(records)
+    sizes = [picture.nbytes for picture in sample if not isinstance(picture, str)]
+    need = sum(sizes) / max(len(sizes), 1) * count
     free = shutil.disk_usage(stem.parent).free
     figures = f"about {need / 1e9:.2f} GB of {free / 1e9:.2f} GB free in {stem.parent}"
     if need > free:
         raise ValueError(
-            f"storing {len(records):,} pictures takes {figures}: free some space, "
+            f"storing {count:,} pictures takes {figures}: free some space, "
             "choose another cache folder, or stream the pictures instead"
         )
-    tell(f"{stem.name}: storing {len(records):,} pictures, {figures}")
+    tell(f"{stem.name}: storing {count:,} pictures, {figures}")
     name = stem.name.rpartition("-")[0]
     others = set(stem.parent.glob(f"{name}-*.pixels")) - {Path(f"{stem}.pixels")}
     if others:
@@ -286,13 +283,26 @@ def _check_disk(
         )
 
 
+def _sample(records: Sequence[Record], read: Callable) -> dict[int, np.ndarray | str]:
+    """A few pictures by their places, to judge the size of all by."""
+    places = range(0, len(records), -(-len(records) // _SAMPLE))
+    with read([records[i] for i in places], {}) as pictures:
+        return dict(zip(places, pictures, strict=True))
+
+
 def _reading(
-    records: Sequence[Record], short_side_px: int, workers: int | None
+    short_side_px: int,
+    workers: int | None,
+    records: Sequence[Record],
+    known: Mapping[int, np.ndarray | str],
 ) -> contextlib.closing[Generator[np.ndarray | str, None, None]]:
-    """Every picture in order, or why it cannot be read; threads end with the block."""
+    """Every picture in order, or why it cannot be read; threads end with the block.
+
+    What is `known` by its place is not read again.
+    """
     workers = os.cpu_count() or 1 if workers is None else workers
     read = prefetch(
-        lambda i: _read(records[i], short_side_px),
+        lambda i: known[i] if i in known else _read(records[i], short_side_px),
         0,
         len(records),
         workers=workers,
