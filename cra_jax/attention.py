@@ -182,6 +182,34 @@ def gamma_of(matrix: np.ndarray) -> np.ndarray:
     return np.stack([m[..., 0, 2], m[..., 1, 2], scale, angle_rad], -1)
 
 
+def shown_to_second_stream(
+    images: Array, matrices: np.ndarray, size_px: int, *, softness: float | None = None
+) -> tuple[Array, Array]:
+    """Attention and redundancy of pictures, as N_ar is shown them (Sec. 3.1).
+
+    Args:
+      images: ``[b, H, W, 3]``, normalised.
+      matrices: ``[b, 2, 3]`` of Eq. (4).
+      size_px: of what comes back.
+      softness: of the redundancy's edge; None: hard, Eq. (5).
+
+    Returns:
+      Two ``[b, size, size, 3]``, normalised: 0 outside a picture and where it is left
+      out. The second means nothing for an STN, whose matrices are not of Eq. (4).
+    """
+    size = (size_px, size_px)
+    theta = jnp.asarray(matrices, jnp.float32)
+    gamma_res = jnp.asarray(gamma_of(matrices), jnp.float32)
+    attended = geometry.bilinear_sample(images, geometry.affine_grid(theta, size))
+    if softness is None:
+        grid = geometry.redundancy_grid(gamma_res, size)
+        return attended, geometry.bilinear_sample(images, grid)
+    identity = jnp.tile(jnp.eye(2, 3), (len(images), 1, 1))
+    whole = geometry.bilinear_sample(images, geometry.affine_grid(identity, size))
+    weight = geometry.redundancy_weight(gamma_res, size, softness=softness)
+    return attended, whole * weight[..., None]
+
+
 def centre_offset_px(size_px: Sequence[int], crop_px: int) -> np.ndarray:
     """``(left, top)`` of the centre crop in a picture of ``(width, height)``."""
     return (np.asarray(size_px) - crop_px) // 2
