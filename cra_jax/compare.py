@@ -8,24 +8,25 @@ from cra_jax import comparison, page, paper, run_folder, uncertainty
 from cra_jax.comparison import METRICS, Comparison, Row
 
 
-def run(workdirs: Sequence[Path], *, out: Path) -> None:
+def run(_: Any, workdir: Path, *, runs: Sequence[Path]) -> None:
     """Prints the comparison as Markdown; writes `compare.md` and `compare.html`.
 
     Args:
-      workdirs: run folders.
-      out: the folder for the two files, made where it is missing.
+      _: a config; the runs bring their own.
+      workdir: the folder for the two files, made where it is missing.
+      runs: run folders.
 
     Raises:
       ValueError: there are no runs, or one of them has no scores.
     """
-    found = comparison.compare(workdirs)
+    found = comparison.compare(runs)
     text = markdown(found)
-    out.mkdir(parents=True, exist_ok=True)
-    run_folder.write_atomically(out / "compare.md", text)
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_folder.write_atomically(workdir / "compare.md", text)
     html = page.render("compare", **_for_the_page(found))
-    run_folder.write_atomically(out / "compare.html", html)
+    run_folder.write_atomically(workdir / "compare.html", html)
     print(text)
-    print(f"written: {out / 'compare.md'}, {out / 'compare.html'}")
+    print(f"written: {workdir / 'compare.md'}, {workdir / 'compare.html'}")
 
 
 def markdown(found: Comparison) -> str:
