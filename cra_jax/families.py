@@ -145,7 +145,7 @@ class Family(Protocol):
         ...
 
     def plain_name(self, name: str) -> str:
-        """The plain name of what published files call `name`; else `name` itself."""
+        """The plain name of what published files call `name`; a plain name stays."""
         ...
 
     def published_name(self, name: str) -> str:

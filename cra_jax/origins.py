@@ -1,4 +1,4 @@
-"""What `model.pretrained` may name -> arrays under the names of published files.
+"""What `model.pretrained` may name -> arrays by name.
 
 A file of published weights, a name on the hub, the `export` folder of a run, or a run.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cra_jax import families, hub, torch_files, torch_names, weight_record
+from cra_jax import hub, torch_files, torch_names, weight_record
 from cra_jax.checkpoint import Checkpoints
 
 _STREAM = "classification_stream"
@@ -23,7 +23,7 @@ class Origin(NamedTuple):
 
     Attributes:
       name: what `model.pretrained` said.
-      arrays: of a plain backbone, by the names that a published file has.
+      arrays: of a plain backbone, by published or plain names (`families.Family`).
       place: the file, or the run and its step.
       about: what is known of them, in one line.
       class_names: what their classifier knows, if it is a run's own; else empty.
@@ -113,11 +113,9 @@ def _open_run(name: str, folder: Path) -> Origin:
         part = {c: {_STREAM: saved[c][_STREAM]} for c in _COLLECTIONS}
         found = checkpoints.restore(step, part)
     model, data = meta["config"]["model"], meta["config"]["data"]
-    family = families.family_of(model["backbone"])
     flat: Any = flatten_dict({c: found[c][_STREAM] for c in _COLLECTIONS})
     arrays = {
-        family.published_name(torch_names.torch_name(key)): torch_names.to_torch(x)
-        for key, x in flat.items()
+        torch_names.torch_name(key): torch_names.to_torch(x) for key, x in flat.items()
     }
     about = {"architecture": model["backbone"], **model, **data}
     place = f"{folder}, step {step}, epoch {meta['epoch']}"

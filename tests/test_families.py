@@ -1,11 +1,31 @@
 """What every family of backbones owes to the rooms that use it."""
 
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import patch_family
 import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
 
-from cra_jax import efficientnet, families, resnet
+from configs import cub
+from cra_jax import (
+    efficientnet,
+    experiment,
+    export,
+    families,
+    hub,
+    origins,
+    resnet,
+    weights,
+)
+from cra_jax.checkpoint import Checkpoints
 from cra_jax.efficientnet import Architecture, Stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -87,3 +107,128 @@ def test_places_of_many_pictures_at_once(family):
 def test_an_unknown_backbone_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown backbone 'vgg16'.*resnet50"):
         families.create_backbone("vgg16", 5)
+
+
+# --- a third family: one room, and one entry in `FAMILIES` --------------------------
+
+PATCHES: families.Family = patch_family  # a type checker holds it to the protocol
+CLASSES = ["auk", "crake", "dotterel"]
+NORMALIZATION = {"data.mean": (0.25, 0.5, 0.75), "data.std": (0.5, 0.5, 0.25)}
+
+
+@pytest.fixture
+def third_family(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, PATCHES))
+
+
+def drawn(net, seed=0) -> Any:
+    """Variables unlike a fresh network's."""
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: rng.uniform(0.5, 1.5, x.shape).astype(x.dtype), dict(shapes)
+    )
+
+
+def assert_same(actual, expected):
+    """The same tree, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_no_other_room_names_a_family():
+    """What `FAMILIES` lists is imported by `families.py` alone."""
+    rooms = {family.__name__.split(".")[-1] for family in families.FAMILIES}  # pyright: ignore[reportAttributeAccessIssue]
+    assert rooms == {"resnet", "efficientnet"}
+    package = Path(families.__file__).parent
+    for path in [*package.glob("*.py"), *Path(cub.__file__).parent.glob("*.py")]:
+        imported = {
+            alias.name.split(".")[-1]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in [*node.names, ast.alias(getattr(node, "module", None) or "")]
+        }
+        assert not imported & rooms or path.name == "families.py", path
+
+
+@pytest.mark.usefixtures("third_family")
+def test_one_entry_makes_a_family_known_everywhere():
+    assert families.backbones()[-2:] == ("patches", "patches_deep")
+    assert hub.record_of("example/patches") == hub.record_of("/x/patches-1234.pth")
+    assert hub.default_for("patches") == "example/patches"
+    assert hub.default_for("patches_deep") == ""
+    assert origins.normalization("example/patches") == tuple(NORMALIZATION.values())
+    config = cub.get_config("patches,baseline")
+    assert config.model.backbone == "patches"
+    assert config.model.pretrained == "example/patches"
+    assert (config.data.mean, config.data.std) == tuple(NORMALIZATION.values())
+    assert isinstance(experiment.backbone(config, 3), patch_family.Patches)
+    with pytest.raises(ValueError, match=r"resnet50.*efficientnet_lite0, patches"):
+        families.create_backbone("vgg16", 3)
+
+
+@pytest.mark.usefixtures("third_family")
+def test_weights_of_a_third_family_go_in_and_out(tmp_path):
+    variables = drawn(patch_family.create("patches", 3, width=6))
+    file = tmp_path / "model.safetensors"
+    weights.save_torch(file, variables)
+    arrays = load_file(file)
+    assert arrays["model.cuts.1.weight"].shape == (6, 6, 3, 3)
+    assert arrays["model.norms.0.num_batches_tracked"] == 0
+    assert all(name.startswith("model.") for name in arrays)
+    assert_same(weights.load_torch(file, arch="patches"), variables)
+    trunk, left = weights.load_trunk(file, arch="patches")
+    fc = variables["params"].pop("fc")
+    assert_same(trunk, variables)
+    assert set(left) >= {"model.fc.weight", "model.fc.bias"}
+    assert len(left) == 4
+    # It is told from the others, and they from it.
+    with pytest.raises(
+        ValueError, match=r"not fit resnet18 \(it looks like a patches\)"
+    ):
+        weights.load_torch(file, arch="resnet18")
+    with pytest.raises(ValueError, match=r"\(it looks like a patches\)") as error:
+        weights.load_torch(file, arch="patches_deep")
+    assert "missing: model.cuts.2.weight" in str(error.value)
+    weights.save_torch(file, drawn(resnet.create("resnet10", 3, width=2)))
+    with pytest.raises(ValueError, match=r"patches \(it looks like a resnet10\)"):
+        weights.load_torch(file, arch="patches")
+    with pytest.raises(ValueError, match=r"not the variables of one of .*patches_deep"):
+        weights.save_torch(file, {"params": {"fc": fc}})
+
+
+@pytest.mark.usefixtures("third_family")
+def test_runs_of_a_third_family_are_exported_and_started_from(tmp_path, capsys):
+    about = {"model.backbone": "patches", "model.stem": "imagenet"} | NORMALIZATION
+    config = tiny.config(tmp_path, **about)
+    network = experiment.build_network(config, len(CLASSES))
+    saved, fresh = drawn(network), drawn(network, seed=1)
+    meta = {"class_names": CLASSES, "epoch": 2, "config": config.to_dict()}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(6, saved, meta)
+    export.run(config, tmp_path)
+    capsys.readouterr()
+    exported = tmp_path / "export"
+    assert json.loads((exported / "config.json").read_text())["width"] == 8
+    program = (exported / "model.stablehlo").read_bytes()
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    scores = jax.export.deserialize(bytearray(program)).call(images)
+
+    for origin in (tmp_path, exported):
+        config.model.pretrained = str(origin)
+        experiment.check(config)
+        state = fresh["params"], fresh["batch_stats"]
+        options: Any = {"arch": "patches", "class_names": CLASSES}
+        lines = weights.preview(*state, pretrained=origin, **options)
+        params, stats, said = weights.start_from(*state, pretrained=origin, **options)
+        assert lines[: len(said)] == said
+        assert "patches, width 8, stem imagenet, 3 classes" in said[1]
+        for stream in weights.STREAMS:
+            assert_same(params[stream], saved["params"]["classification_stream"])
+            assert_same(stats[stream], saved["batch_stats"]["classification_stream"])
+        assert_same(params["attention_head"], fresh["params"]["attention_head"])
+    variables = {"params": params[stream], "batch_stats": stats[stream]}
+    normalized = (images / 255 - config.data.mean) / np.array(config.data.std)
+    plain: Any = experiment.backbone(config, 3).apply(variables, jnp.array(normalized))
+    np.testing.assert_allclose(scores, plain.logits, rtol=1e-5)
+    assert len(flatten_dict(saved["params"])) == 2 * 8 + 2

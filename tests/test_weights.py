@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from oracles.torch_resnet import TorchResNet, randomize, to_linen
 from torch._utils import _rebuild_tensor_v2
 
-from cra_jax import hub, resnet, torch_files, weights
+from configs.quickstart import get_config
+from cra_jax import experiment, hub, origins, resnet, torch_files, weights
 from cra_jax.checkpoint import Checkpoints
 
 FORMATS = ("zip.pth", "legacy.pth", "safetensors")
@@ -799,6 +800,55 @@ def test_an_export_without_its_description_is_refused(about, tmp_path):
         start(pretrained=tmp_path)
     # As the message says, the file itself will do.
     assert "fresh: fc of" in start(pretrained=tmp_path / "model.safetensors")[2][4]
+
+
+@pytest.mark.parametrize("save_as", [save_run, save_export])
+def test_how_pictures_were_normalised_is_known_before_any_work(save_as, tmp_path):
+    folder = save_as(tmp_path / "first", trained_state(weights.STREAMS[:1]))
+    about = tuple(ABOUT["mean"]), tuple(ABOUT["std"])
+    assert origins.normalization(folder) == about
+    if save_as is save_export:
+        assert origins.normalization(folder / "model.safetensors") == about
+    config = get_config("baseline")
+    config.model.pretrained = str(folder)
+    config.data.mean = ABOUT["mean"]
+    with pytest.raises(
+        ValueError, match=r"by mean \(0.1, 0.2, 0.3\) and std \(1, 1, 1"
+    ):
+        experiment.check(config)
+    config.data.std = (1.0, 1.0, 1.0)
+    experiment.check(config)
+
+
+def test_how_pictures_were_normalised_may_be_unknown(tmp_path, monkeypatch):
+    record = resnet.PUBLISHED["timm/resnet50.tv2_in1k"]
+    for name in ("timm/resnet50.tv2_in1k", tmp_path / record.file):
+        assert origins.normalization(name) == (record.mean, record.std)
+    (tmp_path / "weights.pth").touch()
+    for content in (None, "{", "[]", "{}", '{"mean": 0.5, "std": 1}'):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        for name in ("someone/else", tmp_path, tmp_path / "weights.pth"):
+            assert origins.normalization(name) is None
+    # No name is no place either: not even that of a run.
+    (tmp_path / "checkpoints").mkdir()
+    assert origins.normalization(tmp_path) is None  # nothing is saved yet
+    save_run(tmp_path, trained_state(weights.STREAMS[:1]))
+    monkeypatch.chdir(tmp_path)
+    assert origins.normalization(".") is not None
+    assert origins.normalization("") is None
+
+
+def test_what_was_read_once_need_not_be_read_again(tmp_path):
+    state = training_state()
+    path = save(network().state_dict(), tmp_path, "safetensors")
+    expected = weights.start_from(*state, pretrained=path, arch="resnet10")
+    origin = origins.open_origin(path, arch="resnet10")
+    path.unlink()
+    again = weights.start_from(*state, pretrained=origin, arch="resnet10")
+    assert again[2] == expected[2]
+    for new, old in zip(again[:2], expected[:2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
 def test_a_preview_says_what_a_start_would_do_and_needs_no_arrays(tmp_path):
