@@ -1,0 +1,79 @@
+"""The notebook, executed from its first cell to its last."""
+
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+import tiny
+from nbclient import NotebookClient
+
+from cra_jax.run_folder import flatten, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "cra_cnn_colab.ipynb"
+
+
+def _notebook(**settings):
+    """The notebook with other values in its cell of settings."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
+    for name, value in settings.items():
+        lines = cell.source.splitlines()
+        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"{name} = ")]
+        lines[place] = f"{name} = {value!r}"
+        cell.source = "\n".join(lines)
+    return notebook
+
+
+def test_it_holds_no_results():
+    notebook = _notebook()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+@pytest.mark.slow
+def test_it_runs_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as a user has
+    plain = flatten(tiny.get_config().to_dict())
+    short = flatten(tiny.config(tmp_path / "cache").to_dict())
+    changes = [f"--config.{k}={v}" for k, v in short.items() if plain[k] != v]
+    changes = [text.replace(" ", "") for text in changes]
+    notebook = _notebook(
+        RUNS=str(tmp_path / "runs"),
+        QUICKSTART=" ".join(["--config=configs/quickstart.py", *changes]),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of Jupyter's own packages
+        NotebookClient(
+            notebook,
+            timeout=500,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+        ).execute()
+    outputs = [o for c in notebook.cells for o in c.get("outputs", ())]
+    said = "".join(o.get("text", "") for o in outputs if o.output_type == "stream")
+    assert "strongest activation in the box" in said
+    assert "it is a " in said
+    assert "skipped: set TRAIN_ON_CUB" in said
+    assert "(2, 8) ('" in said
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    drawn = list((tmp_path / "runs" / "quickstart" / "report").glob("*.png"))
+    assert len(drawn) >= 3
+    assert len(pictures) == len(drawn) + 1  # and the picture that was predicted
+    for name in ("quickstart", "quickstart-baseline"):
+        assert read_metrics(tmp_path / "runs" / name)[-1]["split"] == "test_shifted"
+
+
+def test_a_cell_that_fails_stops_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = _notebook(QUICKSTART="--config=nowhere.py", RUNS=str(tmp_path / "runs"))
+    client = NotebookClient(
+        notebook, timeout=500, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Exception, match="error in the flags"):
+            client.execute()
