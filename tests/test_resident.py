@@ -1,5 +1,7 @@
 """Crops cut out on the device are the host's, bit for bit."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,34 @@ def test_too_large_for_the_devices_is_refused_with_the_figures(monkeypatch):
         resident.Resident(pictures, crop_px=CROP)
     monkeypatch.setattr(parallel, "free_bytes", lambda: 2_400_000)
     resident.Resident(pictures, crop_px=CROP, progress=False)
+
+
+class Device:
+    """As much of a device as `parallel.free_bytes` asks."""
+
+    def __init__(self, **stats):
+        self._stats = stats
+
+    def memory_stats(self):
+        return self._stats
+
+
+def test_free_memory_is_that_of_the_fullest_device(monkeypatch):
+    devices = [
+        Device(bytes_limit=100, bytes_in_use=30, num_allocs=2),
+        Device(bytes_limit=100, bytes_in_use=60),
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert parallel.free_bytes() == 40
+
+
+def test_free_memory_of_a_host_is_shared_by_its_devices(monkeypatch):
+    """A CPU does not say; what the system says is within what it has."""
+    monkeypatch.setattr(parallel, "_available_bytes", lambda: 9_000)
+    assert parallel.free_bytes() == 1_000  # of eight, and one share for the host
+    monkeypatch.undo()
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.001 * has < parallel._available_bytes() <= has
 
 
 @pytest.mark.usefixtures("quick_compilation")
