@@ -1,6 +1,6 @@
 """Runs side by side, as a table for the terminal and as a page."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def _parts(found: Comparison) -> Iterator[str]:
     )
     for test, rows in found.tables.items():
         yield f"## {', '.join(test)}: top-1, %"
-        yield _table(
+        yield page.markdown_table(
             ("group", "seeds", "mean ± sd", "95 % interval", "each seed", "the paper"),
             [
                 (
@@ -60,7 +60,7 @@ def _parts(found: Comparison) -> Iterator[str]:
         )
         others = {k: v for k, v in found.others[test].items() if k != "top1"}
         if others:
-            yield _table(
+            yield page.markdown_table(
                 ("group", *(f"{METRICS[metric]}, %" for metric in others)),
                 [
                     (
@@ -77,7 +77,7 @@ def _parts(found: Comparison) -> Iterator[str]:
         )
     if found.differences:
         yield "## Differences over seeds: top-1, points"
-        yield _table(
+        yield page.markdown_table(
             ("test", "groups", "seeds", "difference ± sd", "95 % interval"),
             [
                 (
@@ -92,7 +92,7 @@ def _parts(found: Comparison) -> Iterator[str]:
         )
     if found.pairs:
         yield "## The same pictures: exact McNemar tests of two networks"
-        yield _table(
+        yield page.markdown_table(
             (
                 *("test", "first", "second", "only first right", "only second right"),
                 *("difference", "p", "p, Holm"),
@@ -117,7 +117,7 @@ def _parts(found: Comparison) -> Iterator[str]:
         )
     if found.settings:
         yield "## What differs between the groups"
-        yield _table(
+        yield page.markdown_table(
             ("setting", *(group.letter for group in found.groups)),
             [
                 (f"`{key}`", *(f"`{page.plain(value)}`" for value in values))
@@ -127,19 +127,6 @@ def _parts(found: Comparison) -> Iterator[str]:
     if found.notes:
         yield "## Notes"
         yield "\n".join(f"- {note}" for note in found.notes)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal, too."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [x.ljust(width) for x, width in zip(cells, widths, strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
 def _published(row: paper.Row | None) -> str:

@@ -4,7 +4,7 @@ import base64
 import math
 import mimetypes
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,19 @@ def plain(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"({', '.join(map(plain, value))})"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal, too."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [x.ljust(width) for x, width in zip(cells, widths, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
 def breakable(name: str) -> markupsafe.Markup:

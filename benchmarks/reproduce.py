@@ -1,0 +1,251 @@
+"""The paper's tables, run: every cell in its own folder, beside the paper's figures.
+
+    python -m benchmarks.reproduce --cars stanford_cars
+    python -m benchmarks.reproduce --only cub-resnet50-cra cub-resnet50-baseline
+    python -m benchmarks.reproduce --dry_run
+
+Table 1 has eight cells, each a training of 140 epochs; "ours" of Tables 2 and 3 are
+four of the same networks under the other protocol. The same command again goes on
+where it was stopped, and takes what is finished as it is.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cra_jax import page, paper, run_folder, summary, uncertainty
+
+ROOT = Path(__file__).resolve().parents[1]
+EPOCHS = 140  # train.epochs of configs/cub.py
+TRAIN_PICTURES = {"cub": 5994, "cars": 8144}
+# Of a training step, forward and backward, for a picture of 448 px: one ResNet at 448,
+# and in CRA-CNN two passes of another at 224, which is half as much again.
+CRA_GFLOP = {"resnet50": 147, "resnet101": 281}
+BASELINE_SHARE = 2 / 3
+
+
+class Cell(NamedTuple):
+    """One training of Table 1.
+
+    Attributes:
+      data: "cub" or "cars".
+      backbone: as `model.backbone` calls it.
+      kind: "baseline" or "cra".
+    """
+
+    data: str
+    backbone: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """Of the cell, and of its run folder."""
+        return "-".join(self)
+
+    @property
+    def flop(self) -> float:
+        """Of all training: a sum, not a measurement."""
+        share = 1 if self.kind == "cra" else BASELINE_SHARE
+        pictures = TRAIN_PICTURES[self.data] * EPOCHS
+        return 1e9 * CRA_GFLOP[self.backbone] * share * pictures
+
+
+CELLS = [Cell(*row[1:4]) for row in paper.ROWS if row.table == "Table 1"]
+
+
+def commands(
+    cell: Cell, workdir: Path, *, seed: int, path: str, settings: Sequence[str]
+) -> list[list[str]]:
+    """What runs a cell: training, both protocols on its last checkpoint, the report.
+
+    Args:
+      cell: which.
+      workdir: its run folder.
+      seed: of the run.
+      path: of the data set; empty: CUB is fetched.
+      settings: more, as "--config.train.epochs=1".
+    """
+    launch = [sys.executable, str(ROOT / "launch.py"), f"--workdir={workdir}"]
+    variant = cell.backbone + (",baseline" if cell.kind == "baseline" else "")
+    train = [f"--config={ROOT}/configs/{cell.data}.py:{variant}"]
+    train += [f"--config.seed={seed}"]
+    train += [f"--config.data.path={path}"] if path else []
+    both = ["--mode=eval", "--config.eval.protocol=both"]
+    return [[*launch, *train, *settings], [*launch, *both], [*launch, "--mode=report"]]
+
+
+def run_cell(workdir: Path, cell_commands: Sequence[Sequence[str]]) -> bool:
+    """Runs a cell, or takes it as it is where these commands have finished before.
+
+    Returns:
+      Whether it is finished.
+    """
+    finished = workdir / "reproduced.json"
+    wanted = [list(command[1:]) for command in cell_commands]
+    if finished.is_file() and json.loads(finished.read_text()) == wanted:
+        print(f"{workdir.name}: finished before", flush=True)
+        return True
+    for command in cell_commands:
+        print(f"{workdir.name}: {shlex.join(command)}", flush=True)
+        if subprocess.run(command, cwd=ROOT).returncode:
+            print(f"{workdir.name}: failed; the same command tries again", flush=True)
+            return False
+    run_folder.write_atomically(finished, json.dumps(wanted, indent=2) + "\n")
+    return True
+
+
+def accuracies(
+    workdirs: Iterable[Path], protocol: str
+) -> tuple[list[float], list[str]]:
+    """Top-1 on `test` of the runs that are finished; and what must be said of them."""
+    found, remarks = [], []
+    for workdir in workdirs:
+        if not (workdir / "reproduced.json").is_file():
+            continue
+        settings = run_folder.read_config(workdir)
+        for line in summary.newest(run_folder.read_metrics(workdir)):
+            if (line["split"], line["protocol"]) != ("test", protocol):
+                continue
+            found.append(line["top1"])
+            pictures = paper.TEST_PICTURES.get(settings["data"]["source"])
+            epochs = settings["train"]["epochs"]
+            if line["count"] != pictures or epochs != EPOCHS:
+                remarks.append(
+                    f"{workdir.name}: {line['count']} test pictures of "
+                    f"{settings['data']['source']}, {epochs} epochs, "
+                    f"{settings['model']['backbone']} of width "
+                    f"{settings['model']['width']}: not the paper's experiment"
+                )
+    return found, remarks
+
+
+def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
+    """The paper's tables beside what was run, as Markdown.
+
+    Args:
+      root: the folder of the run folders.
+      seeds: that are counted in.
+      tflops: sustained, for the arithmetic of what a cell costs.
+    """
+    rows = []
+    remarks: list[str] = []
+    for row in paper.ROWS:
+        cell = Cell(*row[1:4])
+        folders = _folders(root, cell, seeds)
+        found, said = accuracies(folders, row.protocol)
+        remarks += [x for x in said if x not in remarks]
+        begun = any((folder / "config.json").is_file() for folder in folders)
+        ours = "not finished" if begun else "not run"
+        if found:
+            spread = uncertainty.spread(found)
+            ours = page.percent(spread.mean)
+            ours += f" ± {page.percent(spread.sd)}" if spread.sd is not None else ""
+            ours += " *" if said else ""
+        hours = cell.flop / (tflops * 1e12) / 3600
+        cost = f"{hours:.1f}" if row.table == "Table 1" else "as in Table 1"
+        rows.append(
+            (
+                *(row.table, paper.NAMES[row.data], row.backbone),
+                *(summary.KINDS[row.kind], row.protocol, page.percent(row.top1)),
+                *(ours, str(len(found)), cost),
+            )
+        )
+    head = ("table", "data set", "backbone", "kind", "protocol", "the paper, %")
+    head += ("ours, %", "runs", "hours of a run, by arithmetic")
+    total = sum(cell.flop for cell in CELLS)
+    lines = [
+        page.markdown_table(head, rows),
+        "",
+        "The last column is arithmetic, not a measurement: GFLOP of a step for a "
+        f"picture ({CRA_GFLOP['resnet50']} and {CRA_GFLOP['resnet101']} for CRA-CNN, "
+        f"two thirds for the baseline), times training pictures, times {EPOCHS} "
+        "epochs, at "
+        f"{tflops:g} TFLOP/s sustained. All eight cells: {total:.2g} FLOP, "
+        f"{total / (tflops * 1e12) / 3600:.0f} hours.",
+        *([""] if remarks else []),
+        *(f"- * {remark}" for remark in remarks),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _folders(root: Path, cell: Cell, seeds: Sequence[int]) -> list[Path]:
+    return [root / f"{cell.name}-seed{seed}" for seed in seeds]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; settings of `launch.py` may stand among them."""
+    parser = argparse.ArgumentParser(
+        description="Runs the cells of the paper's tables, and prints them beside its "
+        "figures. --config.KEY=VALUE is handed to every training.",
+    )
+    names = [cell.name for cell in CELLS]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="CELL", help=", ".join(names)
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--cub", default="", help="CUB_200_2011; empty: fetched")
+    parser.add_argument("--cars", default="", help="Stanford Cars, which cannot be")
+    parser.add_argument("--root", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=20,
+        help="TFLOP/s sustained, for what a run costs (default 20; PyTorch with mixed "
+        "precision reaches 60 with ResNet-50 on an A100)",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the commands")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    arguments, settings = parser.parse_known_args(argv)
+    for setting in settings:
+        if not setting.startswith("--config.") or "=" not in setting:
+            parser.error(f"{setting!r} is no flag, and no --config.KEY=VALUE")
+    for name in ("cub", "cars"):
+        path = getattr(arguments, name)
+        setattr(arguments, name, str(Path(path).resolve()) if path else "")
+    arguments.root = arguments.root.resolve()
+    return argparse.Namespace(**vars(arguments), settings=settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    cells = [c for c in CELLS if not arguments.only or c.name in arguments.only]
+    failed = []
+    elsewhere = any(x.startswith("--config.data.source=") for x in arguments.settings)
+    for cell in () if arguments.table else cells:
+        path = getattr(arguments, cell.data)
+        for seed, workdir in zip(
+            arguments.seeds,
+            _folders(arguments.root, cell, arguments.seeds),
+            strict=True,
+        ):
+            todo = commands(
+                cell, workdir, seed=seed, path=path, settings=arguments.settings
+            )
+            if arguments.dry_run:
+                print("\n".join(map(shlex.join, todo)))
+            elif cell.data == "cars" and not path and not elsewhere:
+                print(f"{workdir.name}: left out, since Cars cannot be fetched: --cars")
+                failed.append(workdir.name)
+            elif not run_cell(workdir, todo):
+                failed.append(workdir.name)
+    text = table(arguments.root, arguments.seeds, tflops=arguments.tflops)
+    print(f"\n{text}")
+    if not arguments.dry_run:
+        arguments.root.mkdir(parents=True, exist_ok=True)
+        run_folder.write_atomically(arguments.root / "table.md", text)
+        print(f"written: {arguments.root / 'table.md'}")
+    if failed:
+        print(f"not finished: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
