@@ -75,7 +75,7 @@ def _open(split: experiment.Split, name: str, begun_s: float) -> bool:
     pictures = split.pictures
     what = f"{name}: {len(pictures):,} pictures of {len(set(split.labels))} classes"
     if pictures.skipped:
-        what += f" ({len(pictures.skipped)} unreadable ones left out)"
+        what += f" ({len(pictures.skipped)} left out as unreadable)"
     if not isinstance(pictures, store.Store):
         print(f"{what}, decoded at each use (data.prepare=False)")
         return False

@@ -21,6 +21,7 @@ from pathlib import Path
 from cra_jax import tfds_archives, tfds_sets
 from cra_jax.progress import LOG_EVERY_S, say, waited_for
 
+_TIDYING_S = 10.0
 _UNFINISHED = "incomplete."  # how tfds begins the names of what it is writing
 
 
@@ -184,7 +185,8 @@ def _in_own_process(name: str, folder: Path, manual: Path, progress: bool) -> st
             " perhaps for want of memory)"
         )
     finally:
-        if sys.exception():
+        if sys.exception():  # Ctrl-C reaches it as well: time to tidy up
+            process.join(_TIDYING_S)
             process.terminate()
         process.join()
 
@@ -213,6 +215,8 @@ def _build(name: str, folder: str, manual: str, bars: bool, sender: Connection) 
                     manual_dir=manual, try_download_gcs=False
                 )
             )
+    except KeyboardInterrupt:
+        reason = "it was interrupted"
     # Whatever it is, it is a line for the user of the other process.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
