@@ -107,6 +107,7 @@ def get_config(variant: str = "") -> Any:
     train.batch_size = 64  # images, over all devices (Sec. 4.1)
     train.epochs = 140  # 50 + 45 + 45 (open)
     train.log_every_steps = 20
+    train.report = True  # leave report/index.html at the end
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every_epochs = 1

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cra_jax import (
     experiment,
+    figures,
     page,
     paper,
     progress,
@@ -18,6 +19,16 @@ from cra_jax import (
     summary,
     uncertainty,
 )
+
+_PAGE = Path("report", "index.html")
+# Of the figures, in the order of the page.
+_TITLES = {
+    "curves": "Training",
+    "activation": "Class activation maps",
+    "attention": "Attention and redundancy",
+    "corrected": "Wrong by the baseline, right here",
+    "confused": "The most confused classes",
+}
 
 
 class Fact(NamedTuple):
@@ -28,17 +39,20 @@ class Fact(NamedTuple):
     about: str
 
 
-def run(config: experiment.Config, workdir: Path) -> None:
+def run(
+    config: experiment.Config, workdir: Path, *, baseline: Path | None = None
+) -> None:
     """Writes `report/index.html` of a run folder, and prints where it is.
 
     Args:
       config: the run's own; figures are drawn with it.
       workdir: the run folder.
+      baseline: folder of a run that its figures compare it with.
 
     Raises:
       ValueError: the folder holds no run, or a run without numbers.
     """
-    print(f"report: {write(config, workdir)}")
+    print(f"report: {write(config, workdir, baseline=baseline)}")
 
 
 def leave(config: experiment.Config, workdir: Path) -> None:
@@ -50,8 +64,10 @@ def leave(config: experiment.Config, workdir: Path) -> None:
       config: the run's own.
       workdir: the run folder.
     """
+    path, numbers = workdir / _PAGE, workdir / "metrics.jsonl"
     try:
-        progress.say(f"report: {write(config, workdir)}")
+        known = path.is_file() and path.stat().st_mtime > numbers.stat().st_mtime
+        progress.say(f"report: {path if known else write(config, workdir)}")
     except Exception as error:
         progress.say(
             f"warning: the report could not be written ({type(error).__name__}: "
@@ -60,12 +76,15 @@ def leave(config: experiment.Config, workdir: Path) -> None:
         )
 
 
-def write(config: experiment.Config, workdir: Path) -> Path:
+def write(
+    config: experiment.Config, workdir: Path, *, baseline: Path | None = None
+) -> Path:
     """Writes `report/index.html`, which needs nothing but itself.
 
     Args:
       config: the run's own.
       workdir: the run folder.
+      baseline: folder of a run that its figures compare it with.
 
     Returns:
       The page.
@@ -80,10 +99,10 @@ def write(config: experiment.Config, workdir: Path) -> Path:
             f"{workdir} has no numbers yet (metrics.jsonl is missing or empty): train "
             "first, with --mode train"
         )
-    folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
+    (workdir / _PAGE).parent.mkdir(exist_ok=True)
     values = _values(settings, lines, workdir)
-    values["pictures"] = _pictures(folder)
+    values["pictures"], values["missing"], failed = _figures(config, workdir, baseline)
+    values["notes"] += failed
     values["sections"] = [
         (anchor, text)
         for anchor, text, shown in (
@@ -96,7 +115,7 @@ def write(config: experiment.Config, workdir: Path) -> Path:
         )
         if shown
     ]
-    path = folder / "index.html"
+    path = workdir / _PAGE
     run_folder.write_atomically(path, page.render("report", **values))
     return path
 
@@ -289,20 +308,35 @@ def _list(texts: Iterable[str]) -> str:
     return ", ".join(sorted(texts))
 
 
-def _pictures(folder: Path) -> list[dict[str, Any]]:
-    """What stands in `report/`, with its size, so that the page does not jump."""
-    found = []
-    for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as image:
-            width, height = image.size
-        found.append(
-            {
-                "name": path.stem,
-                "title": path.stem.replace("_", " ").capitalize(),
-                "caption": "",
-                "uri": page.data_uri(path),
-                "width": width,
-                "height": height,
-            }
-        )
-    return found
+def _figures(
+    config: experiment.Config, workdir: Path, baseline: Path | None
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """The run's figures for the page, why others are not there, and what failed."""
+    try:
+        drawn, missing = figures.draw_all(config, workdir, baseline=baseline)
+    except Exception as error:
+        # Figures need the checkpoint and the pictures; the numbers need neither.
+        text = f"The figures could not be drawn ({type(error).__name__}): {error}"
+        return [], [], [text]
+    order = list(_TITLES)
+    drawn.sort(key=lambda figure: order.index(_base(figure)))
+    return [_figure(figure) for figure in drawn], missing, []
+
+
+def _figure(figure: figures.Drawn) -> dict[str, Any]:
+    """With its size, so that the page does not jump while it loads."""
+    with Image.open(figure.png) as image:
+        width, height = image.size
+    of_the_baseline = figure.name.endswith("-baseline")
+    return {
+        "name": figure.name,
+        "title": _TITLES[_base(figure)] + (", baseline" if of_the_baseline else ""),
+        "caption": figure.caption,
+        "uri": page.data_uri(figure.png),
+        "width": width,
+        "height": height,
+    }
+
+
+def _base(figure: figures.Drawn) -> str:
+    return figure.name.removesuffix("-baseline")

@@ -59,7 +59,8 @@ def run(
             workdir, config.to_dict(), allow_change=allow_change or fresh
         )
         scores = _Run(config, workdir, dataset, checkpoints).to_the_end()
-    report.leave(config, workdir)
+    if config.train.report:
+        report.leave(config, workdir)
     print("\n".join(_summary(scores, workdir)))
     return scores
 

@@ -22,6 +22,7 @@ def config(cache_dir: Path, **changes: Any) -> Any:
             "train.batch_size": 16,
             "train.epochs": 2,
             "train.log_every_steps": 4,
+            "train.report": False,
             "eval.batch_size": 16,
             "eval.every_epochs": 1,
             **changes,
