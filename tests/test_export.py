@@ -9,13 +9,27 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import photographs
 import pytest
 import tiny
+import torch
 from flax.traverse_util import flatten_dict
+from oracles.torch_resnet import TorchResNet, randomize, to_linen
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_load_file
 
 from benchmarks import free_at_test_time
-from cra_jax import efficientnet, experiment, export, resnet, steps, weights
+from configs import cub
+from cra_jax import (
+    efficientnet,
+    experiment,
+    export,
+    pipeline,
+    resnet,
+    steps,
+    weights,
+)
+from cra_jax import pictures as pictures_room
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.restore import restore
 
@@ -203,6 +217,39 @@ def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
         backbone_scores(restored.backbone, restored.variables, images),
         atol=1e-5,
     )
+
+
+def test_an_export_scores_photographs_as_an_independent_network_does(
+    shared_data, tmp_path, quick_compilation
+):
+    """Pictures and weights both go their own way, from the file to the scores."""
+    net = randomize(TorchResNet("resnet18", photographs.SPECIES), seed=0).eval()
+    variables = to_linen(net.state_dict().items())
+    config = cub.get_config("resnet18")
+    config.data.short_side_px, config.data.crop_px = 160, 128
+    about = photographs.export_run(config, variables, tmp_path)
+    paths = photographs.paths(shared_data, 6)
+    crops = np.stack([photographs.crop(path, about) for path in paths])
+
+    state = torch_load_file(tmp_path / "export" / "model.safetensors")
+    net = TorchResNet("resnet18", photographs.SPECIES).eval()
+    net.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        theirs = net(torch.from_numpy(photographs.normalize(crops, about))).numpy()
+    assert np.ptp(theirs, 0).min() > 1e-2  # the pictures are told apart
+
+    decoded = [pictures_room.read(path, short_side_px=160) for path in paths]
+    labels = np.zeros(6, np.int32)
+    (batch,) = pipeline.center_batches(decoded, labels, batch_size=6, crop_px=128)
+    np.testing.assert_array_equal(batch["image"], crops)
+    restored = restore(config, tmp_path)
+    ours = backbone_scores(restored.backbone, restored.variables, batch["image"])
+    program = (tmp_path / "export" / "model.stablehlo").read_bytes()
+    served = jax.export.deserialize(bytearray(program)).call(crops)
+    for scores in (ours, served):
+        difference = np.abs(np.asarray(scores) - theirs).max()
+        print(f"scores differ by {difference:.1e} of {np.abs(theirs).max():.1f}")
+        assert difference < 1e-4 * max(1, np.abs(theirs).max())
 
 
 def test_cra_cnn_costs_what_the_baseline_does(tmp_path):
