@@ -21,6 +21,7 @@ _INDIFFERENT = (
     "data.workers",
     "eval.",
     "train.log_every_steps",
+    "train.report",
 )
 METRICS = {
     "top1": "top-1",

@@ -152,7 +152,10 @@ def _hardest(
 
 def _class_names(workdir: Path, step: int) -> tuple[str, ...]:
     """Of a checkpoint; none where it is gone."""
-    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return ()
+    with Checkpoints(folder, writable=False) as checkpoints:
         if step not in checkpoints.steps():
             return ()
         return tuple(checkpoints.meta(step)["class_names"])
