@@ -38,6 +38,7 @@ TIMEOUT_S = 20.0
 _HOST = "127.0.0.1"
 _DRAINED_BYTES = 2 * LARGEST_BYTES  # of a refused upload, so that the answer arrives
 _KIND = "application/octet-stream"
+_NAME = "this file"  # the page knows its name; the server need not
 _SHOWN_LONG_SIDE_PX = 1280
 
 
@@ -176,12 +177,11 @@ class Handler(BaseHTTPRequestHandler):
         predictor = self.server.predictor
         with self.server.working:
             try:
-                pixels = pictures.decode(
-                    data, name="this file", max_pixels=LARGEST_PIXELS
-                )
+                pixels = pictures.decode(data, name=_NAME, max_pixels=LARGEST_PIXELS)
                 (answer,) = predictor.each([pixels], keep=True)
             except ValueError as error:
-                self._send_json(422, {"error": str(error)})
+                text = str(error).removeprefix(f"{_NAME}: ")
+                self._send_json(422, {"error": text})
                 return
         assert isinstance(answer, Prediction)
         self._send_json(200, describe(answer))

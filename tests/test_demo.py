@@ -171,13 +171,21 @@ def _bomb():
     return bytes(data)
 
 
+def _vast():
+    """A sound PNG of a few kB, of more pixels than are worked on."""
+    file = io.BytesIO()
+    Image.new("1", (8_000, 6_400)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "status", "message"),
     [
         (b"", {}, 422, "empty"),
         (b"GIF89a", {}, 422, "not a picture"),
-        (_png()[:-60], {}, 422, "this file"),
+        (_png()[:-60], {}, 422, "damaged"),
         (_bomb(), {}, 422, "shrink"),
+        (_vast(), {}, 422, "limit of 50,000,000"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 422, "not a picture"),
         (_png(), {"Content_Type": "image/png"}, 415, "octet-stream"),
         (_png(), {"Content_Type": "text/plain"}, 415, "octet-stream"),
@@ -396,7 +404,8 @@ def test_a_picture_is_answered_and_hostile_names_are_text(opened, predictor, tmp
     assert tiny_run.HOSTILE in names
     first = f"{100 * expected.probabilities[0]:.1f} %"
     assert _rows(opened)[0][1] == first
-    assert _text(opened, "status") == f"{file.name} (200 × 120 pixels)"
+    said = f"{expected.classes[0]}, {first}: {file.name} (200 × 120 pixels)"
+    assert _text(opened, "status") == said
     pictures = opened.find_elements("tag name", "img")
     assert [one.get_attribute("id") for one in pictures] == ["picture", "heat"]
     assert opened.title == "What is it? - cra_jax"
@@ -497,5 +506,5 @@ def test_a_picture_can_be_dropped_or_pasted(opened, how):
         list(_png()),
         how,
     )
-    _wait(opened, lambda: _text(opened, "status").startswith("held.png (60"))
+    _wait(opened, lambda: _text(opened, "status").endswith("held.png (60 × 45 pixels)"))
     assert len(_rows(opened)) == 5
