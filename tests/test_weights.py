@@ -268,6 +268,29 @@ def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path):
         weights.load_torch(path, arch="resnet10")
 
 
+def test_a_flipped_bit_in_a_header_is_noticed_or_changes_nothing(tmp_path):
+    """`.safetensors` has no checksum; but no array may end up elsewhere in silence."""
+    model = network(width=2)
+    path = save(model.state_dict(), tmp_path, "safetensors")
+    expected = to_linen(model.state_dict().items())
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    noticed = []
+    for place in range(0, header, header // 20):
+        content = bytearray(whole)
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            loaded = weights.load_torch(path, arch="resnet10")
+        except ValueError as error:
+            noticed.append(str(path) in str(error))
+        else:
+            assert_same(loaded, expected)
+    assert all(noticed)
+    assert len(noticed) > 15
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
