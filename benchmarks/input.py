@@ -10,8 +10,8 @@ follow each other without an end, so that a small set does: its pictures are rea
 """
 
 import argparse
+import contextlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -32,13 +32,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PUBLISHED = {"cub": (5994, 5794), "cars": (8144, 8041)}
 """Pictures in train and test of the whole sets."""
 
+PREPARE = "prepare"
 OURS = {
+    PREPARE: "preparing, once",
     "ours": "prepared",
     "ours-normalised": "prepared, flipped and normalised on this CPU",
     "ours-on-device": "prepared, `data.on_device=True`",
 }
 PEER = "peer"
-PREPARE = "prepare"
 
 
 def cores() -> int:
@@ -164,45 +165,72 @@ def peer_batches(workers: int, data: Path) -> Iterator[Any]:
     )
 
 
-def images_per_second(batches: Iterator[Any], warm_up: int, seconds: float) -> float:
-    """The rate at which batches come once they flow, over so many seconds at least."""
+def rate_of(batches: Iterator[Any], warm_up: int, seconds: float) -> dict[str, float]:
+    """Images a second, and milliseconds of all cores an image, once batches flow."""
     for _ in range(warm_up):
         next(batches)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), cpu_seconds(os.getpid())
     # Workers finish at about the same time: whole rounds of them are counted.
-    for count in itertools.count(warm_up, warm_up):
+    count, passed = 0, 0.0
+    while passed < seconds:
         for _ in range(warm_up):
             next(batches)
+        count += warm_up * BATCH_SIZE
         passed = time.perf_counter() - start
-        if passed >= seconds:
-            return count * BATCH_SIZE / passed
-    raise AssertionError("unreachable: counting does not end")
+    used = cpu_seconds(os.getpid()) - used
+    return {"rate": count / passed, "cpu_ms": 1000 * used / count}
 
 
 def measure(kind: str, data: Path, cache_dir: Path, seconds: float) -> dict[str, float]:
-    """What a process of its own does: one figure."""
+    """What a process of its own does: its figures."""
     if kind == PREPARE:
         from cra_jax import experiment
 
         config = config_of(data, cache_dir)
         dataset = experiment.load_data(config)
-        start = time.perf_counter()
-        split = experiment.open_split(config, dataset, "train")
+        start, used = time.perf_counter(), cpu_seconds(os.getpid())
+        pictures = len(experiment.open_split(config, dataset, "train").labels)
         passed = time.perf_counter() - start
-        return {"seconds": passed, "pictures": len(split.labels)}
+        used = cpu_seconds(os.getpid()) - used
+        return {"rate": pictures / passed, "cpu_ms": 1000 * used / pictures}
     if kind in OURS:
-        return {
-            "rate": images_per_second(our_batches(kind, data, cache_dir), 8, seconds)
-        }
+        return rate_of(our_batches(kind, data, cache_dir), 8, seconds)
     workers = int(kind.removeprefix(PEER))
-    batches = peer_batches(workers, data)
-    return {"rate": images_per_second(batches, max(2 * workers, 1), seconds)}
+    return rate_of(peer_batches(workers, data), max(2 * workers, 1), seconds)
+
+
+def family(pid: int) -> set[int]:
+    """A process, and what it started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(after_name(stat)[1])
+    found, size = {pid}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found
+
+
+def after_name(stat: Path) -> list[str]:
+    """The fields of /proc/PID/stat after the second, which may hold blanks."""
+    return stat.read_text().rpartition(")")[2].split()
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and its children have taken of all cores."""
+    ticks = 0
+    for member in family(pid):
+        with contextlib.suppress(OSError):
+            user, system = after_name(Path(f"/proc/{member}/stat"))[11:13]
+            ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Memory:
     """The most that a process and its children held at once, in MB.
 
-    Pages that several share count once (PSS). Linux tells it; elsewhere it stays 0.
+    Pages that several share count once (PSS).
 
     Attributes:
         own_mb: what they wrote, shared memory included.
@@ -227,32 +255,15 @@ class Memory:
     def _watch(self) -> None:
         while not self._over.wait(0.1):
             own = mapped = 0.0
-            for pid in self._family():
-                try:
-                    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                except OSError:  # it has just ended, or this is no Linux
-                    continue
-                pairs = (line.split() for line in lines[1:])
-                kb = {words[0]: int(words[1]) for words in pairs}
-                own += (kb["Pss_Anon:"] + kb["Pss_Shmem:"]) / 1e3
-                mapped += kb["Pss_File:"] / 1e3
+            for pid in family(self._pid):
+                with contextlib.suppress(OSError):  # it has just ended
+                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                    pairs = (line.split() for line in text.splitlines()[1:])
+                    kb = {words[0]: int(words[1]) for words in pairs}
+                    own += (kb["Pss_Anon:"] + kb["Pss_Shmem:"]) / 1e3
+                    mapped += kb["Pss_File:"] / 1e3
             if own + mapped > self.own_mb + self.mapped_mb:
                 self.own_mb, self.mapped_mb = own, mapped
-
-    def _family(self) -> set[int]:
-        """The process, and what it started."""
-        parents = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                after_name = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(stat.parent.name)] = int(after_name[1])
-        family, size = {self._pid}, 0
-        while len(family) > size:
-            size = len(family)
-            family |= {pid for pid, parent in parents.items() if parent in family}
-        return family
 
 
 def run_alone(kind: str, options: argparse.Namespace, cache_dir: Path) -> dict:
@@ -277,7 +288,7 @@ def run_alone(kind: str, options: argparse.Namespace, cache_dir: Path) -> dict:
 def measure_all(options: argparse.Namespace) -> dict[str, list[dict]]:
     """Every kind, by turns, so that the machine's moods hit all alike."""
     peers = sorted({0, 1, cores(), 2 * cores()})
-    kinds = [PREPARE, *OURS, *(f"{PEER}{n}" for n in peers)]
+    kinds = [*OURS, *(f"{PEER}{n}" for n in peers)]
     found: dict[str, list[dict]] = {kind: [] for kind in kinds}
     for turn in range(1, options.repeats + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -291,17 +302,11 @@ def measure_all(options: argparse.Namespace) -> dict[str, list[dict]]:
 
 def describe_machine() -> dict[str, Any]:
     """What the figures hold for."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [
-            x.partition(":")[2].strip() for x in lines if x.startswith("model name")
-        ]
-        model = names[0] if names else model
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     packages = ("numpy", "pillow", "jax", "torch")
     return {
-        "cpu": model,
+        "cpu": names[0].strip() if names else platform.machine(),
         "cores": cores(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
@@ -321,36 +326,32 @@ def tables(found: dict[str, list[dict]], machine: dict[str, Any]) -> str:
     def of(kind: str, name: str) -> list[float]:
         return [figure[name] for figure in found[kind]]
 
+    def middle(kind: str, name: str) -> float:
+        return statistics.median(of(kind, name))
+
     peers = [kind for kind in found if kind.startswith(PEER)]
-    best = max(peers, key=lambda kind: statistics.median(of(kind, "rate")))
+    best = max(peers, key=lambda kind: middle(kind, "rate"))
     lines = [
-        "| batches of 64 crops | images/s | times the peer | own + mapped memory, MB |",
-        "|---|---:|---:|---:|",
+        "| | images/s | times the best peer | core ms an image | memory, MB |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for kind in (*OURS, *peers):
+    for kind in found:
         name = OURS.get(kind) or f"DataLoader, num_workers={kind.removeprefix(PEER)}"
         # Of the same turn: what slows the machine slows both.
         pairs = zip(of(kind, "rate"), of(best, "rate"), strict=True)
         ratio = spread([ours / peer for ours, peer in pairs], 1)
-        memory = " + ".join(
-            f"{statistics.median(of(kind, name)):,.0f}"
-            for name in ("own_mb", "mapped_mb")
+        lines.append(
+            f"| {name} | {spread(of(kind, 'rate'))} | {ratio} | "
+            f"{spread(of(kind, 'cpu_ms'), 2)} | "
+            f"{middle(kind, 'own_mb'):,.0f} + {middle(kind, 'mapped_mb'):,.0f} |"
         )
-        lines.append(f"| {name} | {spread(of(kind, 'rate'))} | {ratio} | {memory} |")
-    pictures = found[PREPARE][0]["pictures"]
-    epochs = [pictures / rate for rate in of(best, "rate")]
-    prepared = of(PREPARE, "seconds")
-    ratios = [a / b for a, b in zip(prepared, epochs, strict=True)]
-    own = statistics.median(of(PREPARE, "own_mb"))
+    about = ", ".join(f"{name} {value}" for name, value in machine.items())
+    turns = len(found[PREPARE])
     return "\n".join(
         [
             *lines,
-            "",
-            f"Preparing {pictures} pictures: {spread(prepared, 2)} s, "
-            f"{spread(ratios, 2)} of an epoch of the best DataLoader, "
-            f"{spread(epochs, 2)} s; it held {own:,.0f} MB.",
-            ", ".join(f"{k} {v}" for k, v in machine.items())
-            + f"; median (least to most) of {len(prepared)} turns",
+            f"\nMedian (least to most) of {turns} turns. Memory: own + files mapped, "
+            f"which the system takes back when it needs them. {about}.",
         ]
     )
 
@@ -403,6 +404,8 @@ def main() -> None:
         data, cache_dir = options.data, options.cache
         print(json.dumps(measure(options.measure, data, cache_dir, options.seconds)))
         return
+    if not Path("/proc/self/smaps_rollup").exists():
+        parser.error("memory and the time of cores are read from /proc, as of Linux")
     if not options.data.is_dir():
         parser.error(f"--data {options.data}: there is no such folder")
     if not options.disk:
