@@ -2,7 +2,7 @@
 
 import itertools
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ _INDIFFERENT = (
     "train.log_every_steps",
     "train.report",
 )
+# What tells the paper's cells apart, and where their pictures and weights lie.
+_CELL = ("data.path", "data.source", "data.name", "model.backbone", "model.kind")
+_CELL += ("model.pretrained", "data.manual_dir")
 METRICS = {
     "top1": "top-1",
     "top5": "top-5",
@@ -170,14 +173,15 @@ def compare(workdirs: Sequence[Path]) -> Comparison:
     groups = _group(runs, notes)
     tests = sorted({test for run in runs for test in run.scores}, key=summary.order)
     pairs = _pairs(groups, tests, notes)
+    tables = {test: list(_rows(groups, test)) for test in tests}
     return Comparison(
         groups=groups,
-        tables={test: list(_rows(groups, test)) for test in tests},
+        tables=tables,
         others={test: _others(groups, test) for test in tests},
         differences=list(_differences(groups, tests)),
         pairs=pairs,
         settings=_differing([group.runs[0] for group in groups]),
-        notes=notes + list(_doubts(groups)),
+        notes=[*notes, *_doubts(groups), *_departures(tables)],
     )
 
 
@@ -257,14 +261,7 @@ def _rows(groups: Iterable[Group], test: Test) -> Iterable[Row]:
             if spread.interval
             else uncertainty.wilson(round(spread.mean * count), count)
         )
-        published = paper.find(
-            source=first.settings["data.source"],
-            name=first.settings["data.name"],
-            backbone=first.settings["model.backbone"],
-            kind=first.settings["model.kind"],
-            protocol=test[1],
-            count=count if test[0] == "test" else 0,
-        )
+        published = summary.published(first.settings, first.scores[test])
         yield Row(group, spread, interval, by_seed, published)
 
 
@@ -363,6 +360,26 @@ def _partners(a: Group, b: Group, test: Test) -> list[tuple[Run, Run]]:
     if not common and len(first) == len(second) == 1:
         return list(zip(first.values(), second.values(), strict=True))
     return common
+
+
+def _departures(tables: Mapping[Test, Iterable[Row]]) -> Iterable[str]:
+    """What is not the paper's in groups that stand beside a figure of the paper's."""
+    recipe = summary.recipe() or {}
+    groups = {
+        r.group.letter: r.group for rows in tables.values() for r in rows if r.paper
+    }
+    for group in groups.values():
+        settings = group.runs[0].settings
+        changes = [
+            f"{key}={page.plain(settings[key])} ({page.plain(value)})"
+            for key, value in recipe.items()
+            if settings[key] != value and not key.startswith((*_INDIFFERENT, *_CELL))
+        ]
+        if changes:
+            yield (
+                f"{group.letter} stands beside the paper's figure and departs from its "
+                f"recipe: {', '.join(changes)}"
+            )
 
 
 def _doubts(groups: Iterable[Group]) -> Iterable[str]:

@@ -12,7 +12,6 @@ from cra_jax import (
     experiment,
     figures,
     page,
-    paper,
     progress,
     provenance,
     run_folder,
@@ -170,14 +169,7 @@ def _with_interval(
     """A row of the table of results."""
     count = line["count"]
     low, high = uncertainty.wilson(round(line["top1"] * count), count)
-    known = paper.find(
-        source=settings["data"]["source"],
-        name=settings["data"]["name"],
-        backbone=settings["model"]["backbone"],
-        kind=settings["model"]["kind"],
-        protocol=line["protocol"],
-        count=count if line["split"] == "test" else 0,
-    )
+    known = summary.published(run_folder.flatten(settings), line)
     row = {"top5": None, "mean_per_class": None, "low": low, "high": high}
     return row | {"paper": known} | dict(line)
 

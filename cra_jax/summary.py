@@ -24,6 +24,23 @@ def title(settings: Mapping[str, Any]) -> str:
     return f"{kind}, {model['backbone']}, {paper.NAMES.get(source, source)}"
 
 
+def published(settings: Mapping[str, Any], line: Mapping[str, Any]) -> paper.Row | None:
+    """The paper's figure for the same data, backbone, kind and protocol, if any.
+
+    Args:
+      settings: a run's config, flat.
+      line: its scores of a split.
+    """
+    return paper.find(
+        source=settings["data.source"],
+        name=settings["data.name"],
+        backbone=settings["model.backbone"],
+        kind=settings["model.kind"],
+        protocol=line["protocol"],
+        count=line["count"] if line["split"] == "test" else 0,
+    )
+
+
 def newest(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The scores of the last checkpoint that was scored, by split and protocol.
 

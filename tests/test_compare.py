@@ -120,8 +120,14 @@ def test_the_papers_row_stands_beside_the_same_and_nothing_else(tmp_path):
         make(tmp_path / "c", variant="stn", **whole),
         make(tmp_path / "part"),
     ]
-    rows = comparison.compare(runs[:3]).tables[CENTER]
+    found = comparison.compare(runs[:3])
+    rows = found.tables[CENTER]
     assert [row.paper and row.paper.top1 for row in rows] == [0.862, 0.842, None]
+    assert found.notes == [
+        f"{letter} stands beside the paper's figure and departs from its recipe: "
+        "train.epochs=2 (140)"
+        for letter in "AB"
+    ]
     (part,) = comparison.compare(runs[3:]).tables[CENTER]
     assert part.paper is None
 
