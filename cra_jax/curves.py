@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cra_jax import plotting
 from cra_jax.plotting import BLUE, GREEN, GREY, PURPLE, VERMILLION
@@ -159,6 +160,7 @@ def draw(
             text.set_parse_math(True)
     _name_phases(axes[0], phases)
     axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(list(axes))
     return figure
 

@@ -332,12 +332,7 @@ def run(config: experiment.Config, workdir: Path) -> None:
     experiment.check(config)
     restored = restore(config, workdir)
     dataset = experiment.load_data(config)
-    if dataset.class_names != restored.class_names:
-        difference = _class_difference(dataset.class_names, restored.class_names)
-        raise ValueError(
-            f"the data has {difference}: evaluate {workdir} on the classes that it was "
-            "trained on (data.source, data.path)"
-        )
+    check_classes(dataset.class_names, restored.class_names, workdir)
     evaluator = Evaluator(restored.backbone, config)
     chosen = config.eval.protocol
     step, epoch = restored.step, restored.epoch
@@ -360,8 +355,25 @@ def run(config: experiment.Config, workdir: Path) -> None:
                 run_folder.append_metrics(workdir, line)
 
 
-def _class_difference(here: Sequence[str], there: Sequence[str]) -> str:
+def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> None:
+    """Checks that data and checkpoint mean the same by a class number.
+
+    Args:
+      here: class names of the data.
+      there: class names of the checkpoint.
+      workdir: of the checkpoint, for the message.
+
+    Raises:
+      ValueError: they do not; the message has the first difference.
+    """
+    if tuple(here) == tuple(there):
+        return
     if len(here) != len(there):
-        return f"{len(here)} classes, the checkpoint {len(there)}"
-    mine, theirs = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
-    return f"class {mine!r} where the checkpoint has {theirs!r}"
+        difference = f"{len(here)} classes, the checkpoint {len(there)}"
+    else:
+        mine, theirs = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
+        difference = f"class {mine!r} where the checkpoint has {theirs!r}"
+    raise ValueError(
+        f"the data has {difference}: evaluate {workdir} on the classes that it was "
+        "trained on (data.source, data.path)"
+    )

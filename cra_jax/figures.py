@@ -116,6 +116,8 @@ class _Run:
         self.lines = run_folder.read_metrics(workdir)
         self.kind = KINDS[config.model.kind]
         dataset = experiment.load_data(config)
+        names = self.restored.class_names
+        evaluate.check_classes(dataset.class_names, names, workdir)
         self.split = experiment.open_split(config, dataset, "test")
         self.class_names = dataset.class_names
         self._evaluator = evaluate.Evaluator(self.restored.backbone, config)
@@ -335,10 +337,9 @@ def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
         (_name(theirs, names), _name(ours, names)),
     )
     return figure, (
-        f"{len(chosen)} of the {len(mended)} test pictures that {_name(theirs, names)} "
-        f"gets wrong and {_name(ours, names)} right, evenly through the test set (the "
-        f"other way round there are {len(spoilt)}), beside other test pictures of the "
-        "two classes, and both networks' activation maps."
+        f"{len(chosen)} of {len(mended)} test pictures that {_name(theirs, names)} has "
+        f"wrong and {_name(ours, names)} right (the other way round: {len(spoilt)}), "
+        "beside other test pictures of the two classes, and both activation maps."
     )
 
 
@@ -363,10 +364,8 @@ def _curves(ours: _Run, theirs: _Run | None) -> _Drawing:
         other_name=_name(theirs, names) if theirs else "",
     )
     shaded = ", shaded where L_res is off" if phases.restriction_off else ""
-    return figure, (
-        f"Training of the {ours.kind}{shaded}; dashed lines where the learning rate "
-        "falls. Test figures are of the centre crop."
-    )
+    falls = ", dashed lines where the rate falls" if phases.rate_falls else ""
+    return figure, f"Training of the {ours.kind}{shaded}{falls}; tests on centre crops."
 
 
 def _confused(run: _Run) -> _Drawing:

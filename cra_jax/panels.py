@@ -109,7 +109,7 @@ def activation_maps(
         len(pictures),
         cell_in=0.8,
         top_in=0.3,
-        left_in=0.72,
+        left_in=0.8,
         gap_in=0.29,
         first_gap_in=0.06,
     )
@@ -148,7 +148,7 @@ def attention_over_epochs(
         len(epochs),
         cell_in=0.85,
         top_in=0.38,
-        left_in=0.72,
+        left_in=0.8,
         gap_in=0.04,
         block=block,
         block_gap_in=0.14,
@@ -170,7 +170,7 @@ def attention_over_epochs(
         for row, name in enumerate(names):
             plotting.row_name(axes[number * block + row][0], name)
         plotting.row_name(
-            axes[number * block][0], plotting.tidy(one.name, width=13), bold=True
+            axes[number * block][0], plotting.tidy(one.name, width=12), bold=True
         )
     return figure
 
@@ -189,11 +189,11 @@ def corrections(found: Sequence[Correction], names: tuple[str, str]) -> Figure:
     )
     for row, one in zip(axes, found, strict=True):
         plotting.show(row[0], one.like_taken_for)
-        plotting.verdict(row[0], one.taken_for, right=False, width=22)
+        plotting.verdict(row[0], one.taken_for, right=False, width=18)
         plotting.show(row[1], one.picture)
-        plotting.words_below(row[1], plotting.tidy(one.truth, width=22), plotting.BLACK)
+        plotting.words_below(row[1], plotting.tidy(one.truth, width=18), plotting.BLACK)
         plotting.show(row[2], one.like_truth)
-        plotting.verdict(row[2], one.truth, right=True, width=22)
+        plotting.verdict(row[2], one.truth, right=True, width=18)
         for ax, activation in zip(row[3:], one.activations, strict=True):
             plotting.show(ax, plotting.overlay(one.picture, activation))
     titles = (
@@ -219,27 +219,23 @@ def confusions(found: Sequence[Confusion]) -> Figure:
         cell_in=1.1,
         top_in=0.08,
         left_in=0.05,
-        gap_in=0.46,
+        gap_in=0.56,
         pair_gap_in=0.16,
     )
     flat = [ax for row in axes for ax in row]
     for ax in flat[2 * len(found) :]:
         ax.set_axis_off()
     for number, one in enumerate(found):
+        names = [plotting.tidy(name, width=17) for name in one.names]
+        lines = 1 + max(name.count("\n") for name in names)
         for side in (0, 1):
             ax = flat[2 * number + side]
             plotting.show(ax, one.pictures[side])
-            count = f"{one.wrong[side]} of {one.count[side]} taken for\nthe other"
+            plotting.words_below(ax, names[side], plotting.BLACK, bold=True)
             plotting.words_below(
                 ax,
-                plotting.tidy(one.names[side], width=22, lines=1),
-                plotting.BLACK,
-                bold=True,
-            )
-            plotting.words_below(
-                ax,
-                count,
+                f"{one.wrong[side]} of {one.count[side]} taken for\nthe other",
                 plotting.VERMILLION if one.wrong[side] else plotting.GREY,
-                line=1,
+                line=lines,
             )
     return figure
