@@ -194,6 +194,20 @@ def _vast():
         (_png(), {"Content_Length": None}, 411, "length"),
         (b"x" * (demo.LARGEST_BYTES + 1), {}, 413, "larger than 20 MB"),
     ],
+    ids=[
+        "empty",
+        "junk",
+        "truncated",
+        "bomb",
+        "vast",
+        "postscript",
+        "image",
+        "text",
+        "negative",
+        "real",
+        "unknown",
+        "large",
+    ],
 )
 def test_what_cannot_be_used_is_said(server, body, headers, status, message):
     found, _, text = _predict(server, body, **headers)
@@ -281,19 +295,12 @@ def test_a_port_that_is_taken_is_said(server):
             demo.make_server(server.predictor, port=port)
 
 
-_RUN = """
-import sys
-from pathlib import Path
-from cra_jax import demo
-demo.run(None, Path(sys.argv[1]), port=0)
-"""
-
-
 def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
     tiny_run.save(tmp_path)
+    arguments = ["--mode=demo", f"--workdir={tmp_path}", "--port=0"]
     process = subprocess.Popen(
-        [sys.executable, "-c", _RUN, str(tmp_path)],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -304,12 +311,12 @@ def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
             line = process.stdout.readline()
             assert line.startswith("http://127.0.0.1:")
             port = int(line.split("/")[2].split(":")[1])
-            reply = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            reply = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
             reply.request("POST", "/predict", _png(), KIND)
             assert reply.getresponse().status == 200
             reply.close()
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=30)
+            _, said = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0

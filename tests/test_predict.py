@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cra_jax.predictor import Prediction, Predictor
 from cra_jax.restore import restore
 
 SIZES = [(36, 36), (90, 60), (60, 90), (33, 200), (500, 40), (61, 47), (640, 480)]
+ROOT = Path(__file__).resolve().parents[1]
 _TURNED = 0x0112, 6  # EXIF: the camera was held upright
 
 
@@ -341,6 +343,37 @@ def test_mistakes_end_in_one_line(run, album, images, message, monkeypatch, caps
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(ValueError, match=message):
         predict.run(run[0], run[1], [name.format(album=album) for name in images])
+
+
+def test_from_the_command_line_until_the_reader_has_seen_enough(run, album, tmp_path):
+    """A list on standard input, a file beside it; then a pipe that is closed early."""
+    command = [sys.executable, str(ROOT / "launch.py"), "--mode=predict"]
+    command += [f"--workdir={run[1]}", "--config.eval.checkpoint=6", "--images=-"]
+    more = [str(album / "more" / "b2.jpg")]
+    process = subprocess.Popen(
+        [*command, *more * 300],  # more than a pipe holds
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(os.fsencode(album / "b2.png") + b"\n")
+        process.stdin.close()
+        line = json.loads(process.stdout.readline())
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert line["path"] == str(album / "b2.png")
+    expected = predict.load(run[1], checkpoint="6")(line["path"])
+    assert line["top"][0]["class"] == expected.classes[0]
+    assert "checkpoint 6 (epoch 1) of" in said
+    assert ": 301 pictures" in said
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+    assert process.returncode == 0
 
 
 def test_a_name_that_is_no_unicode_is_reported_too(run, album, capsys):
