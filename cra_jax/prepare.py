@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from cra_jax import experiment, origins, sources, store, tfds_build
+
+_tell = partial(print, flush=True)  # in order with what others say on standard error
 
 
 def run(config: experiment.Config, workdir: Path) -> None:
@@ -44,10 +47,10 @@ def run(config: experiment.Config, workdir: Path) -> None:
         made.append(_open(experiment.open_split(config, dataset, name), name, begun_s))
     took_s = time.time() - begun_s
     if any(made):
-        print(f"all is ready, after {took_s:.0f} s")
+        _tell(f"all is ready, after {took_s:.0f} s")
     else:
-        print(f"all was there already ({took_s:.1f} s)")
-    print("the same command without --mode prepare trains")
+        _tell(f"all was there already ({took_s:.1f} s)")
+    _tell("the same command without --mode prepare trains")
 
 
 def _get_weights(config: experiment.Config, begun_s: float) -> bool:
@@ -57,17 +60,17 @@ def _get_weights(config: experiment.Config, begun_s: float) -> bool:
     file = Path(origin.place)
     came = file.is_file() and _is_new([file], begun_s)
     size = f", {file.stat().st_size / 1e6:,.1f} MB" if file.is_file() else ""
-    print(f"weights: {pretrained}{size}, {_word('fetched', came)}")
-    print(f"    {origin.place}\n    {origin.about}")
+    _tell(f"weights: {pretrained}{size}, {_word('fetched', came)}")
+    _tell(f"    {origin.place}\n    {origin.about}")
     return came
 
 
 def _tell_dataset(dataset: sources.Dataset, got: str) -> None:
     """Says what the data set is, where it lies and how it got there."""
     parts = dataset.name, f"{len(dataset.class_names)} classes", got
-    print(f"data: {', '.join(filter(None, parts))}")
+    _tell(f"data: {', '.join(filter(None, parts))}")
     for line in filter(None, (dataset.root, *dataset.notes)):
-        print(f"    {line}")
+        _tell(f"    {line}")
 
 
 def _open(split: experiment.Split, name: str, begun_s: float) -> bool:
@@ -77,13 +80,13 @@ def _open(split: experiment.Split, name: str, begun_s: float) -> bool:
     if pictures.skipped:
         what += f" ({len(pictures.skipped)} left out as unreadable)"
     if not isinstance(pictures, store.Store):
-        print(f"{what}, decoded at each use (data.prepare=False)")
+        _tell(f"{what}, decoded at each use (data.prepare=False)")
         return False
     files = [pictures.path, pictures.path.with_suffix(".json")]
     stored = _is_new(files, begun_s)
     size = sum(file.stat().st_size for file in files)
-    print(f"{what}, {size / 1e6:,.1f} MB, {_word('stored', stored)}")
-    print(f"    {pictures.path}")
+    _tell(f"{what}, {size / 1e6:,.1f} MB, {_word('stored', stored)}")
+    _tell(f"    {pictures.path}")
     return stored
 
 
