@@ -228,9 +228,10 @@ def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypa
     monkeypatch.setattr(archives, "cub_200_2011", fetch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     place = home / "CUB_200_2011"
-    lines = run(tmp_path, capsys, **cub)
+    lines = run(tmp_path, capsys, **cub, **{"data.prepare": False})
     assert lines[:2] == ["data: cub, 2 classes, fetched now", f"    {place}"]
-    lines = run(tmp_path, capsys, **cub)
+    assert lines[-2].startswith("all is ready")
+    lines = run(tmp_path, capsys, **cub, **{"data.prepare": False})
     assert lines[0] == "data: cub, 2 classes, there already"
     assert lines[-2].startswith("all was there already")
 
