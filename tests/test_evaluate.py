@@ -9,7 +9,7 @@ from echo import Echo
 from numpy.testing import assert_allclose, assert_array_equal
 from oracles import equations
 
-from cra_jax import evaluate, experiment, metrics, pipeline, resnet, steps
+from cra_jax import attention, evaluate, experiment, metrics, pipeline, resnet, steps
 from cra_jax.sources import Record
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -120,6 +120,9 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
         def feature_extent(self, extent_px):
             return extent_px
 
+        def feature_place_px(self, cells, extent_px):
+            return cells
+
     pictures, boxes = [], []
     points = [(10, 20), (30, 6), (33, 33)]  # x, y in a picture of 40 x 36
     for x, y in points:
@@ -136,11 +139,61 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
     evaluator = evaluate.Evaluator(Redness(), config)
     split = experiment.Split(pictures, np.zeros(3, int), records)  # pyright: ignore
     found = evaluator.center({"params": {}, "batch_stats": {}}, split)
-    assert found.peak_px is not None
-    assert_array_equal(found.peak_px, [(x - 4, y - 2) for x, y in points])
-    scores = evaluator.scores({"params": {}, "batch_stats": {}}, split, "center")
+    assert found.activation is not None
+    assert found.matrices is None
+    for i, (x, y) in enumerate(points):
+        expected = np.zeros((CROP, CROP))
+        expected[y - 2, x - 4] = 1
+        assert_allclose(found.activation[i], expected)
+    scores = evaluator.scores(found, split, "center")
+    assert scores["count"] == scores["box_count"] == 3
+    # All that is active is one pixel: in its box twice, beside it once.
     assert scores["pointing"] == pytest.approx(2 / 3)
-    assert scores["count"] == 3
+    assert scores["activation_in_box"] == pytest.approx(2 / 3)
+    half = 16 * CROP  # of the crop is in the second box
+    assert scores["box_share"] == pytest.approx((1 + half + 1) / 3 / CROP**2)
+    assert "attention_iou" not in scores
+
+
+def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
+    backbone, variables = network
+    config = tiny.config(tmp_path, **{"data.crop_px": CROP})
+    pictures = _pictures([(CROP, CROP)] * 3)
+    # Head and box: half the crop in each direction, once in the middle, once beside.
+    head = attention.Head(
+        kernel=jnp.zeros((backbone.feature_channels, 4)),
+        bias=jnp.array([0.0, 0.0, np.arctanh(0.5), 0.0]),
+        alpha_p=1.0,
+        alpha_s=1.0,
+        normalize=True,
+    )
+    edge = 0.5 * (CROP - 1) / CROP / 2  # the frame ends at centres of pixels
+    boxes = [
+        (0.5 - edge, 0.5 - edge, 0.5 + edge, 0.5 + edge),
+        (0.5 - edge, 0.5, 0.5 + edge, 0.5 + edge),
+        (0.0, 0.0, 1.0, 1.0),  # says nothing
+    ]
+    records = tuple(
+        Record(f"{i}.jpg", i, lambda side: pictures[0], "", locate=lambda b=box: b)
+        for i, box in enumerate(boxes)
+    )
+    split = experiment.Split(pictures, np.arange(3), records)  # pyright: ignore
+    evaluator = evaluate.Evaluator(backbone, config)
+    found = evaluator.center(variables, split, head=head)
+    scores = evaluator.scores(found, split, "center")
+    assert scores["attention_iou"] == pytest.approx((1 + 1 / 2) / 2, abs=1e-6)
+    assert scores["box_count"] == 2
+    plain = evaluator.center(variables, split)
+    assert_allclose(found.logits, plain.logits, atol=1e-6)
+    assert plain.matrices is None
+
+    rows = evaluate.results(found, split, step=7)
+    assert [x.name for x in rows] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [x.label for x in rows] == [0, 1, 2]
+    probability = np.asarray(jax.nn.softmax(found.logits))
+    assert [x.predicted for x in rows] == probability.argmax(1).tolist()
+    assert_allclose([x.confidence for x in rows], probability.max(1), rtol=1e-5)
+    assert {x.step for x in rows} == {7}
 
 
 @pytest.mark.slow

@@ -81,3 +81,61 @@ def test_without_a_terminal_there_are_lines(tmp_path, capsys):
         log.train(step=2, epoch=1, numbers=numbers)
     line = capsys.readouterr().err.strip()
     assert line == "step 2/8 epoch 1 loss 1.000 top1 0.500 images/s 9 ETA 1:01:15"
+
+
+def test_results_of_each_picture_come_back_as_they_were(tmp_path):
+    names = ["a.jpg", 'with "quotes", and a comma.jpg', "Eissturmvögel/ß.png"]
+    rows = [
+        run_folder.Result(i, name, i, 2 - i, 1 / (i + 3), 18)
+        for i, name in enumerate(names)
+    ]
+    run_folder.write_results(tmp_path, "test", "center", rows)
+    found = run_folder.read_results(tmp_path, "test", "center")
+    assert [x.confidence for x in found] == [0.333333, 0.25, 0.2]
+    assert [x._replace(confidence=0) for x in found] == [
+        x._replace(confidence=0) for x in rows
+    ]
+    file = tmp_path / "results" / "test-center.csv"
+    header = file.read_text(encoding="utf-8").split("\n")[0]
+    assert header == "index,name,label,predicted,confidence,step"
+    run_folder.write_results(tmp_path, "test", "center", rows[:1])
+    assert len(run_folder.read_results(tmp_path, "test", "center")) == 1
+    assert [x.name for x in file.parent.iterdir()] == ["test-center.csv"]
+    with pytest.raises(ValueError, match=r"--mode eval .*eval.protocol=full"):
+        run_folder.read_results(tmp_path, "test", "full")
+
+
+def _attended(log, step):
+    log.attention(
+        step=step,
+        epoch=step // 2,
+        split="test",
+        names={5: "five", 9: "nine"},
+        matrices={5: [[1, 0, step], [0, 1, 0]], 9: [[0.1234567, 0, 0], [0, 1, 0]]},
+    )
+
+
+def test_snapshots_of_a_resumed_run_are_neither_doubled_nor_lost(tmp_path):
+    assert run_folder.read_snapshots(tmp_path) == []
+    for _ in range(2):  # killed before the first checkpoint, it begins anew
+        with run_folder.Log(tmp_path, first_step=0, total_steps=8) as log:
+            for step in (0, 2, 4, 6):
+                _attended(log, step)
+    with run_folder.Log(tmp_path, first_step=4, total_steps=8) as log:
+        _attended(log, 6)
+    lines = run_folder.read_snapshots(tmp_path)
+    places = [(x["step"], x["epoch"], x["index"], x["name"]) for x in lines]
+    assert places == [
+        (step, step // 2, *picture)
+        for step in (0, 2, 4, 6)
+        for picture in ((5, "five"), (9, "nine"))
+    ]
+    assert lines[2]["matrix"] == [[1, 0, 2], [0, 1, 0]]
+    assert lines[1]["matrix"][0][0] == 0.123457
+    assert {x["split"] for x in lines} == {"test"}
+
+
+def test_a_run_without_attention_has_no_file_of_it(tmp_path):
+    with run_folder.Log(tmp_path, first_step=0, total_steps=8):
+        pass
+    assert not (tmp_path / run_folder.SNAPSHOTS).exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cra_jax import evaluate, experiment, export, pipeline, preview, run_folder, train
 from cra_jax.checkpoint import Checkpoints
+from cra_jax.restore import restore, restore_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -59,7 +60,9 @@ def test_a_run_learns_and_leaves_its_numbers(finished):
         tested = [x for x in lines if x["split"] == split]
         assert [x["step"] for x in tested] == [6, 12, 18]
         assert all(x["count"] == config.data.test_size for x in tested)
-        assert all(0 <= x["pointing"] <= 1 for x in tested)
+        for name in ("pointing", "activation_in_box", "attention_iou", "box_share"):
+            assert all(0 < x[name] < 1 for x in tested), name
+        assert all(x["box_count"] == config.data.test_size for x in tested)
         assert scores[split] == tested[-1]
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text()) == json.loads(
@@ -122,6 +125,49 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         for folder in (tmp_path, finished[1])
     )
     assert stopped == whole
+    watched = run_folder.read_snapshots(tmp_path)
+    assert watched == run_folder.read_snapshots(finished[1])
+    assert run_folder.read_results(tmp_path, "test", "center") == (
+        run_folder.read_results(finished[1], "test", "center")
+    )
+
+
+def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_picture(finished):
+    config, workdir, scores = finished
+    lines = run_folder.read_snapshots(workdir)
+    assert sorted({(x["step"], x["epoch"]) for x in lines}) == [
+        *((0, 0), (6, 1), (12, 2), (18, 3))
+    ]
+    split = experiment.open_split(config, experiment.load_data(config), "test")
+    for step in (0, 6, 12, 18):
+        here = [x for x in lines if x["step"] == step]
+        indices = [x["index"] for x in here]
+        assert [split.labels[i] for i in indices] == list(range(8))
+        assert all(split.labels.tolist().index(k) == i for k, i in enumerate(indices))
+        assert [x["name"] for x in here] == [split.records[i].name for i in indices]
+    # Training starts at art.init, and moves.
+    np.testing.assert_allclose(
+        lines[0]["matrix"], [[0.45, 0, 0], [0, 0.45, 0]], atol=0.01
+    )
+    assert np.abs(np.subtract(lines[-1]["matrix"], lines[7]["matrix"])).max() > 1e-4
+    # The last ones are those of the restored head.
+    head, restored = restore_attention(config, workdir), restore(config, workdir)
+    assert head is not None
+    evaluator = evaluate.Evaluator(restored.backbone, config)
+    found = evaluator.center(restored.variables, split, head=head)
+    last = [x for x in lines if x["step"] == 18]
+    for line in last:
+        assert found.matrices is not None
+        expected = found.matrices[line["index"]]
+        np.testing.assert_allclose(line["matrix"], expected, atol=2e-6)
+    measured = evaluator.scores(found, split, "center")
+    assert measured["attention_iou"] == pytest.approx(scores["test"]["attention_iou"])
+    for name in scores:
+        rows = run_folder.read_results(workdir, name, "center")
+        assert [x.index for x in rows] == list(range(config.data.test_size))
+        right = np.mean([x.label == x.predicted for x in rows])
+        assert right == scores[name]["top1"]
+        assert {x.step for x in rows} == {18}
 
 
 def test_eval_repeats_the_scores_of_training(finished, capsys):
@@ -135,6 +181,10 @@ def test_eval_repeats_the_scores_of_training(finished, capsys):
     assert all(x["count"] == config.data.test_size for x in added)
     printed = capsys.readouterr().out
     for split in ("test", "test_shifted"):
+        rows = run_folder.read_results(workdir, split, "full")
+        right = sum(x.label == x.predicted for x in rows)
+        (line,) = [x for x in added if x["split"] == split]
+        assert right / len(rows) == line["top1"]
         top1 = f"{split}, center: top-1 {100 * scores[split]['top1']:.1f} %"
         assert f"{top1}," in printed
         assert f"{split}, full: top-1 " in printed

@@ -1,0 +1,62 @@
+"""What prediction reads of a checkpoint, and what only pictures need."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from numpy.testing import assert_array_equal
+
+from cra_jax import experiment, steps
+from cra_jax.checkpoint import Checkpoints
+from cra_jax.restore import restore, restore_attention
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NAMES = tuple("abcde")
+
+
+def _saved(folder, kind, **changes: Any):
+    """A run folder with the first state of a run, as step 3; its config and state."""
+    config = tiny.config(folder, **{"model.kind": kind, **changes})
+    training = experiment.build_training(config, len(NAMES), steps_per_epoch=2)
+    state = steps.create_state(
+        jax.random.key(0), training.network, training.optimizer, crop_px=32
+    )
+    meta = {"class_names": NAMES, "epoch": 2, "config": config.to_dict()}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(3, state, meta, metric=0.5)
+    return config, state
+
+
+@pytest.mark.parametrize("kind", ["cra", "stn", "baseline"])
+def test_prediction_restores_the_plain_backbone_and_pictures_the_head(tmp_path, kind):
+    changes = {"art.alpha_p": 0.9, "art.normalize_head": False}
+    config, state = _saved(tmp_path, kind, **changes)
+    restored = restore(config, tmp_path)
+    stream = state.params["classification_stream"]
+    jax.tree.map(assert_array_equal, restored.variables["params"], stream)
+    assert set(restored.variables) == {"params", "batch_stats"}
+    assert (restored.step, restored.epoch, restored.class_names) == (3, 2, NAMES)
+
+    # The checkpoint knows its own bounds, whatever the config says now.
+    config.art.alpha_p, config.art.normalize_head = 0.5, True
+    head = restore_attention(config, tmp_path)
+    if kind == "baseline":
+        assert head is None
+        return
+    assert head is not None
+    trained = state.params["attention_head"]
+    assert_array_equal(head.kernel, trained["kernel"])
+    assert_array_equal(head.bias, trained["bias"])
+    assert (head.alpha_p, head.normalize) == (0.9, False)
+    assert head(jnp.ones((4, len(trained["kernel"])))).shape == (4, 2, 3)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    config, _ = _saved(tmp_path, "cra")
+    config.eval.checkpoint = "7"
+    for take in (restore, restore_attention):
+        with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
+            take(config, tmp_path)
