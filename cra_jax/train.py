@@ -83,8 +83,11 @@ class _Run:
         # A run that goes on has its weights; one that begins wants them before the
         # pictures are prepared.
         pretrained = "" if first_step else config.model.pretrained
-        if pretrained:
+        origin = (
             origins.open_origin(pretrained, arch=config.model.backbone)
+            if pretrained
+            else None
+        )
         self._splits = {
             name: experiment.open_split(config, dataset, name)
             for name in dataset.splits
@@ -124,18 +127,18 @@ class _Run:
             pictures: Any = train_split.pictures  # a Store: see experiment.check
             self._resident = resident.Resident(pictures, crop_px=config.data.crop_px)
             self._notes.append(self._resident.about)
-        if pretrained:
-            self._start_from(pretrained)
+        if origin:
+            self._start_from(origin)
         self._first_step = first_step or 0
         if first_step:
             self._resume(first_step)
 
-    def _start_from(self, pretrained: str) -> None:
+    def _start_from(self, origin: origins.Origin) -> None:
         """Puts published or exported weights into the streams."""
         params, batch_stats, notes = weights.start_from(
             self._state.params,
             self._state.batch_stats,
-            pretrained=pretrained,
+            pretrained=origin,
             arch=self._config.model.backbone,
             class_names=self._class_names,
         )
