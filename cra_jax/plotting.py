@@ -207,7 +207,7 @@ def words_below(
         _words(ax, words, (0.5, 0), (0, down), ha="center", color=color, weight=weight)
 
 
-def verdict(ax: Axes, predicted: str, *, right: bool, width: int = 14) -> None:
+def verdict(ax: Axes, predicted: str, *, right: bool, width: int = 12) -> None:
     """The answer, with a tick or a cross."""
     mark, color = ("✓", GREEN) if right else ("✗", VERMILLION)
     words_below(ax, f"{mark} {tidy(predicted, width=width)}", color)
