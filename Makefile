@@ -1,11 +1,13 @@
 # make run    set up and run the main job (python launch.py, the quickstart)
 # make test   set up and run the tests (under 10 minutes on 2 cores)
+# make test-slow  the longer proofs
+# make reproduce  the paper's tables, cell by cell; ARGS="--cars DIR --only ..."
 # make check  ruff (lint, format) and pyright
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow check format clean
+.PHONY: run test test-slow check format reproduce clean
 
 run: $(VENV)/.runtime
 	$(BIN)/python launch.py
@@ -15,6 +17,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+reproduce: $(VENV)/.runtime
+	$(BIN)/python -m benchmarks.reproduce $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

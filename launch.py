@@ -25,7 +25,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_multi_string("images", [], "predict: files, folders, patterns, or -.")
     flags.DEFINE_bool("overlay", False, "predict: draw where the network looks, too.")
     flags.DEFINE_integer("port", 8000, "demo: of the page, on this machine.")
-    flags.DEFINE_string("baseline", None, "figures: the run to compare with.")
+    flags.DEFINE_string("baseline", None, "figures, report: a run to compare with.")
     flags.DEFINE_bool("traceback", False, "On an error, show where it comes from.")
     flags.FLAGS.set_gnu_getopt(True)  # pictures and runs may stand before flags
     try:
@@ -44,7 +44,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Hands over to the mode."""
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    name = re.sub(r"\W+", "-", re.sub(r"^.*/|\.py(?=:|$)", "", file)).strip("-")
+    file = "compare" if flags.FLAGS.mode == "compare" else file
+    name = re.sub(r"\W+", "-", re.sub(r"^.*/|\.py\b", "", file)).strip("-")
     try:
         _run(Path(flags.FLAGS.workdir or f"runs/{name}"), argv[1:], flags.FLAGS)
     except ValueError as error:
@@ -55,22 +56,21 @@ def main(argv: list[str]) -> None:
 
 def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from configs.cub import get_config
     from cra_jax import experiment, parallel, store
 
     parallel.keep_compiled(store.default_cache_dir(None) / "compiled")
     mode, config = values.mode, values.config
+    baseline = values.baseline and Path(values.baseline)
     if mode in _OF_A_RUN and not any(re.match("--?config(=|$)", a) for a in sys.argv):
         changes = config_flags.get_override_values(values["config"])
         must = mode not in ("predict", "demo")  # which take exports, too
-        config = experiment.of_run(workdir, get_config(), changes, must=must)
+        config = experiment.of_run(workdir, config, changes, must=must)
     more = {
         "train": {"allow_change": values.allow_config_change},
-        "data": {"what": "data"},
-        "weights": {"what": "weights"},
+        **{look: {"what": look} for look in ("data", "weights")},
+        **{draw: {"baseline": baseline} for draw in ("figures", "report")},
         "predict": {"images": [*values.images, *rest], "overlays": values.overlay},
         "demo": {"port": values.port},
-        "figures": {"baseline": values.baseline and Path(values.baseline)},
         "compare": {"runs": [Path(run) for run in rest]},
     }.get(mode, {})
     import_module(f"cra_jax.{_ROOMS.get(mode, mode)}").run(config, workdir, **more)

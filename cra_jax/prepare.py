@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from cra_jax import experiment, origins, sources, store, tfds_build
+from cra_jax import experiment, origins, preview, sources, store, tfds_build
 
 _tell = partial(print, flush=True)  # in order with what others say on standard error
 
@@ -43,6 +43,8 @@ def run(config: experiment.Config, workdir: Path) -> None:
     made.append(built)
     _tell_dataset(dataset, got)
     experiment.check_count(config, dataset)
+    if config.model.pretrained:
+        preview.weight_lines(config, dataset.class_names)  # or says what does not fit
     for name in dataset.splits:
         made.append(_open(experiment.open_split(config, dataset, name), name, begun_s))
     took_s = time.time() - begun_s

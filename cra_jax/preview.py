@@ -1,5 +1,6 @@
 """What training would start from: `--mode data` and `--mode weights`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -31,15 +32,27 @@ def run(config: experiment.Config, workdir: Path, *, what: str) -> None:
             "model.pretrained is empty, so training starts from random weights: give "
             "--config.model.pretrained= a name, a file or a run folder"
         )
-    network = experiment.build_network(config, len(dataset.class_names))
+    print("\n".join(weight_lines(config, dataset.class_names)))
+
+
+def weight_lines(config: experiment.Config, class_names: Sequence[str]) -> list[str]:
+    """What of ``model.pretrained`` training would start from, line by line.
+
+    Args:
+      config: of `configs/`.
+      class_names: of the data set.
+
+    Raises:
+      ValueError: the weights are not there, or do not fit; says all that is wrong.
+    """
+    network = experiment.build_network(config, len(class_names))
     crop_px = config.data.crop_px
     images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), images)
-    lines = weights.preview(
+    return weights.preview(
         abstract["params"],
         abstract["batch_stats"],
         pretrained=config.model.pretrained,
         arch=config.model.backbone,
-        class_names=dataset.class_names,
+        class_names=class_names,
     )
-    print("\n".join(lines))
