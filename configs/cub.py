@@ -58,6 +58,7 @@ def get_config(variant: str = "") -> Any:
     model.width = 64  # channels of the first stage; 64 is ResNet's
     model.stem = "imagenet"  # 7x7 stride 2 and max-pool; "small": 3x3 stride 1
     model.pretrained = ""  # a name of the hub or a file; empty: none (see below)
+    model.dtype = "auto"  # training computes in it: float32, bfloat16, auto
     model.ar_passes = 1  # attention and redundancy through N_ar in 1 batch or 2 (open)
 
     bn = config.bn = ConfigDict()

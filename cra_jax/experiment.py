@@ -236,19 +236,23 @@ def open_split(config: Config, dataset: sources.Dataset, name: str) -> Split:
 
 
 def backbone(config: Config, num_classes: int, *, training: bool = False) -> nn.Module:
-    """The network that predicts; in training it may share BatchNorm statistics."""
+    """The network that predicts, or in training its twin of the same variables.
+
+    Training may compute in bfloat16 and share BatchNorm statistics. Prediction computes
+    in float32 everywhere: a score must not depend on where it is taken.
+    """
     extra: dict[str, Any] = {}
-    if training and config.bn.sync:
-        extra = {
-            "all_mean": parallel.all_mean,
-            "num_replicas": parallel.device_count(),
-        }
+    if training:
+        extra["dtype"] = parallel.compute_dtype(config.model.dtype)
+        extra["bn_group_size"] = config.bn.group_size
+        if config.bn.sync:
+            extra["all_mean"] = parallel.all_mean
+            extra["num_replicas"] = parallel.device_count()
     return families.create_backbone(
         config.model.backbone,
         num_classes,
         width=config.model.width,
         stem=config.model.stem,
-        bn_group_size=config.bn.group_size if training else 0,
         **extra,
     )
 

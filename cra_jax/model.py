@@ -97,6 +97,7 @@ class CRACNN(nn.Module):
             6 if self.kind == "stn" else 4,
             kernel_init=nn.initializers.normal(1e-3),
             bias_init=lambda *_: jnp.array(self._start(), jnp.float32),
+            precision="highest",  # accelerators round products: see above
             name="attention_head",
         )(pooled)
         if self.kind == "stn":

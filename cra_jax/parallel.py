@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Batch = Mapping[str, Any]
 _AXIS = "devices"
+
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def device_count() -> int:
@@ -30,6 +33,23 @@ def host() -> tuple[int, int]:
 def describe_devices() -> str:
     """For the log: "8 x TPU v5e"."""
     return f"{device_count()} x {jax.local_devices()[0].device_kind}"
+
+
+def compute_dtype(name: str) -> Any:
+    """What a name of `DTYPES` means here: "auto" is bfloat16 on a GPU or a TPU.
+
+    On a CPU it is float32: there, bfloat16 is float32 with rounding on top.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    if name not in DTYPES:
+        raise ValueError(
+            f"unknown model.dtype {name!r}; choose from {', '.join(DTYPES)}"
+        )
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def free_bytes() -> int:

@@ -14,6 +14,7 @@ from cra_jax import (
     origins,
     parallel,
     pipeline,
+    progress,
     provenance,
     report,
     resident,
@@ -58,6 +59,7 @@ def run(
         run_folder.keep_config(
             workdir, config.to_dict(), allow_change=allow_change or fresh
         )
+        checkpoints.set_damaged_aside(progress.say)
         scores = _Run(config, workdir, dataset, checkpoints).to_the_end()
     if config.train.report:
         report.leave(config, workdir)
@@ -321,7 +323,8 @@ def _describe(config: experiment.Config, dataset, batches, splits):
     sizes = ", ".join(f"{name} {len(s.labels)}" for name, s in splits.items())
     train = len(dataset.splits["train"])
     yield (
-        f"{config.model.kind} with {config.model.backbone} on "
+        f"{config.model.kind} with {config.model.backbone} in "
+        f"{parallel.compute_dtype(config.model.dtype)} on "
         f"{parallel.describe_devices()}; {dataset.name}: "
         f"{len(dataset.class_names)} classes, train {train}, {sizes} images"
     )
