@@ -103,6 +103,20 @@ def test_shares_of_the_whole_of_nothing_and_of_what_is_never_positive():
         assert found == pytest.approx(expected)
 
 
+def test_each_point_belongs_to_the_nearest_cell():
+    activation = np.zeros((3, 4))
+    activation[1, 2] = 1  # x from 7 to 12, y from 4 to 9.5
+    activation[0, 0] = 2  # x from -0.5 to 2.5, y from -0.5 to 4
+
+    def share(*box):
+        return attention.share_inside(activation, box, crop_px=16, **_places())
+
+    inner, corner = 5 * 5.5, 2 * 3 * 4.5
+    assert share(7, 4, 12, 9.5) == pytest.approx(inner / (inner + corner))
+    assert share(-0.5, -0.5, 2.5, 4) == pytest.approx(corner / (inner + corner))
+    assert share(2.5, 4, 7, 9.5) == 0
+
+
 def test_an_enlarged_map_keeps_its_values_where_the_cells_look():
     activation = np.random.default_rng(0).normal(size=(3, 4))
     rows, columns = _places().values()

@@ -145,16 +145,20 @@ def test_pairs_are_counted_both_ways_and_shown_by_the_surest_mistake():
     # Class 4 has no picture in the split.
     assert [x.labels for x in every] == [(0, 1), (1, 2), (2, 3)]
     assert mistakes.confused_pairs(_results([(0, 0), (1, 1)]), most=9) == []
+    # Three one way and none the other are more than one each way.
+    one_way = _results([(0, 1), (1, 0), (3, 2), (3, 2), (3, 2), (2, 2)])
+    assert [x.labels for x in mistakes.confused_pairs(one_way, most=1)] == [(2, 3)]
 
 
 def test_what_was_put_right_and_other_pictures_of_a_class():
-    before = _results([(0, 1), (0, 0), (1, 0), (1, 1), (0, 1)])
-    after = _results([(0, 0), (0, 1), (1, 1), (1, 1), (0, 1)])
+    before = _results([(0, 1), (0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (2, 1)])
+    after = _results([(0, 0), (0, 1), (1, 1), (1, 1), (0, 1), (0, 0), (2, 1)])
     assert mistakes.put_right(before, after) == [0, 2]
     assert mistakes.put_right(after, before) == [1]
     alike = {"before": before, "after": after}
     assert mistakes.alike(1, but=2, **alike) == 3  # both get that one right
-    assert mistakes.alike(0, but=0, **alike) == 1  # none: the first other
+    assert mistakes.alike(0, but=0, **alike) == 5
+    assert mistakes.alike(2, but=0, **alike) == 6  # none: the first other
     assert mistakes.alike(7, but=0, **alike) is None
 
 

@@ -84,14 +84,19 @@ def test_without_a_terminal_there_are_lines(tmp_path, capsys):
 
 
 def test_results_of_each_picture_come_back_as_they_were(tmp_path):
-    names = ["a.jpg", 'with "quotes", and a comma.jpg', "Eissturmvögel/ß.png"]
+    names = [
+        "a.jpg",
+        'with "quotes", and a comma.jpg',
+        "Eissturmvögel/ß.png",
+        "two\\r\\nlines.jpg",
+    ]
     rows = [
         run_folder.Result(i, name, i, 2 - i, 1 / (i + 3), 18)
         for i, name in enumerate(names)
     ]
     run_folder.write_results(tmp_path, "test", "center", rows)
     found = run_folder.read_results(tmp_path, "test", "center")
-    assert [x.confidence for x in found] == [0.333333, 0.25, 0.2]
+    assert [x.confidence for x in found] == [0.333333, 0.25, 0.2, 0.166667]
     assert [x._replace(confidence=0) for x in found] == [
         x._replace(confidence=0) for x in rows
     ]
