@@ -88,7 +88,7 @@ def test_results_of_each_picture_come_back_as_they_were(tmp_path):
         "a.jpg",
         'with "quotes", and a comma.jpg',
         "Eissturmvögel/ß.png",
-        "two\\r\\nlines.jpg",
+        "two\r\nlines.jpg",
     ]
     rows = [
         run_folder.Result(i, name, i, 2 - i, 1 / (i + 3), 18)
