@@ -4,10 +4,19 @@ A step is saved as two items: ``state``, a tree of arrays in host memory without
 device axis (so that it restores on any number of devices), and ``meta``, plain JSON.
 A step becomes visible only when it is whole: orbax writes under a temporary name and
 renames.
+
+Beside what a caller gives, ``meta`` holds the SHA-256 of every array, taken from memory
+before anything is written, and one of itself. What is restored is compared with it: a
+file that was cut short, changed or lost is found by content, wherever orbax or
+tensorstore would have made something of it (a chunk that is missing reads as zeros).
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +29,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 Tree = Any
-_BEST = "best_metric"
+_RECORD = {"content", "metric", "arrays", "checksum"}
+
+
+class DamagedError(ValueError):
+    """A checkpoint does not hold what was saved."""
+
+
+class _LatestAndBest(checkpoint_managers.PreservationPolicy):
+    """Which steps stay: the newest few, and the best of those that were measured."""
+
+    def __init__(self, keep_latest: int, metric: Callable[[int], float]):
+        self._keep_latest = keep_latest
+        self._metric = metric
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
+        steps = sorted(info.step for info in checkpoints)
+        kept = {*steps[-self._keep_latest :], _best(steps, self._metric)}
+        return [info.step in kept for info in checkpoints]
 
 
 class Checkpoints:
@@ -44,19 +70,11 @@ class Checkpoints:
                 f"there are no checkpoints at {self._directory}: name the run folder "
                 "of a run that was trained, with --workdir"
             )
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep_latest),
-                checkpoint_managers.BestN(
-                    get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+        self._metrics: dict[int, float] = {}
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=_metric,
+                preservation_policy=_LatestAndBest(keep_latest, self._metric),
                 create=writable,
                 read_only=not writable,
             ),
@@ -78,9 +96,59 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest metric (the newest of equals), or None."""
-        scored = [(_metric(self._manager.metrics(s)), s) for s in self.steps()]
-        best, step = max(scored, default=(-math.inf, None))
-        return step if best > -math.inf else None
+        return _best(self.steps(), self._metric)
+
+    def set_damaged_aside(self, tell: Callable[[str], None]) -> int | None:
+        """Finds the newest step that is sound, so that training can go on from it.
+
+        Newer ones, which are damaged, are moved out of the way, not removed: into
+        `damaged_checkpoints` beside this folder. Reads every array once.
+
+        Args:
+          tell: is told of each, in a line for people.
+
+        Returns:
+          The step; None where nothing is saved.
+
+        Raises:
+          ValueError: there are checkpoints, and none is sound; nothing was moved.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+                break
+            except DamagedError as error:
+                damaged[step] = error
+        else:
+            if damaged:
+                reasons = "\n  ".join(map(str, damaged.values()))
+                raise ValueError(
+                    f"no checkpoint in {self._directory} is sound:\n  {reasons}\n"
+                    "nothing was changed: restore the folder from a copy, or start "
+                    "again in another --workdir"
+                )
+            return None
+        aside = self._directory.parent / "damaged_checkpoints"
+        for number, error in damaged.items():
+            aside.mkdir(exist_ok=True)
+            target, again = aside / str(number), 1
+            while target.exists():
+                target, again = aside / f"{number}-{again}", again + 1
+            shutil.move(self._directory / str(number), target)
+            tell(f"warning: {error}; it is now {target}, and step {step} is used")
+        if damaged:
+            self._manager.reload()
+        return step
+
+    def verify(self, step: int) -> None:
+        """Reads all of a step and compares it with what was saved.
+
+        Raises:
+          DamagedError: they differ. Of a step that was saved before checksums were
+            kept, all that can be found is that something cannot be read.
+        """
+        self.restore(step, self.shapes(step))
 
     def choose(self, which: str) -> int:
         """The step that "latest", "best" or a number names.
@@ -118,16 +186,19 @@ class Checkpoints:
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
             self._manager.delete(step)
+        self._metrics[step] = -math.inf if metric is None else metric
         # A copy of our own: on a CPU the array orbax would read in the background is
         # the very buffer that the next step, donated, writes into.
         host = {k: np.array(v) for k, v in _flatten(jax.device_get(state)).items()}
+        record = {"content": dict(meta), "metric": metric, "arrays": _digests(host)}
+        record = json.loads(json.dumps(record))  # as it will be read
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(unflatten_dict(host)),
-                meta=ocp.args.JsonSave(dict(meta)),
+                meta=ocp.args.JsonSave(record | {"checksum": _checksum(record)}),
             ),
-            metrics={_BEST: metric},
+            force=True,  # else orbax passes over a step before the newest, in silence
         )
 
     def wait(self) -> None:
@@ -135,11 +206,53 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved beside a step."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        """The JSON that was saved beside a step.
+
+        Raises:
+          DamagedError: it is not what was saved.
+        """
+        return self._record(step)["content"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """All of ``meta``: content, metric, and every array's type, shape and digest.
+
+        Of a step that was saved before these were kept, ``arrays`` is None.
+        """
+        path = self._directory / str(step) / "meta" / "metadata"
+        try:
+            record = json.loads(path.read_bytes())
+            if not _RECORD & record.keys():
+                return {"content": record, "metric": self._old_metric(step)} | {
+                    "arrays": None
+                }
+            checksum = record.pop("checksum")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise self._damaged(step, f"meta cannot be read ({error!r})") from error
+        if checksum != _checksum(record):
+            raise self._damaged(step, "meta is not what was saved")
+        return record
+
+    def _old_metric(self, step: int) -> float | None:
+        """Where the metric was kept before ``meta`` had it."""
+        path = self._directory / str(step) / "metrics" / "metrics"
+        return json.loads(path.read_bytes())["best_metric"] if path.exists() else None
+
+    def _metric(self, step: int) -> float:
+        """What "best" goes by; a step saved in mid-epoch was not measured."""
+        if step not in self._metrics:
+            try:
+                value = self._record(step)["metric"]
+            except DamagedError:
+                return -math.inf
+            self._metrics[step] = -math.inf if value is None else value
+        return self._metrics[step]
+
+    def _damaged(self, step: int, what: str) -> DamagedError:
+        others = [s for s in self.steps() if s != step]
+        return DamagedError(
+            f"checkpoint {self._directory / str(step)} is damaged: {what}"
+            + (f" (others, not looked at: eval.checkpoint={others})" if others else "")
         )
-        return restored["meta"]
 
     def restore(self, step: int, target: Tree) -> Tree:
         """Restores a step, or the part of it that `target` names, as NumPy arrays.
@@ -153,35 +266,63 @@ class Checkpoints:
           A tree of `target`'s structure.
 
         Raises:
+          DamagedError: an array is not what was saved, or cannot be read.
           ValueError: the checkpoint lacks an array of `target` or has it in another
             shape; all of them are named.
         """
         wanted = _flatten(target)
         self._check(step, wanted)
+        saved = self._record(step)["arrays"]
         abstract = unflatten_dict(
             {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in wanted.items()}
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=abstract,
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
-                    ),
-                    partial_restore=True,
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        item=abstract,
+                        restore_args=jax.tree.map(
+                            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
+                        ),
+                        partial_restore=True,
+                    )
+                ),
+            )["state"]
+        except Exception as error:  # of orbax, tensorstore, zstd, JSON: no common kind
+            raise self._damaged(step, f"its arrays cannot be read ({error})") from error
+        found = {k: np.asarray(v) for k, v in flatten_dict(restored).items()}
+        if saved is not None:
+            wrong = [k for k, v in _digests(found).items() if saved[k] != v]
+            if wrong:
+                raise self._damaged(
+                    step,
+                    f"{len(wrong)} of {len(found)} arrays are not what was saved, the "
+                    f"first {wrong[0]}",
                 )
-            ),
-        )["state"]
         # Over the target's own dict, which knows its empty branches.
         whole = flatten_dict(serialization.to_state_dict(target), keep_empty_nodes=True)
-        whole |= {k: np.asarray(v) for k, v in flatten_dict(restored).items()}
-        return serialization.from_state_dict(target, unflatten_dict(whole))
+        return serialization.from_state_dict(target, unflatten_dict(whole | found))
 
     def shapes(self, step: int) -> Tree:
-        """What a step holds: a tree of dicts of `jax.ShapeDtypeStruct`."""
+        """What a step holds: a tree of dicts of `jax.ShapeDtypeStruct`.
+
+        Raises:
+          DamagedError: it cannot be read.
+        """
+        arrays = self._record(step)["arrays"]
+        if arrays is not None:
+            return unflatten_dict(
+                {
+                    tuple(name.split("/")): jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+                    for name, (dtype, shape, _) in arrays.items()
+                }
+            )
         path = epath.Path(self._directory) / str(step) / "state"
-        saved = _flatten(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+        try:
+            saved = _flatten(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+        except Exception as error:
+            raise self._damaged(step, f"its arrays cannot be read ({error})") from error
         return unflatten_dict(
             {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in saved.items()}
         )
@@ -206,10 +347,30 @@ class Checkpoints:
             )
 
 
-def _metric(metrics: Mapping[str, float | None] | None) -> float:
-    """What "best" goes by; a step saved in mid-epoch was not measured."""
-    value = metrics[_BEST] if metrics else None
-    return -math.inf if value is None else value
+def _best(steps: Sequence[int], metric: Callable[[int], float]) -> int | None:
+    """The step with the highest metric, the newest of equals; None without any."""
+    best, step = max(((metric(s), s) for s in steps), default=(-math.inf, None))
+    return step if best > -math.inf else None
+
+
+def _digests(
+    arrays: Mapping[tuple[str, ...], np.ndarray],
+) -> dict[str, list[Any]]:
+    """Type, shape and SHA-256 of each array, by its path; as JSON gives them back."""
+
+    def digest(array: np.ndarray) -> list[Any]:
+        raw: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        sha256 = hashlib.sha256(raw).hexdigest()
+        return [array.dtype.name, list(array.shape), sha256]
+
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        return dict(
+            zip(map("/".join, arrays), pool.map(digest, arrays.values()), strict=True)
+        )
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(tree: Tree) -> dict[tuple[str, ...], Any]:
