@@ -33,6 +33,7 @@ from cra_jax.layers import (
     check_common_options,
     check_images,
     pad_same,
+    run_block,
     shrink,
     symmetric_uniform,
 )
@@ -128,6 +129,7 @@ class EfficientNet(nn.Module):
     bn_group_size: int = 0
     all_mean: Callable[[jax.Array], jax.Array] | None = None
     num_replicas: int = 1
+    remat: bool = False
 
     def setup(self) -> None:  # noqa: D102 (Flax's hook)
         norm = partial(
@@ -206,7 +208,7 @@ class EfficientNet(nn.Module):
         x = nn.relu6(self.bn0(x, train=train))
         extent_px = shrink(extent_px, self.conv_stem.stride)
         for block in self.blocks:
-            x = block(x, train=train, extent_px=extent_px)
+            x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)
             extent_px = shrink(extent_px, block.stride)
         return nn.relu6(self.bn1(self.conv_head(x), train=train))
 
@@ -225,6 +227,7 @@ def create(
     bn_group_size: int = 0,
     all_mean: Callable[[jax.Array], jax.Array] | None = None,
     num_replicas: int = 1,
+    remat: bool = False,
 ) -> EfficientNet:
     """An EfficientNet-Lite whose variables are `{"params", "batch_stats"}`.
 
@@ -237,6 +240,7 @@ def create(
         bn_group_size: in training, pictures that are normalised together; 0: all.
         all_mean: shares BatchNorm's statistics.
         num_replicas: how many replicas `all_mean` averages.
+        remat: whether the backward pass computes what lies within blocks again.
 
     Raises:
         ValueError: if an argument is unknown, out of range, or contradicts another.
@@ -251,7 +255,9 @@ def create(
             f"stem={stem!r}: leave them at 64 and 'imagenet', or choose a ResNet"
         )
     check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
-    return EfficientNet(arch, num_classes, dtype, bn_group_size, all_mean, num_replicas)
+    return EfficientNet(
+        arch, num_classes, dtype, bn_group_size, all_mean, num_replicas, remat
+    )
 
 
 def plain_name(name: str) -> str:

@@ -124,6 +124,7 @@ class Family(Protocol):
         bn_group_size: int = 0,
         all_mean: Callable[[jax.Array], jax.Array] | None = None,
         num_replicas: int = 1,
+        remat: bool = False,
     ) -> Backbone:
         """A network, untrained.
 
@@ -138,6 +139,8 @@ class Family(Protocol):
             all_mean: array -> its mean over all replicas, to share BatchNorm's
                 statistics.
             num_replicas: how many replicas `all_mean` averages.
+            remat: in training, keep of each block its input alone, and compute the rest
+                again in the backward pass: the same numbers, less memory, more time.
 
         Raises:
             ValueError: if an argument is unknown, out of range, or contradicts another.

@@ -219,6 +219,27 @@ depthwise.defvjp(
 )
 
 
+def run_block(
+    block: nn.Module,
+    x: jax.Array,
+    *,
+    train: bool,
+    extent_px: jax.Array | None,
+    remat: bool,
+) -> jax.Array:
+    """A block's output; with `remat` only its input is kept for the backward pass.
+
+    What lies in between is computed again there: a quarter more arithmetic, and the
+    memory of one block instead of all.
+    """
+
+    def run(block: Any, x: jax.Array, extent_px: jax.Array | None) -> jax.Array:
+        return block(x, train=train, extent_px=extent_px)
+
+    run = nn.remat(run) if remat and train else run
+    return run(block, x, extent_px)
+
+
 def mask(x: jax.Array, extent_px: jax.Array | None) -> jax.Array:
     """`x` with zeros beyond each picture's valid (height, width)."""
     if extent_px is None:

@@ -31,6 +31,7 @@ from cra_jax.layers import (
     check_common_options,
     check_images,
     mask,
+    run_block,
     shrink,
     symmetric_uniform,
 )
@@ -131,6 +132,7 @@ class ResNet(nn.Module):
     bn_group_size: int = 0
     all_mean: Callable[[jax.Array], jax.Array] | None = None
     num_replicas: int = 1
+    remat: bool = False
 
     def setup(self) -> None:  # noqa: D102 (Flax's hook)
         norm = partial(BatchNorm, self.bn_group_size, self.all_mean, self.num_replicas)
@@ -203,7 +205,7 @@ class ResNet(nn.Module):
             )
             extent_px = shrink(extent_px, 2)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
-            x = block(x, train=train, extent_px=extent_px)
+            x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)
             extent_px = shrink(extent_px, block.stride)
         return x
 
@@ -222,6 +224,7 @@ def create(
     bn_group_size: int = 0,
     all_mean: Callable[[jax.Array], jax.Array] | None = None,
     num_replicas: int = 1,
+    remat: bool = False,
 ) -> ResNet:
     """A ResNet whose variables are `{"params", "batch_stats"}`.
 
@@ -237,6 +240,7 @@ def create(
         bn_group_size: in training, pictures that are normalised together; 0: all.
         all_mean: shares BatchNorm's statistics.
         num_replicas: how many replicas `all_mean` averages.
+        remat: whether the backward pass computes what lies within blocks again.
 
     Raises:
         ValueError: if an argument is unknown, out of range, or contradicts another.
@@ -251,7 +255,15 @@ def create(
         raise ValueError(f"width must be at least 1, not {width}")
     check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
     return ResNet(
-        arch, num_classes, width, stem, dtype, bn_group_size, all_mean, num_replicas
+        arch,
+        num_classes,
+        width,
+        stem,
+        dtype,
+        bn_group_size,
+        all_mean,
+        num_replicas,
+        remat,
     )
 
 

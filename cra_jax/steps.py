@@ -4,6 +4,7 @@ The step is told how to average over devices (`all_mean`); by itself it knows no
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -164,6 +165,7 @@ def make_train_step(
     mean: Sequence[float],
     std: Sequence[float],
     all_mean: Callable[[Any], Any] = lambda tree: tree,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
     """One update.
 
@@ -174,24 +176,32 @@ def make_train_step(
       mean: of the channels, for `normalize`.
       std: of the channels.
       all_mean: averages a tree over devices.
+      accumulate: micro-batches, runs of neighbours in the batch, that are worked
+        through one after the other, each in the memory of the last. All start from the
+        same BatchNorm statistics, so that a micro-batch is what a device is: the update
+        is the whole batch's wherever pictures of different micro-batches do not meet.
+        They do in BatchNorm, unless its groups divide a micro-batch, and in Eq. (8)
+        over all pairs.
 
     Returns:
       ``(state, batch) -> (state, terms)``. A batch has ``image`` uint8
       ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+    def differentiate(state: TrainState, batch: Batch) -> tuple[Any, tuple[Any, Terms]]:
         images = batch["image"]
         images = jnp.where(
             batch["flip"][:, None, None, None], images[:, :, ::-1], images
         )
         images = normalize(images, mean=mean, std=std)
-        gradient_function = jax.grad(loss_function, has_aux=True)
-        gradient, (batch_stats, terms) = gradient_function(
+        return jax.grad(loss_function, has_aux=True)(
             state.params, state.batch_stats, images, batch["label"], state.step
         )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        found = _mean_over_parts(partial(differentiate, state), batch, accumulate)
         # Each device has seen its own share: what all keep is the mean.
-        gradient, batch_stats, terms = all_mean((gradient, batch_stats, terms))
+        gradient, (batch_stats, terms) = all_mean(found)
         terms["gradient_norm"] = optax.tree.norm(gradient)
         terms["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -204,6 +214,21 @@ def make_train_step(
         return state, terms
 
     return train_step
+
+
+def _mean_over_parts(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+    """The mean of a function's tree over so many equal runs of a batch's rows."""
+    if count == 1:
+        return function(batch)
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), dict(batch))
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def _describe_gamma(gamma: Array, gamma_res: Array, network: nn.Module) -> Terms:

@@ -101,7 +101,10 @@ def create(
     bn_group_size: int = 0,
     all_mean: Callable[[jax.Array], jax.Array] | None = None,
     num_replicas: int = 1,
+    remat: bool = False,
 ) -> Patches:
+    if remat:
+        raise ValueError("patches have no blocks to compute again")
     if stem != "imagenet":
         raise ValueError(f"patches have no stem {stem!r}")
     check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)

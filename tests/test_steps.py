@@ -11,7 +11,16 @@ from echo import Echo
 from numpy.testing import assert_allclose, assert_array_equal
 from oracles import equations
 
-from cra_jax import losses, model, optim, parallel, resnet, schedule, steps
+from cra_jax import (
+    efficientnet,
+    losses,
+    model,
+    optim,
+    parallel,
+    resnet,
+    schedule,
+    steps,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -170,7 +179,7 @@ def _tiny(kind="cra", **options):
     return model.create(kind, make, art_size_px=16)
 
 
-def _step(network, all_mean=lambda x: x, rate=0.05, **options):
+def _step(network, all_mean=lambda x: x, rate=0.05, accumulate=1, **options):
     def learning_rate(step):
         return jnp.float32(rate)
 
@@ -182,6 +191,7 @@ def _step(network, all_mean=lambda x: x, rate=0.05, **options):
         mean=MEAN,
         std=STD,
         all_mean=all_mean,
+        accumulate=accumulate,
     )
     return step, optimizer
 
@@ -340,3 +350,104 @@ def test_pairs_do_not_depend_on_the_device_count():
         starts = share * np.arange(devices)[:, None]
         assert_array_equal((starts + local[0]).ravel(), m)
         assert_array_equal((starts + local[1]).ravel(), n)
+
+
+def _assert_same_update(found, expected, state):
+    """Two states after one step from a third, to the rounding of float32."""
+    for name in ("params", "batch_stats"):
+        a, b, before = (
+            jax.tree.leaves(getattr(x, name)) for x in (found, expected, state)
+        )
+        for new, other, old in zip(a, b, before, strict=True):
+            change = np.abs(np.asarray(other) - np.asarray(old)).max()
+            assert_allclose(new, other, atol=2e-5 + 1e-3 * float(change), rtol=0)
+
+
+def test_micro_batches_give_the_update_of_the_whole_batch():
+    """Exactly, where BatchNorm's groups divide them; otherwise they must not agree."""
+    batch = _batch(8, 32, classes=5)
+    grouped = _tiny(bn_group_size=2)
+    whole, optimizer = _step(grouped)
+    parts, _ = _step(grouped, accumulate=2)
+    state = steps.create_state(jax.random.key(0), grouped, optimizer, crop_px=32)
+    expected, expected_terms = jax.jit(whole)(state, batch)
+    found, terms = jax.jit(parts)(state, batch)
+    _assert_same_update(found, expected, state)
+    assert terms.keys() == expected_terms.keys()
+    for name, value in expected_terms.items():
+        if not name.endswith("_std"):  # a spread is within each micro-batch
+            assert_allclose(terms[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
+    joined, _ = _step(_tiny())
+    with pytest.raises(AssertionError):
+        _assert_same_update(found, jax.jit(joined)(state, batch)[0], state)
+
+
+def test_micro_batches_of_each_device():
+    """A network of one number, whose gradient can be written down."""
+
+    def loss(params, batch_stats, images, labels, step):
+        value = (params["w"] * labels).mean() + 0 * images.sum()
+        return value, ({"seen": batch_stats["seen"] + labels.mean()}, {"loss": value})
+
+    optimizer = optim.make_optimizer(lambda s: 1.0, momentum=0, weight_decay=0)
+    step = steps.make_train_step(
+        loss,
+        optimizer,
+        learning_rate=lambda s: jnp.ones(()),
+        mean=MEAN,
+        std=STD,
+        all_mean=parallel.all_mean,
+        accumulate=3,
+    )
+    params = {"w": jnp.full((), 2.0)}
+    state = steps.TrainState(
+        jnp.int32(0), params, {"seen": jnp.float32(10)}, optimizer.init(params)
+    )
+    batch = _batch(48)
+    state, terms = parallel.train_step(step)(state, parallel.split(batch))
+    mean = batch["label"].mean()
+    assert_allclose(float(state.params["w"]), 2 - mean, rtol=1e-5)
+    assert_allclose(float(state.batch_stats["seen"]), 10 + mean, rtol=1e-6)
+    assert_allclose(float(terms["loss"]), 2 * mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(resnet.create, "resnet18", 5, width=8, stem="medium"),
+        partial(efficientnet.create, "efficientnet_lite0", 5),
+    ],
+)
+def test_blocks_computed_again_need_less_memory(make):
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    trees, kept = {}, {}
+    for remat in (False, True):
+        network = make(remat=remat)
+        variables = jax.eval_shape(network.init, jax.random.key(0), images)
+        trees[remat] = variables
+
+        def backward(variables, images, network=network):
+            def loss(params):
+                given = {**variables, "params": params}
+                out, _ = network.apply(given, images, True, mutable=["batch_stats"])
+                return jnp.square(out.logits).sum()
+
+            return jax.vjp(loss, variables["params"])[1]
+
+        residuals = jax.tree.leaves(jax.eval_shape(backward, variables, images))
+        kept[remat] = sum(x.size * x.dtype.itemsize for x in residuals)
+        kept[remat] -= sum(4 * x.size for x in jax.tree.leaves(variables))
+    assert trees[False] == trees[True]
+    assert kept[True] < 0.4 * kept[False]
+
+
+def test_blocks_computed_again_change_no_number():
+    batch = _batch(8, 32, classes=5)
+    found = {}
+    for remat in (False, True):
+        step, optimizer = _step(_tiny(remat=remat))
+        state = steps.create_state(jax.random.key(0), _tiny(), optimizer, crop_px=32)
+        found[remat] = jax.jit(step)(state, batch)
+    _assert_same_update(found[True][0], found[False][0], state)
+    for name, value in found[False][1].items():
+        assert_allclose(found[True][1][name], value, rtol=2e-4, atol=1e-5, err_msg=name)
