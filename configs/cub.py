@@ -29,6 +29,11 @@ def get_config(variant: str = "") -> Any:
     config: Any = ConfigDict()
     config.seed = 0  # of weights, order, crops and flips
 
+    hosts = config.hosts = ConfigDict()  # that train together; see docs/devices.md
+    hosts.coordinator = ""  # HOST:PORT of the first; auto: ask the cluster; empty: one
+    hosts.count = 0  # of hosts, with HOST:PORT
+    hosts.index = 0  # of this one, from 0, with HOST:PORT
+
     data = config.data = ConfigDict()
     data.source = "cub"  # see README: synthetic, folder, csv, cub, cars, ...
     data.path = ""  # folder of the data set; empty: none is needed, or CUB is fetched
@@ -59,6 +64,7 @@ def get_config(variant: str = "") -> Any:
     model.stem = "imagenet"  # 7x7 stride 2 and max-pool; "small": 3x3 stride 1
     model.pretrained = ""  # a name of the hub or a file; empty: none (see below)
     model.dtype = "auto"  # training computes in it: float32, bfloat16, auto
+    model.remat = False  # compute blocks again in the backward pass: less memory
     model.ar_passes = 1  # attention and redundancy through N_ar in 1 batch or 2 (open)
 
     bn = config.bn = ConfigDict()
@@ -106,6 +112,9 @@ def get_config(variant: str = "") -> Any:
 
     train = config.train = ConfigDict()
     train.batch_size = 64  # images, over all devices (Sec. 4.1)
+    # Micro-batches a step, one after the other: less memory, the same update where
+    # bn.group_size divides one; else BatchNorm sees a micro-batch instead of the batch.
+    train.accumulate = 1
     train.epochs = 140  # 50 + 45 + 45 (open)
     train.log_every_steps = 20
     train.report = True  # leave report/index.html at the end

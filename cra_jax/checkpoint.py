@@ -70,12 +70,15 @@ class Checkpoints:
                 f"there are no checkpoints at {self._directory}: name the run folder "
                 "of a run that was trained, with --workdir"
             )
+        if writable:
+            self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics: dict[int, float] = {}
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_LatestAndBest(keep_latest, self._metric),
-                create=writable,
+                create=False,
+                multiprocessing_options=_this_host_alone(),
                 read_only=not writable,
             ),
         )
@@ -377,3 +380,13 @@ def _flatten(tree: Tree) -> dict[tuple[str, ...], Any]:
     """The arrays of a tree of dicts, dataclasses and tuples, by their path."""
     flat: Any = flatten_dict(serialization.to_state_dict(tree))
     return flat
+
+
+def _this_host_alone() -> ocp.options.MultiprocessingOptions:
+    """Of several hosts one saves; it tells the others what it restores."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    host = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"{host}"
+    )

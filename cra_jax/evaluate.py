@@ -1,27 +1,32 @@
 """One exact pass over a split, with the classification stream alone.
 
-Two protocols: "center" (Table 1) scores the centre crop. "full" (Tables 2 and 3) scores
-the whole resized picture: the last pooling keeps the window that it had in training and
-slides over the feature map by 1, the classifier runs at each place, and its outputs are
-averaged.
+Two protocols, see `protocols.py`: "center" scores the centre crop, "full" the whole
+resized picture. Where several hosts score together, each makes its share of every batch
+and all get all predictions.
 """
 
 import collections
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
-from cra_jax import attention, experiment, metrics, parallel, pipeline, run_folder
+from cra_jax import (
+    attention,
+    experiment,
+    hosts,
+    metrics,
+    parallel,
+    pipeline,
+    run_folder,
+)
+from cra_jax.protocols import make_center_step, make_full_step
 from cra_jax.restore import restore
-from cra_jax.steps import normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,80 +47,6 @@ class Predictions:
     matrices: np.ndarray | None = None
 
 
-def make_center_step(
-    backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]
-) -> Callable:
-    """The step of the protocol "center", over all devices.
-
-    Returns:
-      ``(variables, batch) -> {"logits": [b, k], "activation": [b, h, w]}``. Where the
-      variables hold an `attention.Head` under "head", ``matrices [b, 2, 3]`` as well.
-    """
-
-    def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
-        head = variables.get("head")
-        variables = {k: v for k, v in variables.items() if k != "head"}
-        images = normalize(batch["image"], mean=mean, std=std)
-        out: Any = backbone.apply(variables, images)
-        found = {
-            "logits": out.logits,
-            "activation": attention.class_activation(
-                backbone, variables, out.features, out.logits.argmax(-1)
-            ),
-        }
-        return found | ({"matrices": head(out.pooled)} if head else {})
-
-    return parallel.eval_step(step)
-
-
-def make_full_step(
-    backbone: nn.Module,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop_px: int,
-    masked: bool = True,
-) -> Callable:
-    """The step of the protocol "full", over all devices.
-
-    Args:
-      backbone: the plain network.
-      mean: of the channels.
-      std: of the channels.
-      crop_px: the training crop, whose feature map is the window of the last pooling.
-      masked: whether pictures were padded to share a shape; what lies beyond their
-        extent is then kept out of every layer. False costs nothing and needs exact
-        shapes.
-
-    Returns:
-      ``(variables, batch) -> {"logits": [b, k]}``.
-    """
-    window = -(-crop_px // backbone.stride_px)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
-        images = normalize(batch["image"], mean=mean, std=std)
-        extent_px = batch["extent_px"]
-        features = backbone.apply(
-            variables,
-            images,
-            extent_px=extent_px if masked else None,
-            method="extract",
-        )
-        assert isinstance(features, Array)
-        pooled = nn.avg_pool(features.astype(jnp.float32), (window, window))
-        scores = backbone.apply(variables, pooled, method="classify")
-        assert isinstance(scores, Array)
-        cells = backbone.feature_extent(extent_px)  # pyright: ignore[reportAttributeAccessIssue]
-        places = cells - (window - 1)
-        rows = jnp.arange(scores.shape[1]) < places[:, :1]
-        columns = jnp.arange(scores.shape[2]) < places[:, 1:]
-        valid = (rows[:, :, None] & columns[:, None, :])[..., None]
-        total = jnp.where(valid, scores, 0).sum((1, 2))
-        return {"logits": total / places.prod(-1, keepdims=True)}
-
-    return parallel.eval_step(step)
-
-
 def predict_split(
     step: Callable,
     variables: Any,
@@ -124,6 +55,7 @@ def predict_split(
     *,
     workers: int = 2,
     description: str = "",
+    shared: bool = False,
 ) -> Predictions:
     """Runs a step over a split, each picture exactly once.
 
@@ -134,10 +66,13 @@ def predict_split(
       count: pictures in the split.
       workers: threads that make batches.
       description: of the progress bar; empty: none.
+      shared: whether the batches are this host's share of the rows, and all hosts call
+        this together.
 
     Returns:
       Predictions in the split's order.
     """
+    variables = parallel.on_each_device(variables)  # once, and not for each batch
     found: dict[str, np.ndarray] = {}
     labels = np.zeros(count, np.int32)
     times_seen = np.zeros(count, int)
@@ -151,7 +86,7 @@ def predict_split(
             desc=description,
             unit="batch",
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and hosts.is_first()),
         )
     for batch in ahead:
         valid, index = batch["valid"], batch["index"][batch["valid"]]
@@ -161,6 +96,8 @@ def predict_split(
             rows[index] = values[valid]
         labels[index] = batch["label"][valid]
         times_seen[index] += 1
+    if shared:  # what another host has seen is 0 here
+        found, labels, times_seen = hosts.sum_over_hosts((found, labels, times_seen))
     assert (times_seen == 1).all(), "a picture was missed or counted twice"
     return Predictions(labels=labels, **found)
 
@@ -171,14 +108,23 @@ class Evaluator:
     Args:
       backbone: the plain network.
       config: of the run; reads ``data`` and ``eval``.
+      shard: which share of each batch is this host's, where all score together; by
+        default it works alone.
     """
 
-    def __init__(self, backbone: nn.Module, config: experiment.Config):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: experiment.Config,
+        *,
+        shard: tuple[int, int] = (0, 1),
+    ):
         data = config.data
         self._backbone = backbone
         self._crop_px = data.crop_px
         self._workers = data.workers
-        self._batch_size = parallel.round_up(config.eval.batch_size)
+        self._shard = shard
+        self._batch_size = parallel.round_up(config.eval.batch_size, hosts=shard[1])
         self._bucket_px = config.eval.bucket_px
         normalization = {"mean": tuple(data.mean), "std": tuple(data.std)}
         self._center_step = make_center_step(backbone, **normalization)
@@ -202,6 +148,7 @@ class Evaluator:
             split.labels,
             batch_size=self._batch_size,
             crop_px=self._crop_px,
+            shard=self._shard,
         )
         if head:
             variables = {**variables, "head": head}
@@ -214,6 +161,7 @@ class Evaluator:
             split.labels,
             batch_size=self._batch_size,
             bucket_px=self._bucket_px,
+            shard=self._shard,
         )
         return self._run(self._full_step, variables, batches, split)
 
@@ -260,6 +208,7 @@ class Evaluator:
             len(split.labels),
             workers=self._workers,
             description="evaluate",
+            shared=self._shard[1] > 1,
         )
 
     def _attention_scores(
@@ -329,20 +278,28 @@ def run(config: experiment.Config, workdir: Path) -> None:
     Raises:
       ValueError: there is no such checkpoint, or it is of another model.
     """
+    hosts.start(**config.hosts)
     experiment.check(config)
-    restored = restore(config, workdir)
-    dataset = experiment.load_data(config)
-    check_classes(dataset.class_names, restored.class_names, workdir)
-    evaluator = Evaluator(restored.backbone, config)
+    with hosts.all_or_none():
+        restored = restore(config, workdir)
+        dataset = experiment.load_data(config)
+        check_classes(dataset.class_names, restored.class_names, workdir)
+        splits = {
+            name: experiment.open_split(config, dataset, name)
+            for name in dataset.splits
+            if name != "train"
+        }
+    hosts.check_same(experiment.describe_data(splits), "their data")
+    evaluator = Evaluator(restored.backbone, config, shard=hosts.shard())
     chosen = config.eval.protocol
     step, epoch = restored.step, restored.epoch
-    print(f"checkpoint {step} (epoch {epoch}) of {workdir}")
-    for name in dataset.splits:
-        if name == "train":
-            continue
-        split = experiment.open_split(config, dataset, name)
+    if hosts.is_first():
+        print(f"checkpoint {step} (epoch {epoch}) of {workdir}")
+    for name, split in splits.items():
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
             found = evaluator.predict(restored.variables, split, protocol)
+            if not hosts.is_first():
+                continue
             scores = evaluator.scores(found, split, protocol)
             run_folder.write_results(
                 workdir, name, protocol, results(found, split, step=step)

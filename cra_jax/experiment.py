@@ -5,6 +5,8 @@ Everything below takes plain arguments; everything above gets what is built here
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,8 +118,14 @@ def check(config: Config) -> None:
     """
     data, train, evaluation = config.data, config.train, config.eval
     contrasts = config.model.kind == "cra" and config.loss.cntr > 0
+    if train.accumulate < 1:
+        raise ValueError(f"train.accumulate={train.accumulate} must be 1 or more")
     parallel.check_divides(
-        train.batch_size, setting="train.batch_size", least=2 if contrasts else 1
+        train.batch_size,
+        setting="train.batch_size",
+        least=2 if contrasts else 1,
+        parts=train.accumulate,
+        parts_setting="train.accumulate",
     )
     if data.crop_px > data.short_side_px:
         raise ValueError(
@@ -144,6 +152,13 @@ def check(config: Config) -> None:
         "data.workers": data.workers,
         "data.prefetch_batches": data.prefetch_batches,
     }
+    share = train.batch_size // (parallel.device_count() * train.accumulate)
+    if config.bn.group_size > 0 and share % config.bn.group_size:
+        raise ValueError(
+            f"bn.group_size={config.bn.group_size} does not divide the {share} "
+            "pictures that a device has at a time (train.batch_size by devices and "
+            "train.accumulate): set it to a divisor of them, or to 0"
+        )
     for key, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
@@ -159,6 +174,11 @@ def check(config: Config) -> None:
     backbone(config, num_classes=1)
     build_network(config, num_classes=1)
     build_loss(config, nn.Dense(1), steps_per_epoch=1)
+
+
+def kept(config: Config) -> dict[str, Any]:
+    """What of a config makes a run what it is: all but which hosts work on it."""
+    return {key: value for key, value in config.to_dict().items() if key != "hosts"}
 
 
 def load_data(config: Config) -> sources.Dataset:
@@ -196,6 +216,16 @@ def of_run(
     defaults.update(run_folder.read_config(workdir))
     defaults.update_from_flattened_dict(changes)
     return defaults.lock()
+
+
+def describe_data(splits: Mapping[str, Split]) -> str:
+    """What splits hold, so that two hosts can see whether they read the same."""
+    said = []
+    for name, split in splits.items():
+        listed = [(record.name, record.label) for record in split.records]
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        said.append(f"{name} of {len(listed)} pictures (names and labels {digest[:8]})")
+    return ", ".join(said)
 
 
 def check_count(config: Config, dataset: sources.Dataset) -> None:
@@ -245,6 +275,7 @@ def backbone(config: Config, num_classes: int, *, training: bool = False) -> nn.
     if training:
         extra["dtype"] = parallel.compute_dtype(config.model.dtype)
         extra["bn_group_size"] = config.bn.group_size
+        extra["remat"] = config.model.remat
         if config.bn.sync:
             extra["all_mean"] = parallel.all_mean
             extra["num_replicas"] = parallel.device_count()
@@ -346,5 +377,6 @@ def build_training(
         mean=config.data.mean,
         std=config.data.std,
         all_mean=parallel.all_mean,
+        accumulate=config.train.accumulate,
     )
     return Training(network, optimizer, parallel.train_step(step))

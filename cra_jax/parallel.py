@@ -2,6 +2,25 @@
 
 State goes in and out of a step without a device axis, batches with one. A step is
 written for one device and gets `all_mean` from its caller, so that it runs alone, too.
+
+A training step runs on the devices of all hosts, each of which feeds its own rows of
+the batch. An evaluation step runs on the devices of one host and waits for no other, so
+that the first host may also predict alone. How hosts find each other and what else they
+tell each other is in `hosts.py`.
+
+From pmap to jit with shardings, the change would be in this room alone:
+
+- `train_step` becomes ``jax.jit(jax.shard_map(step, mesh=..., in_specs=(P(), P(axis)),
+  out_specs=P()), donate_argnums=0)`` over a mesh of `jax.devices()`; `all_mean` stays a
+  `pmean` over the axis of that name, BatchNorm stays a device's own, and `steps.py`
+  does not change. (jit without shard_map would be another thing: means over the whole
+  batch, BatchNorm in step everywhere, and no `all_mean`.)
+- `split` gives no device axis but ``jax.make_array_from_process_local_data`` with
+  ``NamedSharding(mesh, P(axis))``; `batch_step` and `eval_step` take the same, over
+  a mesh of `jax.local_devices()`, and need no reshaping.
+- State, which pmap returns on this host's devices, would be on all hosts' devices:
+  `on_each_device` takes the mesh of all for it; `jax.device_get`, as checkpoints use
+  it, works on replicated arrays either way; evaluation gets `on_each_device` of that.
 """
 
 import os
@@ -21,18 +40,15 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def device_count() -> int:
-    """How many devices share a batch."""
-    return jax.local_device_count()
-
-
-def host() -> tuple[int, int]:
-    """This host's number, from 0, and how many there are: a `shard` of `pipeline`."""
-    return jax.process_index(), jax.process_count()
+    """How many devices share a batch: those of all hosts."""
+    return jax.device_count()
 
 
 def describe_devices() -> str:
-    """For the log: "8 x TPU v5e"."""
-    return f"{device_count()} x {jax.local_devices()[0].device_kind}"
+    """For the log: "8 x TPU v5e", "16 x TPU v5e on 2 hosts"."""
+    hosts = jax.process_count()
+    where = f" on {hosts} hosts" if hosts > 1 else ""
+    return f"{device_count()} x {jax.local_devices()[0].device_kind}{where}"
 
 
 def compute_dtype(name: str) -> Any:
@@ -61,7 +77,7 @@ def free_bytes() -> int:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("bytes_limit" in s and "bytes_in_use" in s for s in stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
-    return _available_bytes() // (device_count() + 1)
+    return _available_bytes() // (jax.local_device_count() + 1)
 
 
 def _available_bytes() -> int:
@@ -75,10 +91,13 @@ def _available_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def on_each_device(array: np.ndarray) -> jax.Array:
-    """Copies an array to every device, laid as `batch_step` takes it: no copy later."""
+def on_each_device(tree: Any) -> Any:
+    """Copies arrays to every device of this host, laid as steps take what is shared.
+
+    What lies so already, as what a step returns, is not copied.
+    """
     mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def keep_compiled(folder: Path) -> None:
@@ -90,34 +109,58 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def check_divides(batch_size: int, *, setting: str, least: int = 1) -> None:
+def check_divides(
+    batch_size: int,
+    *,
+    setting: str,
+    least: int = 1,
+    parts: int = 1,
+    parts_setting: str = "",
+) -> None:
     """Checks that a batch can be shared by the devices.
 
     Args:
       batch_size: pictures in a batch.
       setting: the config key it comes from, for the message.
-      least: pictures that each device must get.
+      least: pictures that each device must get. With `parts`, each part must have a
+        multiple of them, so that pairs are those of the whole batch.
+      parts: into how many equal parts a device's share is cut.
+      parts_setting: the config key that they come from, for the message.
 
     Raises:
-      ValueError: it does not divide, or leaves a device fewer than `least` pictures.
+      ValueError: it does not divide, or leaves a device fewer than `least` pictures;
+        or hosts have different numbers of devices.
     """
-    n = device_count()
-    if batch_size > 0 and batch_size % n == 0 and batch_size // n >= least:
+    n, hosts = device_count(), jax.process_count()
+    if jax.local_device_count() * hosts != n:
+        raise ValueError(
+            f"this host has {jax.local_device_count()} of {n} devices: all {hosts} "
+            "hosts must have equally many"
+        )
+    step = n if parts == 1 else n * parts * least
+    if batch_size > 0 and batch_size % step == 0 and batch_size // n >= least:
         return
-    unit = n * least if least > 1 else n
-    below = batch_size // n * n
-    near = sorted({max(unit, below), max(unit, below + n)})
-    need = f", at least {least} pictures on each (L_cntr contrasts pairs)"
+    unit = max(step, n * least)
+    below = batch_size // step * step
+    near = sorted({max(unit, below), max(unit, below + step)})
+    cut = f", each in {parts} parts ({parts_setting}={parts})" if parts > 1 else ""
+    where, whole = (
+        ("in each", "an even number of") if cut else ("on each", "at least 2")
+    )
+    need = f", {whole} pictures {where} (L_cntr contrasts pairs)" if least > 1 else ""
     raise ValueError(
-        f"{setting}={batch_size} cannot be shared evenly by {n} device(s)"
-        f"{need if least > 1 else ''}; sizes that can: "
-        f"{', '.join(map(str, near))} (any multiple of {n} from {unit} on)"
+        f"{setting}={batch_size} cannot be shared evenly by {n} device(s){cut}{need}; "
+        f"sizes that can: {', '.join(map(str, near))} (any multiple of {step} from "
+        f"{unit} on)"
     )
 
 
-def round_up(batch_size: int) -> int:
-    """The next batch size that the devices can share; evaluation pads its batches."""
-    n = device_count()
+def round_up(batch_size: int, *, hosts: int = 1) -> int:
+    """The next batch size that the devices of so many hosts can share.
+
+    Evaluation pads its batches.
+    """
+    n = jax.local_device_count() * hosts
     return -(-batch_size // n) * n
 
 
@@ -127,26 +170,32 @@ def all_mean(tree: Any) -> Any:
 
 
 def train_step(step: Callable) -> Callable:
-    """Runs ``(state, batch) -> (state, metrics)`` on all devices.
+    """Runs ``(state, batch) -> (state, metrics)`` on all devices of all hosts.
 
-    The state is donated: the caller must not use the one it passed again. What the
-    step returns must be the same on all devices (see `all_mean`).
+    The state, laid by `on_each_device`, is donated: the caller must not use the one it
+    passed again. Each host passes its own rows of the batch. What the step returns must
+    be the same on all devices (see `all_mean`).
     """
-    return jax.pmap(
+    mapped = jax.pmap(
         step,
         axis_name=_AXIS,
         in_axes=(None, 0),  # pyright: ignore[reportArgumentType]
         out_axes=None,
         donate_argnums=(0,),
     )
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # Gloo, which joins CPUs, locks up where a second step begins before the first
+        # has ended.
+        return lambda state, batch: jax.block_until_ready(mapped(state, batch))
+    return mapped
 
 
 def eval_step(step: Callable) -> Callable:
-    """Runs ``(variables, batch) -> predictions`` on all devices.
+    """Runs ``(variables, batch) -> predictions`` on all devices of this host.
 
     Takes and returns whole batches: the device axis is added and taken off here.
     """
-    mapped = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0))  # pyright: ignore[reportArgumentType]
+    mapped = _on_this_host(step)
 
     def run(variables: Any, batch: Batch) -> Any:
         out = mapped(variables, split(batch))
@@ -156,16 +205,25 @@ def eval_step(step: Callable) -> Callable:
 
 
 def batch_step(step: Callable) -> Callable:
-    """Runs ``(shared, batch) -> batch`` on all devices, and leaves the result there.
+    """Runs ``(shared, batch) -> batch`` on this host's devices; the result stays there.
 
     Takes a whole batch and what `on_each_device` gave; what it returns has the device
     axis, so that `train_step` takes it as it is.
     """
-    mapped = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0))  # pyright: ignore[reportArgumentType]
+    mapped = _on_this_host(step)
     return lambda shared, batch: mapped(shared, split(batch))
 
 
+def _on_this_host(step: Callable) -> Callable:
+    return jax.pmap(
+        step,
+        axis_name=_AXIS,
+        in_axes=(None, 0),  # pyright: ignore[reportArgumentType]
+        devices=jax.local_devices(),
+    )
+
+
 def split(batch: Batch) -> dict[str, Any]:
-    """Gives each array of a batch a device axis: ``[b, ...] -> [n, b / n, ...]``."""
-    n = device_count()
+    """Gives a host's rows an axis of its devices: ``[b, ...] -> [n, b / n, ...]``."""
+    n = jax.local_device_count()
     return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}

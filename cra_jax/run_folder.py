@@ -222,11 +222,17 @@ class Log:
       first_step: where training goes on from: later lines, which a stopped run has
         left, are taken out.
       total_steps: of the whole run.
+      mute: whether nothing is written or said: of several hosts one does.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, total_steps: int):
+    def __init__(
+        self, workdir: Path, *, first_step: int, total_steps: int, mute: bool = False
+    ):
         self._workdir = workdir
         self._total_steps = total_steps
+        self._mute = mute
+        if mute:
+            return
         for path in (workdir / METRICS, workdir / SNAPSHOTS):
             kept = [x for x in _read(path) if first_step and x["step"] <= first_step]
             if path.exists():
@@ -246,19 +252,25 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._mute:
+            return
         self._bar.close()
         self._board.close()
 
     def advance(self) -> None:
         """One step was dispatched."""
-        self._bar.update()
+        if not self._mute:
+            self._bar.update()
 
     def say(self, text: str) -> None:
         """A line for people, above the bar where there is one."""
-        self._bar.write(text, file=sys.stderr)
+        if not self._mute:
+            self._bar.write(text, file=sys.stderr)
 
     def train(self, *, step: int, epoch: int, numbers: Numbers) -> None:
         """Records the means over the last steps."""
+        if self._mute:
+            return
         self._record(step, epoch, "train", numbers)
         shown = {
             "loss": f"{numbers['loss']:.3f}",
@@ -300,9 +312,12 @@ class Log:
             }
             for index, name in names.items()
         ]
-        _append(self._workdir / SNAPSHOTS, lines)
+        if not self._mute:
+            _append(self._workdir / SNAPSHOTS, lines)
 
     def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
+        if self._mute:
+            return
         line = {"step": step, "epoch": epoch, "split": split, **numbers}
         append_metrics(self._workdir, line)
         for name, value in numbers.items():

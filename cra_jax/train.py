@@ -1,5 +1,6 @@
 """The loop: batches in, updates, numbers, checkpoints, and scores at the end."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from cra_jax import (
     attention,
     experiment,
+    hosts,
     origins,
     parallel,
     pipeline,
@@ -19,6 +21,7 @@ from cra_jax import (
     report,
     resident,
     run_folder,
+    signals,
     sources,
     steps,
     weights,
@@ -46,25 +49,49 @@ def run(
       ValueError: something about the config, the data or the folder is wrong; raised
         before any work is done.
     """
+    hosts.start(**config.hosts)
     experiment.check(config)
-    dataset = experiment.load_data(config)
-    experiment.check_count(config, dataset)
-    keep = config.checkpoint.keep_latest
-    with (
-        run_folder.locked(workdir),
-        Checkpoints(workdir / "checkpoints", keep_latest=keep) as checkpoints,
-    ):
-        # Without a checkpoint there is nothing yet that a change could spoil.
-        fresh = checkpoints.latest_step() is None
-        run_folder.keep_config(
-            workdir, config.to_dict(), allow_change=allow_change or fresh
-        )
-        checkpoints.set_damaged_aside(progress.say)
-        scores = _Run(config, workdir, dataset, checkpoints).to_the_end()
-    if config.train.report:
-        report.leave(config, workdir)
-    print("\n".join(_summary(scores, workdir)))
+    with contextlib.ExitStack() as stack:
+        with hosts.all_or_none():
+            dataset = experiment.load_data(config)
+            experiment.check_count(config, dataset)
+            checkpoints = (
+                _open_folder(config, workdir, stack, allow_change=allow_change)
+                if hosts.is_first()
+                else None
+            )
+        first_step = checkpoints.latest_step() if checkpoints else None
+        first_step = hosts.told_by_first(first_step)
+        with hosts.all_or_none():
+            one = _Run(config, workdir, dataset, checkpoints, first_step)
+        scores = one.to_the_end()
+    if hosts.is_first():
+        if config.train.report:
+            report.leave(config, workdir)
+        print("\n".join(_summary(scores, workdir)))
+    hosts.wait_for_all()
     return scores
+
+
+def _open_folder(
+    config: experiment.Config,
+    workdir: Path,
+    stack: contextlib.ExitStack,
+    *,
+    allow_change: bool,
+) -> Checkpoints:
+    """Locks the run folder and leaves the config there; the stack lets go of both."""
+    stack.enter_context(run_folder.locked(workdir))
+    keep = config.checkpoint.keep_latest
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep)
+    stack.enter_context(checkpoints)
+    # Without a checkpoint there is nothing yet that a change could spoil.
+    fresh = checkpoints.latest_step() is None
+    run_folder.keep_config(
+        workdir, experiment.kept(config), allow_change=allow_change or fresh
+    )
+    checkpoints.set_damaged_aside(progress.say)
+    return checkpoints
 
 
 class _Run:
@@ -75,16 +102,17 @@ class _Run:
         config: experiment.Config,
         workdir: Path,
         dataset: sources.Dataset,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
+        first_step: int | None,
     ):
         self._config = config
         self._workdir = workdir
         self._checkpoints = checkpoints
         self._class_names = dataset.class_names
-        first_step = checkpoints.latest_step()
         # A run that goes on has its weights; one that begins wants them before the
-        # pictures are prepared.
-        pretrained = "" if first_step else config.model.pretrained
+        # pictures are prepared. Other hosts get them from the first.
+        first = hosts.is_first()
+        pretrained = config.model.pretrained if first and not first_step else ""
         origin = (
             origins.open_origin(pretrained, arch=config.model.backbone)
             if pretrained
@@ -94,6 +122,7 @@ class _Run:
             name: experiment.open_split(config, dataset, name)
             for name in dataset.splits
         }
+        self._data = experiment.describe_data(self._splits)
         train_split = self._splits.pop("train")
         self._batches = pipeline.TrainBatches(
             train_split.pictures,
@@ -102,7 +131,7 @@ class _Run:
             crop_px=config.data.crop_px,
             seed=config.seed,
             flip=config.data.flip,
-            shard=parallel.host(),
+            shard=hosts.shard(),
         )
         self._steps_per_epoch = self._batches.steps_per_epoch
         self._total_steps = config.train.epochs * self._steps_per_epoch
@@ -110,7 +139,9 @@ class _Run:
         self._training = experiment.build_training(
             config, num_classes, steps_per_epoch=self._steps_per_epoch
         )
-        self._evaluator = Evaluator(experiment.backbone(config, num_classes), config)
+        self._evaluator = Evaluator(
+            experiment.backbone(config, num_classes), config, shard=hosts.shard()
+        )
         self._state = steps.create_state(
             jax.random.key(config.seed),
             self._training.network,
@@ -132,8 +163,11 @@ class _Run:
         if origin:
             self._start_from(origin)
         self._first_step = first_step or 0
+        self._window_before = []
         if first_step:
-            self._resume(first_step)
+            self._notes.append(f"goes on from step {first_step}")
+            if checkpoints:
+                self._resume(checkpoints, first_step)
 
     def _start_from(self, origin: origins.Origin) -> None:
         """Puts published or exported weights into the streams."""
@@ -149,31 +183,42 @@ class _Run:
         )
         self._notes += notes
 
-    def _resume(self, step: int) -> None:
+    def _resume(self, checkpoints: Checkpoints, step: int) -> None:
         """Takes up a checkpoint."""
         abstract = jax.eval_shape(lambda: self._state)
-        self._state = self._checkpoints.restore(step, abstract)
-        for numbers in self._checkpoints.meta(step)["window"]:
+        self._state = checkpoints.restore(step, abstract)
+        self._window_before = checkpoints.meta(step)["window"]
+
+    def _agree(self) -> None:
+        """All hosts see to it that they read the same, and begin as the first does."""
+        hosts.check_same(self._data, "their data (data.source, data.path)")
+        for numbers in hosts.told_by_first(self._window_before):
             self._window.add(numbers)
-        self._notes.append(f"goes on from step {step}")
+        self._state = parallel.on_each_device(hosts.arrays_of_first(self._state))
 
     def to_the_end(self) -> dict[str, dict[str, Any]]:
+        self._agree()
         steps_left = {"first_step": self._first_step, "total_steps": self._total_steps}
-        with (
-            provenance.recorded(
-                self._workdir, devices=parallel.describe_devices(), **steps_left
-            ),
-            run_folder.Log(self._workdir, **steps_left) as log,
-        ):
+        devices = parallel.describe_devices()
+        with contextlib.ExitStack() as stack:
+            if hosts.is_first():
+                stack.enter_context(
+                    provenance.recorded(self._workdir, devices=devices, **steps_left)
+                )
+            mute = not hosts.is_first()
+            log = run_folder.Log(self._workdir, mute=mute, **steps_left)
+            stack.enter_context(log)
             for note in self._notes:
                 log.say(note)
             if not self._first_step:
                 self._watch_the_start(log)
-            self._loop(log)
-            self._checkpoints.wait()
-            return self._scores()
+            with signals.heard("this step is finished and saved") as asked:
+                self._loop(log, asked)
+            if self._checkpoints:
+                self._checkpoints.wait()
+            return hosts.told_by_first(self._scores())
 
-    def _loop(self, log: run_folder.Log) -> None:
+    def _loop(self, log: run_folder.Log, asked: signals.Asked) -> None:
         config = self._config
         batches = pipeline.prefetch(
             self._device_batch,
@@ -190,17 +235,26 @@ class _Run:
             epoch, into_epoch = divmod(step, self._steps_per_epoch)
             epoch_ends = into_epoch == 0
             last = step == self._total_steps
-            if epoch_ends or step % config.train.log_every_steps == 0:
+            logs = epoch_ends or step % config.train.log_every_steps == 0
+            if logs:
                 self._log_window(log, step, clock)
             measured = epoch_ends and (last or epoch % config.eval.every_epochs == 0)
             top1 = self._evaluate(log, step, epoch) if measured else None
             every = config.checkpoint.every_steps
+            # Several hosts must stop at one step: they ask each other now and then.
+            stop = hosts.largest(asked.number) if logs or hosts.alone() else 0
             if (
                 last
                 or (epoch_ends and epoch % config.checkpoint.every_epochs == 0)
                 or (every and step % every == 0)
+                or stop
             ):
                 self._save(step, top1)
+            if stop:
+                if self._checkpoints:
+                    self._checkpoints.wait()
+                log.say(f"saved at step {step}: the same command goes on from there")
+                raise signals.Stopped(stop)
             if epoch_ends:
                 clock.restart()
 
@@ -253,7 +307,7 @@ class _Run:
             top1[name] = scores["top1"]
             if name == "test" and found.matrices is not None:
                 self._keep_attention(log, step, epoch, found.matrices[self._watched])
-            if step == self._total_steps:
+            if step == self._total_steps and hosts.is_first():
                 run_folder.write_results(
                     self._workdir, name, "center", results(found, split, step=step)
                 )
@@ -281,12 +335,14 @@ class _Run:
         )
 
     def _save(self, step: int, top1: float | None) -> None:
+        if not self._checkpoints:
+            return
         meta = {
             "step": step,
             "epoch": -(-step // self._steps_per_epoch),
             "window": self._window.fetch(),
             "class_names": list(self._class_names),
-            "config": self._config.to_dict(),
+            "config": experiment.kept(self._config),
         }
         self._checkpoints.save(step, self._state, meta, metric=top1)
 
