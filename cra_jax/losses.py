@@ -128,7 +128,7 @@ def _check_pairable(batch_size: int) -> None:
     if batch_size < 2:
         raise ValueError(
             f"L_cntr contrasts pairs, but a device's batch has {batch_size} image(s): "
-            "raise train.batch_size to at least 2 per device, or set contrast.weight=0"
+            "raise train.batch_size to at least 2 per device, or set loss.cntr=0"
         )
 
 

@@ -1,0 +1,122 @@
+"""CRA-CNN's training step in PyTorch, as one would write it there: the peer.
+
+The equations are the paper's, in the same reading as `cra_jax` (guard and head
+normalisation included), so that both do the same work. `channels_last`, and on a GPU
+bfloat16 autocast.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tests.oracles.torch_resnet import TorchResNet
+
+_EXPECTATION = (0.0, 0.0, 0.5, 0.0)
+_THRESHOLD = (0.4, 0.4, 0.4, math.pi)
+_MARGIN = 0.7
+
+
+class CRACNN(nn.Module):
+    """Both streams and the ART module; `baseline` has the first stream alone."""
+
+    def __init__(self, arch: str, num_classes: int, *, art_px: int, baseline: bool):
+        super().__init__()
+        self.classification = TorchResNet(arch, num_classes)
+        self.baseline, self.art_px = baseline, art_px
+        if not baseline:
+            self.regularization = TorchResNet(arch, num_classes)
+            self.head = nn.Linear(self.classification.fc.in_features, 4)
+            nn.init.normal_(self.head.weight, std=1e-3)
+            with torch.no_grad():
+                self.head.bias.copy_(torch.tensor([0, 0, math.atanh(0.9), 0]))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Eq. 9 for ``[b, 3, h, w]`` normalised pictures."""
+        stages = self.classification.stages(images)
+        loss = functional.cross_entropy(stages["logits"], labels)
+        if self.baseline:
+            return loss
+        pooled = functional.normalize(stages["pooled"].float(), dim=1)
+        # Coordinates need float32: at 448 pixels, bfloat16 is off by a pixel.
+        with torch.autocast(images.device.type, enabled=False):
+            gamma = self.head(pooled)
+            bounds = gamma.new_tensor([1, 1, 0.5])
+            place = torch.tanh(gamma[:, :3]) * bounds
+            gamma_res = torch.cat([place, gamma[:, 3:]], 1)
+            attention, redundancy = self._look(images.float(), gamma_res)
+        shown = torch.cat([attention, redundancy])
+        shown = shown.contiguous(memory_format=torch.channels_last)
+        scores = self.regularization(shown).float()
+        ours, rest = scores.chunk(2)
+        loss = loss + functional.cross_entropy(ours, labels)
+        distance = gamma_res - gamma_res.new_tensor(_EXPECTATION)
+        outside = distance.abs() > distance.new_tensor(_THRESHOLD)
+        loss = loss + _norm(distance * outside).mean()
+        ours, rest = functional.normalize(ours), functional.normalize(rest)
+        between = _norm(rest[::2] - rest[1::2])
+        hinges = (between - _norm(rest[i::2] - ours[i::2]) + _MARGIN for i in range(2))
+        return loss + sum(torch.relu(hinge).mean() for hinge in hinges)
+
+    def _look(self, images: torch.Tensor, gamma_res: torch.Tensor):
+        """Attention (Eq. 4) and redundancy (Eq. 5)."""
+        x, y, scale, angle = gamma_res.unbind(1)
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        rows = [torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)]
+        size = [len(images), 3, self.art_px, self.art_px]
+        grid = functional.affine_grid(torch.stack(rows, 1), size, align_corners=True)
+        attention = functional.grid_sample(images, grid, align_corners=True)
+        with torch.no_grad():
+            same = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
+            whole = functional.affine_grid(same, size, align_corners=True)
+            right = whole[..., 0] - x[:, None, None]
+            down = whole[..., 1] - y[:, None, None]
+            turn = angle[:, None, None]
+            u = turn.cos() * right + turn.sin() * down
+            v = turn.cos() * down - turn.sin() * right
+            reach = scale.abs()[:, None, None]
+            covered = (u.abs() <= reach) & (v.abs() <= reach)
+            grid = torch.where(covered[..., None], whole.new_tensor(-5.0), whole)
+            redundancy = functional.grid_sample(images, grid, align_corners=True)
+        return attention, redundancy
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """Length of rows, with gradient 0 at 0."""
+    squared = x.square().sum(1)
+    return torch.where(squared > 0, squared.clamp(min=1e-30).sqrt(), 0)
+
+
+def make_step(
+    arch: str,
+    num_classes: int,
+    *,
+    art_px: int,
+    baseline: bool,
+    device: str,
+    bfloat16: bool,
+    compiled: bool,
+):
+    """``(uint8 [b, h, w, 3], labels [b]) -> loss``: one update by momentum SGD."""
+    network = CRACNN(arch, num_classes, art_px=art_px, baseline=baseline)
+    network = network.to(device).train()
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.SGD(
+        network.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4
+    )
+    loss_of = torch.compile(network) if compiled else network
+    mean = torch.tensor((0.485, 0.456, 0.406), device=device)
+    std = torch.tensor((0.229, 0.224, 0.225), device=device)
+
+    def step(images, labels):
+        pictures = (images.to(device).float() / 255 - mean) / std
+        pictures = pictures.permute(0, 3, 1, 2)  # channels last as it is
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(pictures, labels.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
