@@ -117,6 +117,7 @@ def get_config(variant: str = "") -> Any:
     train.accumulate = 1
     train.epochs = 140  # 50 + 45 + 45 (open)
     train.log_every_steps = 20
+    train.skip_bad_steps = 0  # leave out so many that are not finite; the next stops
     train.report = True  # leave report/index.html at the end
 
     checkpoint = config.checkpoint = ConfigDict()

@@ -28,6 +28,7 @@ from cra_jax import (
     sources,
     steps,
     store,
+    watch,
 )
 
 Config = Any
@@ -162,8 +163,13 @@ def check(config: Config) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{key}={value} must be 1 or more")
-    if evaluation.snapshots < 0:
-        raise ValueError(f"eval.snapshots={evaluation.snapshots} must be 0 or more")
+    at_least_none = {
+        "eval.snapshots": evaluation.snapshots,
+        "train.skip_bad_steps": train.skip_bad_steps,
+    }
+    for key, value in at_least_none.items():
+        if value < 0:
+            raise ValueError(f"{key}={value} must be 0 or more")
     known = origins.normalization(config.model.pretrained)
     if known and (tuple(data.mean), tuple(data.std)) != known:
         raise ValueError(
@@ -379,4 +385,4 @@ def build_training(
         all_mean=parallel.all_mean,
         accumulate=config.train.accumulate,
     )
-    return Training(network, optimizer, parallel.train_step(step))
+    return Training(network, optimizer, parallel.train_step(watch.keep_good(step)))

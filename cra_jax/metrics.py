@@ -1,6 +1,6 @@
 """Scores that are exact on ragged batches: sums and counts, divided once at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -30,9 +30,15 @@ class Mean:
         ]
         return list(self._pending)  # pyright: ignore[reportReturnType]
 
-    def take(self) -> dict[str, float]:
-        """The mean of each number over what was added, which is then forgotten."""
-        steps = self.fetch()
+    def take(
+        self, keep: Callable[[Mapping[str, float]], bool] = lambda step: True
+    ) -> dict[str, float]:
+        """The mean of each number over what was added, which is then forgotten.
+
+        Args:
+          keep: which steps count; empty is the mean of none.
+        """
+        steps = [step for step in self.fetch() if keep(step)]
         self._pending = []
         return {
             name: float(np.mean([step[name] for step in steps], dtype=np.float64))

@@ -82,6 +82,23 @@ class Progress:
         return f"{count:,.0f}"
 
 
+class Clock:
+    """Times steps; what happens before `restart` does not count."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """From here on."""
+        self._last = time.monotonic()
+
+    def seconds_a_step(self, count: int) -> float:
+        """Mean over `count` steps since this was last asked or restarted."""
+        now = time.monotonic()
+        seconds, self._last = (now - self._last) / max(count, 1), now
+        return max(seconds, 1e-9)
+
+
 def say(text: str) -> None:
     """A line for people, on standard error; above the bar where there is one."""
     tqdm.write(text, file=sys.stderr)

@@ -137,12 +137,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
     """Adds a line to `metrics.jsonl`: step, epoch and split, then numbers."""
-    _append(workdir / METRICS, [line])
+    append_lines(workdir / METRICS, [line])
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; one that a crash left unfinished is passed over."""
-    return _read(workdir / METRICS)
+    return read_lines(workdir / METRICS)
 
 
 def read_snapshots(workdir: Path) -> list[dict[str, Any]]:
@@ -151,25 +151,33 @@ def read_snapshots(workdir: Path) -> list[dict[str, Any]]:
     Each has ``step``, ``epoch``, ``split``, ``index``, ``name`` and ``matrix``, the
     2 x 3 affine matrix. None for a kind without attention.
     """
-    return _read(workdir / SNAPSHOTS)
+    return read_lines(workdir / SNAPSHOTS)
 
 
-def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with open(path, "a") as file:
-        file.write(_json_lines(lines))
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON; one that a crash left unfinished is ended first."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(_json_lines(lines).encode())
 
 
 def _json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON that have a step; others, as a crash leaves, are passed over."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
@@ -234,7 +242,9 @@ class Log:
         if mute:
             return
         for path in (workdir / METRICS, workdir / SNAPSHOTS):
-            kept = [x for x in _read(path) if first_step and x["step"] <= first_step]
+            kept = [
+                x for x in read_lines(path) if first_step and x["step"] <= first_step
+            ]
             if path.exists():
                 write_atomically(path, _json_lines(kept))
         self._board = SummaryWriter(
@@ -313,7 +323,7 @@ class Log:
             for index, name in names.items()
         ]
         if not self._mute:
-            _append(self._workdir / SNAPSHOTS, lines)
+            append_lines(self._workdir / SNAPSHOTS, lines)
 
     def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
         if self._mute:

@@ -148,9 +148,13 @@ def make_loss(
                 redundancy[n],
                 margin=margin,
                 distance=distance,
-            ).mean()
-            terms["loss_cntr"] = contrast
-            loss += weights["cntr"] * contrast
+            )
+            terms["loss_cntr"] = contrast.mean()
+            loss += weights["cntr"] * terms["loss_cntr"]
+            # Pairs that teach nothing, and how far apart the features are.
+            terms["contrast_dead"] = (contrast == 0).mean()
+            apart = jax.lax.stop_gradient(attention - redundancy)
+            terms["contrast_distance"] = jnp.linalg.norm(apart, axis=-1).mean()
         terms["loss"] = loss
         return loss, (updated["batch_stats"], terms)
 

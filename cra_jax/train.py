@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from cra_jax import (
     signals,
     sources,
     steps,
+    watch,
     weights,
 )
 from cra_jax.checkpoint import Checkpoints
@@ -63,7 +63,7 @@ def run(
         first_step = checkpoints.latest_step() if checkpoints else None
         first_step = hosts.told_by_first(first_step)
         with hosts.all_or_none():
-            one = _Run(config, workdir, dataset, checkpoints, first_step)
+            one = Run(config, workdir, dataset, checkpoints, first_step)
         scores = one.to_the_end()
     if hosts.is_first():
         if config.train.report:
@@ -94,7 +94,7 @@ def _open_folder(
     return checkpoints
 
 
-class _Run:
+class Run:
     """One run: what it is made of, and where it is."""
 
     def __init__(
@@ -104,6 +104,8 @@ class _Run:
         dataset: sources.Dataset,
         checkpoints: Checkpoints | None,
         first_step: int | None,
+        *,
+        repeats: bool = False,
     ):
         self._config = config
         self._workdir = workdir
@@ -155,6 +157,16 @@ class _Run:
             *dataset.notes,
             *_describe(config, dataset, self._batches, self._splits),
         ]
+        self._watch = watch.Watch(
+            workdir,
+            run_folder.flatten(config.to_dict()),
+            first_step=first_step or 0,
+            pictures=lambda step: {
+                i: train_split.records[i].name
+                for i in self._batches.batch(step - 1)["index"].tolist()
+            },
+            write=checkpoints is not None and not repeats,
+        )
         self._resident = None
         if config.data.on_device:
             pictures: Any = train_split.pictures  # a Store: see experiment.check
@@ -197,6 +209,7 @@ class _Run:
         self._state = parallel.on_each_device(hosts.arrays_of_first(self._state))
 
     def to_the_end(self) -> dict[str, dict[str, Any]]:
+        """Trains; returns the scores of each test split."""
         self._agree()
         steps_left = {"first_step": self._first_step, "total_steps": self._total_steps}
         devices = parallel.describe_devices()
@@ -218,6 +231,16 @@ class _Run:
                 self._checkpoints.wait()
             return hosts.told_by_first(self._scores())
 
+    def terms_of(self, step: int) -> dict[str, float]:
+        """The numbers of one step, computed again; writes nothing."""
+        self._agree()
+        terms = {}
+        for number in range(self._first_step, step):
+            self._state, terms = self._training.step(
+                self._state, self._device_batch(number)
+            )
+        return {name: float(value) for name, value in terms.items()}
+
     def _loop(self, log: run_folder.Log, asked: signals.Asked) -> None:
         config = self._config
         batches = pipeline.prefetch(
@@ -227,7 +250,7 @@ class _Run:
             workers=config.data.workers,
             depth=config.data.prefetch_batches,
         )
-        clock = _Clock()
+        clock = progress.Clock()
         for step, batch in enumerate(batches, start=self._first_step + 1):
             self._state, terms = self._training.step(self._state, batch)
             self._window.add(terms)
@@ -264,29 +287,20 @@ class _Run:
         batch = self._batches.batch(step)
         return parallel.split({k: batch[k] for k in ("image", "flip", "label")})
 
-    def _log_window(self, log: run_folder.Log, step: int, clock: "_Clock") -> None:
+    def _log_window(
+        self, log: run_folder.Log, step: int, clock: progress.Clock
+    ) -> None:
         count = len(self._window)
-        numbers = self._window.take()
+        self._watch.look(step, self._window.fetch())
+        numbers = self._window.take(watch.is_good)
+        if not numbers:
+            return
         seconds = clock.seconds_a_step(count)
         numbers["images_per_second"] = self._config.train.batch_size / seconds
         numbers["eta_seconds"] = seconds * (self._total_steps - step)
         epoch = -(-step // self._steps_per_epoch)
+        self._watch.warn(step, numbers, begun=step > self._steps_per_epoch)
         log.train(step=step, epoch=epoch, numbers=numbers)
-        art = self._config.art
-        if numbers.get("gamma_saturated", 0) > 0.5:
-            log.say(
-                f"warning: at step {step} the attention sits in a corner in "
-                f"{numbers['gamma_saturated']:.0%} of the pictures, where tanh is flat "
-                f"and nothing can move it: set art.guard (now {art.guard}) to 0.9, or "
-                "optim.attention_lr_scale (now "
-                f"{self._config.optim.attention_lr_scale}) lower, and start again"
-            )
-        if not np.isfinite(numbers["loss"]):
-            raise ValueError(
-                f"the loss is {numbers['loss']} by step {step}: training has diverged; "
-                f"lower optim.base_lr (now {self._config.optim.base_lr}) and start "
-                f"again in a new --workdir; earlier checkpoints are in {self._workdir}"
-            )
 
     def _network(self) -> tuple[dict[str, Any], attention.Head | None]:
         """The plain backbone's variables, and the head where there is attention."""
@@ -335,6 +349,7 @@ class _Run:
         )
 
     def _save(self, step: int, top1: float | None) -> None:
+        self._watch.look(step, self._window.fetch())
         if not self._checkpoints:
             return
         meta = {
@@ -351,22 +366,6 @@ class _Run:
         lines = run_folder.read_metrics(self._workdir)
         # Evaluation by hand adds its own, of the other protocol.
         return {x["split"]: x for x in lines if x.get("protocol") == "center"}
-
-
-class _Clock:
-    """Times steps; what happens between epochs does not count."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._last = time.perf_counter()
-
-    def seconds_a_step(self, count: int) -> float:
-        """Mean over `count` steps since this was last asked or restarted."""
-        now = time.perf_counter()
-        seconds, self._last = (now - self._last) / max(count, 1), now
-        return max(seconds, 1e-9)
 
 
 def _summary(scores: dict[str, dict[str, Any]], workdir: Path):
