@@ -66,7 +66,7 @@ def test_a_run_learns_and_leaves_its_numbers(finished):
         assert scores[split] == tested[-1]
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text()) == json.loads(
-        json.dumps(config.to_dict())
+        json.dumps(experiment.kept(config))
     )
 
 
