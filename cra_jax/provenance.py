@@ -72,9 +72,21 @@ def recorded(
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where they were not recorded."""
+    """The starts of a run, oldest first; none where they were not recorded.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     path = workdir / "provenance.json"
-    return json.loads(path.read_text())["starts"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return list(map(dict, json.loads(path.read_bytes())["starts"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): put back a copy, or move it away; the "
+            "numbers do not depend on it"
+        ) from error
 
 
 def versions() -> dict[str, str]:

@@ -98,16 +98,24 @@ def read_config(workdir: Path) -> dict[str, Any]:
     """The config that a run was made with.
 
     Raises:
-      ValueError: the folder holds no run.
+      ValueError: the folder holds no run, or its config is damaged.
     """
+    path = workdir / "config.json"
     try:
-        text = (workdir / "config.json").read_text()
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put back a copy; checkpoints hold the "
+            "config, too"
+        ) from error
     except FileNotFoundError:
         raise ValueError(
             f"{workdir} holds no run (there is no config.json in it): name the folder "
             "of a run that was trained, with --workdir"
         ) from None
-    return _with_tuples(json.loads(text))
+    return _with_tuples(config)
 
 
 def _with_tuples(value: Any) -> Any:
@@ -203,7 +211,7 @@ def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
     """What `write_results` wrote, in the split's order.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or the file is damaged.
     """
     path = _results_path(workdir, split, protocol)
     if not path.is_file():
@@ -212,11 +220,17 @@ def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
             f"{workdir} --config.eval.protocol={protocol}` writes them"
         )
     kinds = Result.__annotations__
-    with open(path, newline="", encoding="utf-8") as file:
-        return [
-            Result(**{name: kinds[name](row[name]) for name in Result._fields})
-            for row in csv.DictReader(file)
-        ]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                Result(**{name: kinds[name](row[name]) for name in Result._fields})
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): remove it, and `--mode eval --workdir "
+            f"{workdir} --config.eval.protocol={protocol}` writes it again"
+        ) from error
 
 
 class Log:

@@ -37,7 +37,8 @@ class Asked:
 def heard(then: str) -> Iterator[Asked]:
     """While this holds, the first SIGINT or SIGTERM is noted, and the second ends all.
 
-    Enter it after `jax.distributed.initialize`, which takes SIGTERM for itself. Outside
+    One that is ignored from the start, as shells have it for jobs in the background,
+    stays so. Enter it after `jax.distributed.initialize`, which takes SIGTERM for itself. Outside
     the main thread, where Python hears no signal, it does nothing.
 
     Args:
@@ -56,7 +57,11 @@ def heard(then: str) -> Iterator[Asked]:
         line = f"{signal.Signals(number).name}: {then}; once more ends it at once\n"
         os.write(2, b"\n" * os.isatty(2) + line.encode())
 
-    before = {number: signal.signal(number, hear) for number in _HEARD}
+    before = {
+        number: signal.signal(number, hear)
+        for number in _HEARD
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield asked
     finally:

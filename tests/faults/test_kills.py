@@ -21,6 +21,14 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Children hear Ctrl-C, which a job in the background has them ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def arguments(folder, *more):
     return [f"--workdir={folder}/run", *options(folder / "home", **CHANGES), *more]
 
