@@ -1,6 +1,7 @@
 """What a run leaves behind: its config, its numbers, and a lock while it runs."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 Numbers = Mapping[str, float]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METRICS = "metrics.jsonl"
 SNAPSHOTS = "attention.jsonl"
 
@@ -46,8 +48,25 @@ def locked(workdir: Path) -> Iterator[None]:
     """Holds the run folder for this process; the lock dies with it, however it ends.
 
     Raises:
-      ValueError: another process holds it; the message says which.
+      ValueError: another process holds it (the message says which), or a disk or a
+        folder failed, here or while it was held.
     """
+    try:
+        with _locked(workdir):
+            yield
+    except (OSError, ValueError) as error:
+        # What tensorstore meets while it saves is a ValueError that quotes the system.
+        if not isinstance(error, OSError) and "os_error_code" not in str(error):
+            raise
+        full = any(os.strerror(code) in str(error) for code in _FULL)
+        raise ValueError(
+            f"{error}: {'free some space' if full else 'put that right'}, and the same "
+            f"command goes on from what is saved in {workdir}"
+        ) from error
+
+
+@contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "a+") as file:
         try:

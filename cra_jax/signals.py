@@ -38,8 +38,8 @@ def heard(then: str) -> Iterator[Asked]:
     """While this holds, the first SIGINT or SIGTERM is noted, and the second ends all.
 
     One that is ignored from the start, as shells have it for jobs in the background,
-    stays so. Enter it after `jax.distributed.initialize`, which takes SIGTERM for itself. Outside
-    the main thread, where Python hears no signal, it does nothing.
+    stays so. Enter it after `jax.distributed.initialize`, which takes SIGTERM for
+    itself. Outside the main thread, where Python hears none, it does nothing.
 
     Args:
       then: what will be done about it, in words, for the line that says so.

@@ -11,7 +11,7 @@ import harness
 import pytest
 from harness import Run, assert_same_run, options
 
-CHANGES = {"train.epochs": 5, "checkpoint.every_steps": 4}
+CHANGES = {"train.epochs": 3, "checkpoint.every_steps": 4}
 SAME = "the same command goes on; arrays, numbers and results are the same bits"
 
 

@@ -1,0 +1,112 @@
+"""Disks that are full or read-only, and clocks: the last good state stays."""
+
+import contextlib
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from numpy.testing import assert_array_equal
+
+from cra_jax import run_folder, train
+from cra_jax.checkpoint import Checkpoints
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # orbax's and tensorboard's threads, which met the full disk, too
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"SKIPPED, NOT PASSED: no right to mount ({done.stderr.strip()})")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
+    config = tiny.config(
+        tmp_path / "pictures",
+        **{"model.kind": "baseline", "train.epochs": 2, "checkpoint.every_steps": 1},
+    )
+    whole = tmp_path / "whole"
+    train.run(config, whole)
+    size = sum(p.stat().st_size for p in (whole / "checkpoints" / "12").rglob("*"))
+    with mounted(tmp_path / "small", f"size={size * 5 // 2 // 1024}k") as disk:
+        with pytest.raises(ValueError, match="No space left") as caught:
+            train.run(config, disk / "run")
+        assert "the same command goes on from what is saved" in str(caught.value)
+        with Checkpoints(disk / "run" / "checkpoints", writable=False) as checkpoints:
+            step = checkpoints.latest_step()
+            assert step is not None
+            checkpoints.verify(step)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        train.run(config, disk / "run")
+        arrays = []
+        for folder in (disk / "run", whole):
+            with Checkpoints(folder / "checkpoints", writable=False) as checkpoints:
+                arrays.append(checkpoints.restore(12, checkpoints.shapes(12)))
+    jax.tree.map(assert_array_equal, *arrays)
+    note(
+        "the disk is full while training", "an error; with space, goes on to same bits"
+    )
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, note):
+    with (
+        mounted(tmp_path / "disk", "ro") as disk,
+        pytest.raises(ValueError, match=r"Read-only file system: .*put that right"),
+        run_folder.locked(disk / "run"),
+    ):
+        pytest.fail("it was locked")
+    note("the run folder is read-only", "an error before any work")
+
+
+def test_a_clock_that_goes_backwards(tmp_path, monkeypatch, note):
+    """Steps count, not times: neither what is kept nor what is newest changes."""
+    real, back = time.time, 0
+    monkeypatch.setattr(time, "time", lambda: real() - back)
+    monkeypatch.setattr(time, "time_ns", lambda: int((real() - back) * 1e9))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in range(1, 6):
+            back += 100_000
+            checkpoints.save(step, {"x": np.full(3, step)}, {}, metric=step == 2)
+        checkpoints.wait()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
+        assert checkpoints.latest_step() == 5
+        assert checkpoints.best_step() == 2
+    note("the clock goes back a day at each save", "the same steps are kept and found")
+
+
+def test_the_pictures_are_gone(tmp_path, note):
+    from PIL import Image
+
+    for split, name, count in (("train", "a", 8), ("train", "b", 8), ("test", "a", 2)):
+        folder = tmp_path / "set" / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 40), (i, 0, 0)).save(folder / f"{i}.png")
+    changes = {"data.source": "folder", "data.path": str(tmp_path / "set")}
+    changes |= {"data.prepare": False, "train.epochs": 1, "model.kind": "baseline"}
+    config = tiny.config(tmp_path / "cache", **changes)
+    listed = train.experiment.load_data(config)
+    shutil.rmtree(tmp_path / "set")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        train.run(config, tmp_path / "run")
+    streamed = train.experiment.open_split(config, listed, "train")
+    with pytest.raises(ValueError, match=r"unreadable picture: .*0.png"):
+        streamed.pictures[0]
+    note("the data folder is gone", "an error that names the folder, or the picture")
