@@ -1,17 +1,17 @@
-"""What a training step needs of a device's memory, as the compiler reports it.
+"""What a training step needs of a device's memory.
 
-    python -m benchmarks.memory                              # on this machine's device
-    python -m benchmarks.memory --topology v5e:1x1x1         # a TPU that is not here
-    python -m benchmarks.memory --backbones resnet101 --batches 8 32 --remat 1
+    python -m benchmarks.memory               # counted: a minute
+    python -m benchmarks.memory --compile     # and asked of the compiler, slowly
+    python -m benchmarks.memory --compile --topology v5p:1x1x1    # of a TPU's compiler
 
-Nothing runs: a step of one device is compiled for arrays that do not exist. What is
-counted is what the program holds at its peak: the state and the batch, what it returns
-beyond the donated state, and its temporaries. The runtime and the input that waits for
-the next step come on top.
+Nothing runs: all arrays are shapes. Counted is the state with its gradient, and what
+automatic differentiation keeps of the forward pass for the backward pass. A compiler
+keeps less where it fuses, and needs more for work in progress: leave a fifth free.
 
-A compiler for TPUs comes with `pip install libtpu`; no TPU is needed for it. A CPU's
-program is laid out for a CPU, which has no bfloat16 convolutions and fuses less: its
-figures are upper bounds of what a GPU needs, no more.
+With --compile, the compiler says what its program holds at its peak: state, batch,
+what it returns beyond the donated state, and temporaries. A CPU's has no bfloat16
+convolutions, so its figures are a CPU's. A compiler for TPUs comes with
+`pip install libtpu`, and needs no TPU.
 """
 
 import argparse
@@ -28,28 +28,28 @@ from configs.cub import get_config
 from cra_jax import experiment, steps
 
 
-class Memory(NamedTuple):
-    """Bytes of a compiled step at its peak, and what they are made of."""
+class Step(NamedTuple):
+    """A device's step, without its neighbours, and shapes of what it works on."""
 
-    held: int
-    temporaries: int
-
-    @property
-    def peak(self) -> int:
-        """All of it."""
-        return self.held + self.temporaries
+    run: Any
+    loss: Any
+    state: Any
+    batch: Any
+    accumulate: int
 
 
-def one_device_step(config: Any, num_classes: int) -> tuple[Any, Any, Any]:
-    """A device's step, without its neighbours, and shapes of its state and batch."""
+def one_device_step(config: Any, num_classes: int) -> Step:
+    """The step that training would run on each device, had it one device."""
     training = experiment.build_training(config, num_classes, steps_per_epoch=100)
-    step = steps.make_train_step(
-        experiment.build_loss(config, training.network, steps_per_epoch=100),
+    loss = experiment.build_loss(config, training.network, steps_per_epoch=100)
+    accumulate = config.train.accumulate
+    run = steps.make_train_step(
+        loss,
         training.optimizer,
         learning_rate=lambda step: jnp.float32(config.optim.base_lr),
         mean=config.data.mean,
         std=config.data.std,
-        accumulate=config.train.accumulate,
+        accumulate=accumulate,
     )
     side, b = config.data.crop_px, config.train.batch_size
     state = jax.eval_shape(
@@ -63,63 +63,87 @@ def one_device_step(config: Any, num_classes: int) -> tuple[Any, Any, Any]:
         "flip": jax.ShapeDtypeStruct((b,), jnp.bool),
         "label": jax.ShapeDtypeStruct((b,), jnp.int32),
     }
-    return step, state, batch
+    return Step(run, loss, state, batch, accumulate)
 
 
-def measure(config: Any, num_classes: int, device: Any) -> Memory:
-    """Compiles a step for a device, and asks the compiler."""
-    step, state, batch = one_device_step(config, num_classes)
+def size(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def count_state(step: Step) -> int:
+    """Bytes of the state, of its gradient (twice, where it is added up), of a batch."""
+    gradients = 1 if step.accumulate == 1 else 2
+    return size(step.state) + gradients * size(step.state.params) + size(step.batch)
+
+
+def count_kept(step: Step) -> int:
+    """Bytes that automatic differentiation keeps of one micro-batch's forward pass."""
+    b, *shape = step.batch["image"].shape
+    images = jax.ShapeDtypeStruct((b // step.accumulate, *shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
+
+    def forward(state: Any, images: Any, labels: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return step.loss(params, state.batch_stats, images, labels, state.step)[0]
+
+        return jax.vjp(loss, state.params)[1]
+
+    kept = size(jax.eval_shape(forward, step.state, images, labels))
+    return kept - size(step.state.params)  # which are among what is kept
+
+
+def ask_compiler(step: Step, device: Any) -> int:
+    """Bytes at the peak of the compiled step, as its compiler says."""
     where = NamedSharding(Mesh([device], ("devices",)), PartitionSpec())
-    program = (
-        jax.jit(step, donate_argnums=0, in_shardings=where, out_shardings=where)
-        .lower(state, batch)
+    found: Any = (
+        jax.jit(step.run, donate_argnums=0, in_shardings=where, out_shardings=where)
+        .lower(step.state, step.batch)
         .compile()
+        .memory_analysis()
     )
-    found: Any = program.memory_analysis()
-    held = (
+    return (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
         - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
     )
-    return Memory(held, found.temp_size_in_bytes)
 
 
 def find_device(topology: str) -> Any:
-    """This machine's first device, or one of a TPU by name, such as v5e:1x1x1."""
+    """This machine's first device, or one of a TPU by name, such as v5p:1x1x1."""
     if not topology:
         return jax.local_devices()[0]
     from jax.experimental import topologies
 
-    # Of one chip on one host; the names are those of Google's machine types.
+    # One chip on one host.
     return topologies.get_topology_desc(
-        topology,
-        platform="tpu",
-        chips_per_host_bounds=(1, 1, 1),
-        num_slices=1,
+        topology, platform="tpu", chips_per_host_bounds=(1, 1, 1), num_slices=1
     ).devices[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory of a step, as a table.")
-    parser.add_argument("--topology", default="", help="a TPU, such as v5e:1x1x1")
-    parser.add_argument("--backbones", nargs="+", default=["resnet50"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[8, 16])
-    parser.add_argument("--accumulate", nargs="+", type=int, default=[1])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="ask the compiler, too")
+    parser.add_argument("--topology", default="", help="of a TPU, such as v5p:1x1x1")
+    parser.add_argument("--backbones", nargs="+", default=["resnet50", "resnet101"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[64])
+    parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--remat", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--crop_px", type=int, default=448)
     options = parser.parse_args()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
-    device = find_device(options.topology)
-    print(
-        f"\nCRA-CNN at {options.crop_px} x {options.crop_px}, of one device; GB (1e9)"
-    )
-    print(
-        f"compiled for {device.device_kind} ({device.platform}) on {timing.machine()}"
-    )
-    columns = ("backbone", "batch", "accumulate", "dtype", "remat")
-    print(f"\n| {' | '.join(columns)} | peak | state and batch | temporaries |")
-    print("|---|---:|---:|---|---|---:|---:|---:|", flush=True)
+    print(f"\nCRA-CNN at {options.crop_px} px, on one device; GB (1e9 bytes)")
+    columns = ["backbone", "batch", "accumulate", "dtype", "remat"]
+    columns += ["state", "kept for the backward pass", "together"]
+    device = find_device(options.topology) if options.compile else None
+    if device is not None:
+        print(f"compiler: for {device.device_kind} ({device.platform})")
+        columns.append("the compiler's peak")
+    print(timing.machine())
+    rule = "---|---:|---:|---|---|" + "---:|" * (len(columns) - 5)
+    print(f"\n| {' | '.join(columns)} |\n|{rule}", flush=True)
     for case in itertools.product(
         options.backbones,
         options.batches,
@@ -134,10 +158,13 @@ def main() -> None:
         config.art.size_px = options.crop_px // 2
         config.train.batch_size, config.train.accumulate = batch, accumulate
         config.model.dtype, config.model.remat = dtype, bool(remat)
-        found = measure(config, num_classes=200, device=device)
-        sizes = (found.peak, found.held, found.temporaries)
-        figures = " | ".join(f"{size / 1e9:.2f}" for size in sizes)
+        step = one_device_step(config, num_classes=200)
+        state, kept = count_state(step), count_kept(step)
+        sizes = [state, kept, state + kept]
+        if device is not None:
+            sizes.append(ask_compiler(step, device))
         described = (backbone, batch, accumulate, dtype, "yes" if remat else "no")
+        figures = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
         print(f"| {' | '.join(map(str, described))} | {figures} |", flush=True)
 
 

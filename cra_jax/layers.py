@@ -229,7 +229,7 @@ def run_block(
 ) -> jax.Array:
     """A block's output; with `remat` only its input is kept for the backward pass.
 
-    What lies in between is computed again there: a quarter more arithmetic, and the
+    What lies in between is computed again there: up to a third more arithmetic, and the
     memory of one block instead of all.
     """
 
