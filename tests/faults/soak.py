@@ -1,0 +1,93 @@
+"""Training with random kills, for minutes: memory, open files and disk stay flat.
+
+    python tests/faults/soak.py --minutes 60
+
+A run is killed and started again, over and over; when it is done, another begins in its
+place, with the same pictures. Prints a line a minute, and fails where the last third
+needs more than the first: memory by a fifth, open files or disk by a tenth.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
+
+ALLOWED = {"memory_mb": 1.2, "open_files": 1.1, "disk_mb": 1.1}
+
+
+def measure(pid: int, folder: Path) -> dict[str, float]:
+    """What a process and its run folder take."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (resident_kb,) = (x.split()[1] for x in status.splitlines() if "VmRSS" in x)
+    files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+    return {
+        "memory_mb": int(resident_kb) / 1e3,
+        "open_files": len(os.listdir(f"/proc/{pid}/fd")),
+        "disk_mb": sum(files) / 1e6,
+    }
+
+
+def soak(minutes: float, folder: Path, *, epochs: int = 40) -> bool:
+    """Returns whether everything stayed flat."""
+    rng = random.Random(0)
+    changes = {"train.epochs": epochs, "checkpoint.every_steps": 10}
+    begun = said = time.monotonic()
+    end = begun + 60 * minutes
+    seen: list[dict[str, float]] = []
+    kills = done = 0
+    while time.monotonic() < end:
+        options = harness.options(folder / "home", **changes)
+        run = harness.Run(folder, f"--workdir={folder}/run", *options)
+        run.wait_for(run.says("step "))
+        until = time.monotonic() + rng.uniform(2, 60)
+        while run.process.poll() is None and time.monotonic() < min(until, end):
+            time.sleep(1)
+        if run.process.poll() is None:
+            # It may have ended, or removed a file, in between.
+            with contextlib.suppress(OSError, ValueError):
+                seen.append(measure(run.process.pid, folder / "run"))
+            run.end(signal.SIGKILL)
+            kills += 1
+        else:
+            if run.end():
+                print(run.text)
+                return False
+            done += 1
+            shutil.rmtree(folder / "run")
+        if seen and time.monotonic() - said > 60:
+            said = time.monotonic()
+            figures = ", ".join(f"{k} {v:.0f}" for k, v in seen[-1].items())
+            print(
+                f"{(said - begun) / 60:.0f} min: {kills} kills, {done} runs, {figures}"
+            )
+    third = max(len(seen) // 3, 1)
+    flat = bool(seen)
+    for name, allowed in ALLOWED.items():
+        first, last = (
+            median(x[name] for x in part) for part in (seen[:third], seen[-third:])
+        )
+        flat &= last <= allowed * first
+        print(f"{name}: {first:.0f} in the first third, {last:.0f} in the last")
+    print(f"{kills} kills, {done} whole runs: {'flat' if flat else 'NOT FLAT'}")
+    return flat
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.exit(0 if soak(arguments.minutes, Path(scratch)) else 1)
