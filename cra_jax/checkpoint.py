@@ -13,6 +13,7 @@ tensorstore would have made something of it (a chunk that is missing reads as ze
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -293,7 +294,10 @@ class Checkpoints:
                 ),
             )["state"]
         except Exception as error:  # of orbax, tensorstore, zstd, JSON: no common kind
-            raise self._damaged(step, f"its arrays cannot be read ({error})") from error
+            # Reads that failed beside it would each be reported by asyncio, at length.
+            logging.getLogger("asyncio").disabled = True
+            reason = str(error).partition(" [tensorstore_spec=")[0]
+            raise self._damaged(step, f"its arrays cannot be read ({reason})") from None
         found = {k: np.asarray(v) for k, v in flatten_dict(restored).items()}
         if saved is not None:
             wrong = [k for k, v in _digests(found).items() if saved[k] != v]
