@@ -15,7 +15,9 @@ convolutions, so its figures are a CPU's. A compiler for TPUs comes with
 """
 
 import argparse
+import collections
 import itertools
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -89,8 +91,15 @@ def count_kept(step: Step) -> int:
 
         return jax.vjp(loss, state.params)[1]
 
-    kept = size(jax.eval_shape(forward, step.state, images, labels))
-    return kept - size(step.state.params)  # which are among what is kept
+    # Parameters are among what is kept, and counted with the state.
+    known = collections.Counter(map(_kind, jax.tree.leaves(step.state.params)))
+    kept = jax.tree.leaves(jax.eval_shape(forward, step.state, images, labels))
+    found = collections.Counter(map(_kind, kept)) - known
+    return sum(count * math.prod(k[0]) * k[1].itemsize for k, count in found.items())
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
+    return x.shape, x.dtype
 
 
 def ask_compiler(step: Step, device: Any) -> int:
