@@ -41,7 +41,8 @@ class Head:
         """Matrices ``[b, 2, 3]`` for `geometry.affine_grid`, of pooled ``[b, c]``."""
         if self.normalize:
             pooled = losses.l2_normalize(pooled)
-        gamma = pooled @ self.kernel + self.bias
+        # At full precision, as in training: coordinates need the digits.
+        gamma = jnp.matmul(pooled, self.kernel, precision="highest") + self.bias
         if gamma.shape[-1] == 6:
             return gamma.reshape(-1, 2, 3)
         restricted = geometry.restrict(
