@@ -2,12 +2,14 @@
 # make test   set up and run the tests (under 10 minutes on 2 cores)
 # make test-slow  the longer proofs
 # make reproduce  the paper's tables, cell by cell; ARGS="--cars DIR --only ..."
+# make faults  every fault on purpose; writes docs/faults.md
+# make soak  MINUTES=60: training with random kills, memory and files watched
 # make check  ruff (lint, format) and pyright
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow check format reproduce clean
+.PHONY: run test test-slow check format reproduce faults soak clean
 
 run: $(VENV)/.runtime
 	$(BIN)/python launch.py
@@ -20,6 +22,13 @@ test-slow: $(VENV)/.dev
 
 reproduce: $(VENV)/.runtime
 	$(BIN)/python -m benchmarks.reproduce $(ARGS)
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --write-table docs/faults.md
+
+MINUTES ?= 60
+soak: $(VENV)/.dev
+	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

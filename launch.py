@@ -41,8 +41,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error in the flags: {' '.join(text.split())}")
 
 
-def main(argv: list[str]) -> None:
-    """Hands over to the mode."""
+def _main(argv: list[str]) -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     file = "compare" if flags.FLAGS.mode == "compare" else file
     name = re.sub(r"\W+", "-", re.sub(r"^.*/|\.py\b", "", file)).strip("-")
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from cra_jax import experiment, parallel, store
+    from cra_jax import experiment, parallel, signals, store
 
     parallel.keep_compiled(store.default_cache_dir(None) / "compiled")
     mode, config = values.mode, values.config
@@ -73,8 +72,9 @@ def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         "demo": {"port": values.port},
         "compare": {"runs": [Path(run) for run in rest]},
     }.get(mode, {})
-    import_module(f"cra_jax.{_ROOMS.get(mode, mode)}").run(config, workdir, **more)
+    with signals.in_one_line():
+        import_module(f"cra_jax.{_ROOMS.get(mode, mode)}").run(config, workdir, **more)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(_main, flags_parser=parse_flags)

@@ -5,7 +5,9 @@ a saved `state_dict` needs, each a harmless stand-in; any other name is refused.
 no torch.
 """
 
+import io
 import math
+import mmap
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -78,7 +80,9 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             if start.startswith(_ZIP):
                 return _read_zip(file, path)
             if start.startswith(_PICKLE):
-                return _read_legacy(file, path)
+                # Mapped: to ask for more than there is then costs no memory.
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                    return _read_legacy(mapped, path)
         if start[8:9] != b"{":
             raise ValueError(_what_else(start))
         with safetensors.safe_open(path, "numpy") as tensors:
@@ -114,20 +118,24 @@ def _read_zip(file: IO[bytes], path: Path) -> dict[str, np.ndarray]:
         order = f"{folder}byteorder"
         if order in names and archive.read(order) != b"little":
             raise ValueError("it was saved on a big-endian machine")
-        # Kept open as a file: a pickle names its storages, it does not hold them.
-        with archive.open(pickles[0]) as opened:
-            tensors = _tensors(_Unpickler(opened, path).load(), path)
-        buffers = {}
-        for key, (dtype, count) in _needed(tensors).items():
-            info = archive.getinfo(f"{folder}data/{key}")
+
+        def stored(name: str) -> bytes:
+            info = archive.getinfo(f"{folder}{name}")
             # torch never compresses, so nothing can unfold to more than the file.
             if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"storage {key} is compressed")
-            buffers[key] = np.frombuffer(archive.read(info), dtype, count)
+                raise ValueError(f"storage {name} is compressed")
+            return archive.read(info)
+
+        found = _Unpickler(io.BytesIO(stored("data.pkl")), path).load()
+        tensors = _tensors(found, path)
+        buffers = {
+            key: np.frombuffer(stored(f"data/{key}"), dtype, count)
+            for key, (dtype, count) in _needed(tensors).items()
+        }
     return {name: _view(tensor, buffers) for name, tensor in tensors.items()}
 
 
-def _read_legacy(file: IO[bytes], path: Path) -> dict[str, np.ndarray]:
+def _read_legacy(file: mmap.mmap, path: Path) -> dict[str, np.ndarray]:
     """PyTorch before 1.6: five pickles, then the storages, each after its length."""
 
     def load() -> Any:
@@ -151,10 +159,14 @@ def _read_legacy(file: IO[bytes], path: Path) -> dict[str, np.ndarray]:
     return {name: _view(tensor, buffers) for name, tensor in tensors.items()}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that a `state_dict` needs, and no other."""
+class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Knows the names that a `state_dict` needs, and no other.
 
-    def __init__(self, file: IO[bytes], path: Path):
+    The one that is written in Python: its twin in C makes room for as many memos as a
+    pickle says it has, tens of gigabytes where one byte of the file is wrong.
+    """
+
+    def __init__(self, file: Any, path: Path):
         super().__init__(file, encoding="utf-8")
         self._path = path
 

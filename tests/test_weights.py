@@ -408,7 +408,7 @@ def test_a_view_outside_its_storage_is_refused(view, tmp_path):
     ("entry", "content", "compression", "message"),
     [
         ("byteorder", b"big", zipfile.ZIP_STORED, "big-endian"),
-        ("data/0", bytes(32), zipfile.ZIP_DEFLATED, "storage 0 is compressed"),
+        ("data/0", bytes(32), zipfile.ZIP_DEFLATED, "data/0 is compressed"),
         ("data/0", bytes(28), zipfile.ZIP_STORED, "buffer is smaller"),
     ],
 )

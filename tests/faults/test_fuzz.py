@@ -190,8 +190,7 @@ def test_a_changed_file_is_read_or_refused(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-# Not the legacy .pth: among a thousand are some whose pickle asks for all the memory.
-@pytest.mark.parametrize("name", [name for name in READERS if name != "legacy.pth"])
+@pytest.mark.parametrize("name", READERS)
 def test_a_thousand_changed_files(name, tmp_path, note):
     refused = fuzz(name, tmp_path, 1000, seed=1)
     fault = f"`{Path(name).name}` changed at random, and read"
