@@ -116,7 +116,10 @@ def test_train_then_eval(cache, tmp_path):
         (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
         (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
         (["--config=nowhere.py"], "error in the flags: "),
-        (["--mode=evaluate"], "should be one of <train|prepare|data|weights|eval|export|"),
+        (
+            ["--mode=evaluate"],
+            "should be one of <train|prepare|data|weights|eval|export|",
+        ),
         (["train"], "'train' is no flag"),
         (["--mode=compare"], "error: no runs to compare"),
         (["--mode=predict", "--workdir=empty", "x.jpg"], "error: "),

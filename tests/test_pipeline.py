@@ -320,7 +320,7 @@ def test_shards_of_an_epoch_are_disjoint_and_cover_the_set(hosts):
 @pytest.mark.parametrize(("hosts", "devices"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
 def test_the_devices_of_all_hosts_share_the_same_batch(hosts, devices, monkeypatch):
     """Device k of all gets rows k b/n to (k + 1) b/n, whichever host it is at."""
-    monkeypatch.setattr(parallel, "device_count", lambda: devices)
+    monkeypatch.setattr("jax.local_device_count", lambda: devices)
     parts = []
     for i in range(hosts):
         ahead = prefetch(

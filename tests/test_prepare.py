@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -34,6 +35,7 @@ from cra_jax import (
     tfds_archives,
     tfds_build,
     tfds_sets,
+    weights,
 )
 
 # A set of tfds that nobody else has; its code lies on the path of every process.
@@ -247,13 +249,24 @@ def test_too_few_pictures_are_found_before_any_is_decoded(tmp_path, capsys):
 
 def test_weights_are_named_before_the_data(tmp_path, capsys):
     file = tmp_path / "mine.safetensors"
-    save_file({"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, file)
+    config = tiny.config(tmp_path)
+    network = experiment.backbone(config, 5)
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    weights.save_torch(file, network.init(jax.random.key(0), images))
     time.sleep(0.01)  # so that it is older than the run by any clock
     lines = run(tmp_path, capsys, **{"model.pretrained": str(file)})
     megabytes = file.stat().st_size / 1e6
     assert lines[0] == f"weights: {file}, {megabytes:.1f} MB, there already"
     assert lines[1] == f"    {file}"
     assert lines[3] == "data: synthetic, 8 classes"
+
+
+def test_weights_that_do_not_fit_stop_it_before_pictures_are_stored(tmp_path, capsys):
+    file = tmp_path / "mine.safetensors"
+    save_file({"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, file)
+    with pytest.raises(ValueError, match="59 missing"):
+        run(tmp_path, capsys, **{"model.pretrained": str(file)})
+    assert not list(tmp_path.rglob("*.json"))  # of a store
 
 
 def test_weights_that_are_not_there_stop_it_first(tmp_path, capsys):
