@@ -22,10 +22,10 @@ from cra_jax import (
     plotting,
     run_folder,
     steps,
+    summary,
 )
 from cra_jax.restore import Restored, restore, restore_attention
 
-KINDS = {"cra": "CRA-CNN", "baseline": "baseline", "stn": "STN"}
 _MAPS = 8  # pictures of Fig. 3
 _ATTENDED = 3  # pictures of Fig. 4
 _EPOCHS = 6  # and its columns
@@ -114,7 +114,7 @@ class _Run:
         self.head = restore_attention(config, workdir)
         self.crop_px: int = config.data.crop_px
         self.lines = run_folder.read_metrics(workdir)
-        self.kind = KINDS[config.model.kind]
+        self.kind = summary.KINDS[config.model.kind]
         dataset = experiment.load_data(config)
         names = self.restored.class_names
         evaluate.check_classes(dataset.class_names, names, workdir)
