@@ -223,15 +223,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _folders(arguments.root, cell, arguments.seeds),
             strict=True,
         ):
-            todo = commands(
+            lines = commands(
                 cell, workdir, seed=seed, path=path, settings=arguments.settings
             )
             if arguments.dry_run:
-                print("\n".join(map(shlex.join, todo)))
+                print("\n".join(map(shlex.join, lines)))
             elif cell.data == "cars" and not path and not elsewhere:
                 print(f"{workdir.name}: left out, since Cars cannot be fetched: --cars")
                 failed.append(workdir.name)
-            elif not run_cell(workdir, todo):
+            elif not run_cell(workdir, lines):
                 failed.append(workdir.name)
     text = table(arguments.root, arguments.seeds, tflops=arguments.tflops)
     print(f"\n{text}")
