@@ -123,7 +123,7 @@ def learn(index, port, folder):
             ),
             "eval": lambda: evaluate.run(config(folder, **two_epochs), run),
             "changed": lambda: train.run(config(folder, **together), mine),
-            "more": lambda: train.run(config(folder, **more), folder / "b"),
+            "other data": lambda: train.run(config(folder, **more), folder / "b"),
             "no folder": lambda: train.run(config(folder, **no_folder), folder / "c"),
         }
     )
