@@ -1,0 +1,406 @@
+"""The lines of the study -> its page and figures; no number in it is typed by hand."""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import study_rows
+from benchmarks.study_lines import Difference, Found, Line, collect, difference, values
+from benchmarks.study_rows import BY_NAME, GROUPS, ROWS, Row
+from cra_jax import attention, page, plotting, run_folder, synthetic, uncertainty
+
+_TEST, _SHIFTED = ("test", "top1"), ("test_shifted", "top1")
+_LOOKS = {
+    "pointing": "strongest activation in the box",
+    "activation_in_box": "share of activation in it",
+    "attention_iou": "IoU of the attention with it",
+}
+_ENOUGH = 3  # paired seeds that an interval needs to mean something
+_COLOURS = {
+    "baseline": plotting.BLACK,
+    "cra": plotting.VERMILLION,
+    "stn": plotting.BLUE,
+}
+_MARKERS = {"baseline": "s", "cra": "o", "stn": "D"}
+_DPI = 200
+
+
+def in_short(line: Line) -> str:
+    """A line for the terminal: "test 93.1 %, test_shifted 83.0 %, 150 s"."""
+    scores = [
+        f"{split} {page.percent(line[split]['top1'])} %"
+        for split in synthetic.SPLITS
+        if "top1" in line.get(split, {}) and split != "train"
+    ]
+    return ", ".join((*scores, page.duration(line["seconds"])))
+
+
+def write(lines: Iterable[Line], docs: Path) -> None:
+    """Writes `study.md` and a figure for each group that has runs."""
+    docs.mkdir(parents=True, exist_ok=True)
+    found, others = collect(lines)
+    figures = {}
+    for group in GROUPS:
+        rows = [row for row in ROWS if row.group == group and found[row.name]]
+        if rows:
+            figures[group] = f"study-{group}.png"
+            figure = draw(rows, found)
+            figure.savefig(docs / figures[group], dpi=_DPI, metadata={"Software": None})
+    text = "\n".join(_page(found, others, figures))
+    run_folder.write_atomically(docs / "study.md", text)
+
+
+def _page(found: Found, others: Sequence[Line], figures: Mapping[str, str]):
+    yield from ("# Does contrastive reinforcement help?", "")
+    yield from answer(found)
+    yield from ("", *_method(found, others))
+    for group, heading in GROUPS.items():
+        rows = [row for row in ROWS if row.group == group]
+        yield from ("", f"## {heading}", "", *_INTRODUCTIONS.get(group, ()))
+        missing = sum(max(row.seeds - len(found[row.name]), 0) for row in rows)
+        total = sum(row.seeds for row in rows)
+        if missing:
+            yield from (f"{missing} of {total} runs are missing.", "")
+        rows = [row for row in rows if found[row.name]]
+        if rows:
+            if group == "instrument":
+                yield from (_instrument_table(rows, found), "")
+            else:
+                yield from (_accuracy_table(rows, found), "")
+                yield from _looks_table(rows, found)
+                yield from _difference_table(rows, found)
+            yield f"![A dot for each run of a row]({figures[group]})"
+    yield ""
+
+
+_INTRODUCTIONS = {
+    "instrument": (
+        "The drawn birds must tell methods apart: a baseline that is well trained (85 "
+        "to 95 % on `test`: neither lost nor saturated), that the shifted habitat "
+        "costs 5 to 15 points, and whose seeds lie close together (a standard "
+        "deviation of at most 2 points), at a price that five seeds of five rows can "
+        "pay. These candidates cost about the same work; the study uses 4,096 "
+        "drawings, whose baseline is the one of the main rows.",
+        "",
+    ),
+}
+
+
+def answer(found: Found) -> Iterable[str]:
+    """The first lines of the page: the claim, and what the runs say to it."""
+    yield (
+        "The paper claims that contrastive reinforcement makes a plain ResNet attend "
+        "to the object, and so generalise. On drawn birds, whose habitat goes with the "
+        "species in training and never does in `test_shifted`:"
+    )
+    yield ""
+    for reference, words in (
+        ("baseline-long", "a baseline given the same compute"),
+        ("baseline", "a baseline of as many epochs"),
+    ):
+        for key, where in ((_SHIFTED, "under shift"), (_TEST, "without shift")):
+            yield f"- **Better than {words}, {where}?** " + _verdict(
+                difference(found, "cra", reference, key), "points of accuracy"
+            )
+    looked = difference(found, "cra", "baseline", ("test_shifted", "pointing"))
+    yield "- **Does the plain ResNet look at the bird more often?** " + _verdict(
+        looked, "points of pictures whose strongest activation lies in the box"
+    )
+    ious = list(values(found["cra"], ("test", "attention_iou")).values())
+    if ious:
+        settings = study_rows.settings_of(BY_NAME["cra"], seed=0)
+        start = start_iou(settings)
+        spread = uncertainty.spread([iou - start for iou in ious])
+        yield (
+            f"- **Does the attention move onto the bird?** Its IoU with the bird's box "
+            f"was {start:.2f} before training and is {start + spread.mean:.2f} after "
+            f"it: {_sure(spread, 'of IoU', scale=1)}"
+        )
+
+
+def _verdict(found: Difference | None, unit: str) -> str:
+    if found is None:
+        return "No runs yet."
+    text = _sure(found.spread, unit)
+    pairs = found.spread.count
+    return f"{text} Exact paired test: p = {page.p_value(found.p)} ({pairs} seeds)."
+
+
+def _sure(spread: uncertainty.Spread, unit: str, *, scale: float = 100) -> str:
+    """What an interval says of a difference, in words that go no further."""
+    digits = 1 if scale == 100 else 2
+    number = _signed(spread.mean * scale, digits)
+    if spread.count < _ENOUGH or not spread.interval:
+        return f"{number} {unit}; {spread.count} runs are too few to tell."
+    low, high = (_signed(x * scale, digits) for x in spread.interval)
+    if spread.interval.low > 0:
+        word = "Yes"
+    elif spread.interval.high < 0:
+        word = "No, the opposite"
+    else:
+        word = "Not seen"
+    return f"{word}: {number} {unit} (95 % interval {low} to {high})."
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", page.MINUS)
+
+
+@functools.cache
+def _boxes(count: int, seed: int) -> list[tuple[float, float, float, float]]:
+    return [synthetic.draw("test", i, seed=seed, size_px=32).box for i in range(count)]
+
+
+def start_iou(settings: Mapping[str, Any]) -> float:
+    """Mean IoU with the birds' boxes, on `test`, of the attention before training.
+
+    Args:
+      settings: a config of drawn birds, flat.
+    """
+    x, y, scale, angle_rad = settings["art.init"]
+    c, s = scale * math.cos(angle_rad), scale * math.sin(angle_rad)
+    crop_px, side_px = settings["data.crop_px"], settings["data.short_side_px"]
+    corners = attention.corners_px(np.array([[c, -s, x], [s, c, y]]), crop_px)
+    boxes = _boxes(settings["data.test_size"], settings["data.seed"])
+    cut = [attention.box_in_crop_px(box, (side_px, side_px), crop_px) for box in boxes]
+    return float(np.mean([attention.iou(corners, box) for box in cut]))
+
+
+def _method(found: Found, others: Sequence[Line]) -> Iterable[str]:
+    lines = [line for by_seed in found.values() for line in by_seed.values()]
+    wanted = sum(row.seeds for row in ROWS)
+    missing = sum(max(row.seeds - len(found[row.name]), 0) for row in ROWS)
+    yield (
+        f"*`make study` made this page out of `docs/study.jsonl`: {len(lines)} runs, "
+        f"{missing} of the {wanted} that are planned are missing. The same command "
+        "runs what is missing.*"
+    )
+    yield ""
+    commits = sorted({line["commit"] for line in lines})
+    machines = sorted({line["machine"] for line in lines})
+    if lines:
+        hours = page.duration(sum(line["seconds"] for line in lines))
+        yield f"Training took {hours} in all, on: {', '.join(machines)}."
+        yield f"Code: {', '.join(commits)}."
+    if others:
+        names = ", ".join(sorted({line["row"] for line in others}))
+        yield (
+            f"{len(others)} lines are of other settings than these rows have now, and "
+            f"are not counted: {names}."
+        )
+    yield ""
+    yield (
+        "Each number is a mean over seeds ± the standard deviation, in percent but for "
+        "the IoU. A difference is taken seed by seed, with Student's 95 % interval of "
+        "its mean; p is of the exact test that flips signs, which cannot fall below "
+        f"{2 / 2**5:.3f} with 5 seeds and {2 / 2**3:.2f} with 3, and is not adjusted "
+        "for the number of rows. The last column counts pictures over all seeds that "
+        "only one of the two gets right, with McNemar's exact p: it says whether these "
+        "networks differ, not whether the methods do, since networks of one method "
+        "differ, too."
+    )
+
+
+def _mean(found: Mapping[int, float], *, scale: float = 100) -> str:
+    """Mean ± standard deviation: "93.4 ± 1.3"."""
+    if not found:
+        return "\N{EN DASH}"
+    spread = uncertainty.spread(list(found.values()))
+    digits = 1 if scale == 100 else 2
+    text = f"{spread.mean * scale:.{digits}f}"
+    return f"{text} ± {spread.sd * scale:.{digits}f}" if spread.sd is not None else text
+
+
+def _lost(by_seed: Mapping[int, Line]) -> dict[int, float]:
+    """What the shift costs, by seed."""
+    before, after = values(by_seed, _TEST), values(by_seed, _SHIFTED)
+    return {seed: before[seed] - after[seed] for seed in before if seed in after}
+
+
+def _minutes(by_seed: Mapping[int, Line]) -> str:
+    seconds = [line["seconds"] for line in by_seed.values()]
+    return f"{np.median(seconds) / 60:.1f}"
+
+
+def _instrument_table(rows: Sequence[Row], found: Found) -> str:
+    head = ("instrument", "runs", "test", "test_shifted", "lost", "sd of test_shifted")
+    head += ("meets", "minutes a run")
+    body = []
+    for row in (*rows, BY_NAME["baseline"]):
+        by_seed = found[row.name]
+        if not by_seed:
+            continue
+        test, shifted, lost = (
+            values(by_seed, _TEST),
+            values(by_seed, _SHIFTED),
+            _lost(by_seed),
+        )
+        sd = uncertainty.spread(list(shifted.values())).sd
+        met = [
+            name
+            for name, is_met in (
+                ("accuracy", 0.85 <= np.mean(list(test.values())) <= 0.95),
+                ("shift", 0.05 <= np.mean(list(lost.values())) <= 0.15),
+                ("spread", sd is not None and sd <= 0.02),
+            )
+            if is_met
+        ]
+        title = row.title if row.group == "instrument" else "the study's baseline"
+        body.append(
+            (
+                *(title, str(len(by_seed)), _mean(test), _mean(shifted), _mean(lost)),
+                *(page.percent(sd), ", ".join(met) or "nothing", _minutes(by_seed)),
+            )
+        )
+    return page.markdown_table(head, body)
+
+
+def _accuracy_table(rows: Sequence[Row], found: Found) -> str:
+    shifted = any(values(found[row.name], _SHIFTED) for row in rows)
+    head = ["row", "runs", "top-1, test"]
+    head += ["top-1, test_shifted", "lost to the shift"] if shifted else []
+    body = []
+    for row in rows:
+        by_seed = found[row.name]
+        cells = [row.title, str(len(by_seed)), _mean(values(by_seed, _TEST))]
+        if shifted:
+            cells += [_mean(values(by_seed, _SHIFTED)), _mean(_lost(by_seed))]
+        body.append([*cells, _minutes(by_seed), row.question])
+    return page.markdown_table([*head, "minutes a run", "it asks"], body)
+
+
+def _looks_table(rows: Sequence[Row], found: Found) -> Iterable[str]:
+    """Where the network looks, of sets with boxes; and what N_ar makes of noise."""
+    columns: dict[str, dict[str, str]] = {}
+    for metric, words in _LOOKS.items():
+        for split in ("test", "test_shifted"):
+            scale = 1 if metric == "attention_iou" else 100
+            cells = {row.name: values(found[row.name], (split, metric)) for row in rows}
+            if any(cells.values()):
+                columns[f"{words}, {split}"] = {
+                    name: _mean(x, scale=scale) for name, x in cells.items()
+                }
+    leaks = sorted(
+        {
+            key
+            for row in rows
+            for line in found[row.name].values()
+            for key in line
+            if key.startswith("leak_")
+        }
+    )
+    for leak in leaks:
+        cells = {
+            row.name: {s: x[leak] for s, x in found[row.name].items() if leak in x}
+            for row in rows
+        }
+        columns[leak.replace("_", " ")] = {
+            name: _mean(x, scale=1) for name, x in cells.items()
+        }
+    if columns:
+        body = [
+            [row.title, *(column[row.name] for column in columns.values())]
+            for row in rows
+        ]
+        yield from (page.markdown_table(["row", *columns], body), "")
+
+
+def _difference_table(rows: Sequence[Row], found: Found) -> Iterable[str]:
+    body = []
+    shifted = any(values(found[row.name], _SHIFTED) for row in rows)
+    keys = (_TEST, _SHIFTED) if shifted else (_TEST,)
+    pairs = [(row, reference) for row in rows for reference in row.references]
+    for row, reference in pairs:
+        differences = [difference(found, row.name, reference, key) for key in keys]
+        if not all(differences):
+            continue
+        cells = [row.title, BY_NAME[reference].title]
+        last = None
+        for one in differences:
+            assert one is not None
+            cells += [_interval(one.spread), page.p_value(one.p)]
+            last = one
+        assert last is not None
+        cells.insert(2, str(last.spread.count))
+        body.append([*cells, _pictures(last.pictures)])
+    if body:
+        head = ["row", "less", "seeds", "top-1, test", "p"]
+        head += ["top-1, test_shifted", "p"] if shifted else []
+        where = "test_shifted" if shifted else "test"
+        head += [f"pictures of {where} that one gets right (McNemar's p)"]
+        yield from (page.markdown_table(head, body), "")
+
+
+def _interval(spread: uncertainty.Spread) -> str:
+    text = _signed(100 * spread.mean, 1)
+    if not spread.interval:
+        return text
+    low, high = (_signed(100 * x, 1) for x in spread.interval)
+    return f"{text} ({low} to {high})"
+
+
+def _pictures(pictures: uncertainty.Paired | None) -> str:
+    if pictures is None:
+        return "other pictures"
+    return (
+        f"{pictures.only_second} : {pictures.only_first} ({page.p_value(pictures.p)})"
+    )
+
+
+@plotting.styled
+def draw(rows: Sequence[Row], found: Found) -> Figure:
+    """A dot for each run, rows below each other; the bar is the mean.
+
+    Panels are the metrics that any row has: accuracy, then where the network looks.
+    """
+    panels = [
+        (key, words)
+        for key, words in (
+            (_TEST, "top-1, test, %"),
+            (_SHIFTED, "top-1, test_shifted, %"),
+            (
+                ("test_shifted", "pointing"),
+                "strongest activation\nin the box, shifted, %",
+            ),
+            (("test", "attention_iou"), "IoU of the attention\nwith the box, test, %"),
+        )
+        if any(values(found[row.name], key) for row in rows)
+    ]
+    row_in, top_in, bottom_in, name_in, panel_in = 0.21, 0.1, 0.5, 2.35, 1.35
+    height = top_in + bottom_in + row_in * len(rows)
+    width = name_in + (panel_in + 0.12) * len(panels)
+    figure = Figure(figsize=(width, height))
+    for place, (key, words) in enumerate(panels):
+        left = (name_in + place * (panel_in + 0.12)) / width
+        span = (panel_in / width, row_in * len(rows) / height)
+        ax = figure.add_axes((left, bottom_in / height, *span))
+        for down, row in enumerate(rows):
+            xs = [100 * x for x in values(found[row.name], key).values()]
+            if not xs:
+                continue
+            colour = _COLOURS[row.kind]
+            ax.plot([np.mean(xs)] * 2, [down - 0.36, down + 0.36], color=colour)
+            ax.plot(
+                *(xs, [down] * len(xs)),
+                linestyle="none",
+                marker=_MARKERS[row.kind],
+                markersize=4,
+                alpha=0.55,
+                color=colour,
+                markeredgewidth=0,
+            )
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_yticks(range(len(rows)))
+        ax.set_yticklabels([row.title for row in rows] if not place else [])
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", linewidth=0.4, color="0.85")
+        ax.set_axisbelow(True)
+        ax.spines["left"].set_visible(False)
+        ax.margins(x=0.1)
+        ax.set_xlabel(words)
+    return figure

@@ -1,0 +1,336 @@
+"""The rows of the study: what each asks, and the settings that ask it.
+
+A row is a config and changes to it; its runs differ in the seed alone. `fingerprint`
+says which settings a run's numbers are of, so that lines made under other settings are
+never counted in.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cra_jax import run_folder
+
+Settings = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One way to train.
+
+    Attributes:
+      name: of the row, and of its run folders.
+      group: of `GROUPS`.
+      title: what people call it.
+      question: what it asks, in words.
+      config: a module of `configs/`.
+      variant: of that config.
+      changes: settings by their dotted keys.
+      seeds: how many runs, with seeds from 0 on.
+      references: rows that it is compared with, seed by seed.
+    """
+
+    name: str
+    group: str
+    title: str
+    question: str
+    config: str
+    variant: str
+    changes: Settings
+    seeds: int
+    references: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """As `model.kind` has it."""
+        kinds = [x for x in self.variant.split(",") if x in ("baseline", "stn")]
+        return kinds[0] if kinds else "cra"
+
+
+GROUPS = {
+    "instrument": "Choosing the instrument",
+    "main": "The main rows",
+    "ablations": "CRA-CNN, one part changed",
+    "robust": "Guards and learning rates",
+    "cub": "Photographs: ten birds of CUB",
+    "cars": "Photographs: 98 models of Stanford Cars",
+}
+"""Groups in the order in which they run, and their headings."""
+
+# What a run leaves behind beside its numbers; none of it changes them.
+KEEPING: Settings = {
+    "train.report": False,
+    "checkpoint.every_epochs": 3,
+    "checkpoint.keep_latest": 1,
+    "eval.every_epochs": 1000,  # the last epoch is scored in any case
+    "eval.snapshots": 0,
+    "data.workers": 1,
+}
+
+
+def _phases(epochs: int, first: int, period: int) -> Settings:
+    """A schedule: the rate falls, and L_res switches, after `first` and each period."""
+    return {
+        "train.epochs": epochs,
+        "optim.first_epochs": first,
+        "optim.period_epochs": period,
+        "restriction.first_epochs": first,
+        "restriction.period_epochs": period,
+    }
+
+
+def _drawn(train_size: int, *phases: int, **more: Any) -> Settings:
+    """Drawn birds; `more` has `data__habitat_share` for `data.habitat_share`."""
+    dotted = {key.replace("__", "."): value for key, value in more.items()}
+    sizes = {"data.train_size": train_size, "data.test_size": 1024}
+    return {**sizes, **_phases(*phases), **dotted}
+
+
+# The instrument: see the group of that name in docs/study.md for why.
+_BIRDS = _drawn(4096, 8, 4, 2)
+_BIRDS_LONG = _drawn(4096, 12, 6, 3)
+
+
+def _instrument(name: str, title: str, changes: Settings) -> Row:
+    return Row(
+        f"instrument-{name}",
+        "instrument",
+        title,
+        "Is a baseline well trained, not saturated, hurt by the shift, and steady?",
+        *("quickstart", "baseline", changes, 3),
+    )
+
+
+def _main(name: str, title: str, question: str, variant: str, **more: Any) -> Row:
+    changes = more.pop("changes", _BIRDS)
+    return Row(name, "main", title, question, "quickstart", variant, changes, 5, **more)
+
+
+def _change(name: str, title: str, question: str, **changes: Any) -> Row:
+    """A row of CRA-CNN with a few settings changed: `loss__res` is `loss.res`."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    group = "robust" if any(k.startswith("art.") for k in dotted) else "ablations"
+    more = (*("quickstart", "", {**_BIRDS, **dotted}, 3), ("cra",))
+    return Row(name, group, title, question, *more)
+
+
+def _rate(kind: str, word: str, rate: float) -> Row:
+    variant = "" if kind == "cra" else kind
+    name = "CRA-CNN" if kind == "cra" else kind
+    return Row(
+        f"{kind}-rate-{word}",
+        "robust",
+        f"{name}, learning rate {rate:g}",
+        "Does it depend on the rate?",
+        *("quickstart", variant, {**_BIRDS, "optim.base_lr": rate}, 3),
+        (kind,) if kind == "baseline" else (f"baseline-rate-{word}", kind),
+    )
+
+
+# Sides at which the photographs fit a machine without a GPU.
+_SMALL = {
+    "data.short_side_px": 144,
+    "data.crop_px": 128,
+    "art.size_px": 64,
+    "optim.warmup_epochs": 1,
+    "eval.batch_size": 32,
+}
+_SCRATCH = {
+    "model.pretrained": "",
+    "model.width": 16,
+    "model.stem": "medium",
+    "optim.base_lr": 0.05,
+    "train.batch_size": 32,
+}
+_TUNED = {"train.batch_size": 16, "optim.base_lr": 0.005}
+_KINDS = {
+    "baseline": ("baseline", "baseline", ()),
+    "baseline-long": ("baseline", "baseline, 1.5 times the epochs", ("baseline",)),
+    "cra": ("", "CRA-CNN", ("baseline", "baseline-long")),
+    "cra-soft": ("", "CRA-CNN, soft redundancy", ("baseline", "baseline-long")),
+    "stn": ("stn", "STN", ("baseline", "baseline-long")),
+}
+
+
+def _photographs(data: str, start: str, epochs: Mapping[str, tuple]) -> list[Row]:
+    """The main rows on a set of photographs, from scratch or fine-tuned."""
+    backbone = "efficientnet_lite0" if start == "tuned" else "resnet10"
+    where = "fine-tuned EfficientNet-Lite0" if start == "tuned" else "ResNet, scratch"
+    recipe = _TUNED if start == "tuned" else _SCRATCH
+    rows = []
+    for kind, (variant, title, references) in _KINDS.items():
+        phases = epochs["long" if kind == "baseline-long" else "usual"]
+        changes = {**_SMALL, **recipe, **_phases(*phases)}
+        if kind == "cra-soft":
+            changes["art.redundancy"] = "soft"
+        rows.append(
+            Row(
+                f"{data}-{start}-{kind}",
+                data,
+                f"{title} ({where})",
+                "Does what is seen on drawings hold for photographs?",
+                *(data, ",".join(filter(None, (backbone, variant))), changes),
+                5,
+                tuple(f"{data}-{start}-{x}" for x in references),
+            )
+        )
+    return rows
+
+
+ROWS = (
+    _instrument("quickstart", "2,048 drawings, 18 epochs", _drawn(2048, 18, 12, 3)),
+    _instrument("3072", "3,072 drawings, 12 epochs", _drawn(3072, 12, 8, 2)),
+    _instrument("4096-short", "4,096 drawings, 9 epochs", _drawn(4096, 9, 5, 2)),
+    _instrument("4096-shorter", "4,096 drawings, 8 epochs", _drawn(4096, 8, 4, 2)),
+    _instrument(
+        "batch-32",
+        "2,048 drawings, 16 epochs, batches of 32",
+        _drawn(2048, 16, 8, 4, train__batch_size=32),
+    ),
+    _instrument(
+        "batch-32-half",
+        "the same, habitat at home in 50 %",
+        _drawn(2048, 16, 8, 4, train__batch_size=32, data__habitat_share=0.5),
+    ),
+    _main("baseline", "baseline", "How far does a plain ResNet come?", "baseline"),
+    _main(
+        "baseline-long",
+        "baseline, 1.5 times the epochs",
+        "And with CRA-CNN's compute?",
+        "baseline",
+        changes=_BIRDS_LONG,
+        references=("baseline",),
+    ),
+    _main(
+        "cra",
+        "CRA-CNN",
+        "Does contrastive reinforcement help?",
+        "",
+        references=("baseline", "baseline-long"),
+    ),
+    _main(
+        "cra-soft",
+        "CRA-CNN, soft redundancy",
+        "Does it help where the redundancy's edge has a gradient?",
+        "",
+        changes={**_BIRDS, "art.redundancy": "soft"},
+        references=("baseline", "baseline-long", "cra"),
+    ),
+    _main(
+        "stn",
+        "STN",
+        "Is a spatial transformer without the contrast as good?",
+        "stn",
+        references=("baseline", "baseline-long"),
+    ),
+    _change("no-res", "without L_res", "Is the restriction needed?", loss__res=0.0),
+    _change("no-cntr", "without L_cntr", "Is the contrast needed?", loss__cntr=0.0),
+    _change(
+        "no-cls2",
+        "without L_cls2",
+        "Is the attention's own classification needed?",
+        loss__cls2=0.0,
+    ),
+    _change(
+        "no-switching",
+        "L_res on throughout",
+        "Is it worth turning L_res off and on?",
+        restriction__period_epochs=0,
+    ),
+    _change(
+        "raw-features",
+        "raw features in L_cntr",
+        "Should N_ar's output be scaled to length 1?",
+        contrast__normalize=False,
+    ),
+    _change(
+        "squared",
+        "squared distance in L_cntr",
+        "Euclidean, as the paper has it, or squared, as the released code?",
+        contrast__distance="squared",
+    ),
+    _change(
+        "all-pairs",
+        "all pairs in L_cntr",
+        "Are random pairs enough?",
+        contrast__pairs="all",
+    ),
+    _change(
+        "bn-4",
+        "BatchNorm over 4",
+        "Does BatchNorm over 4 pictures help, as in the released code?",
+        bn__group_size=4,
+    ),
+    _change("no-guard", "without the guard", "Is the guard needed?", art__guard=0.0),
+    _change(
+        "raw-head",
+        "raw features to Gamma",
+        "Should Gamma be predicted from features of length 1?",
+        art__normalize_head=False,
+    ),
+    _change(
+        "paper-gamma",
+        "Gamma as in the paper: raw, no guard, no clip",
+        "What do the additions do together?",
+        art__normalize_head=False,
+        art__guard=0.0,
+        art__gradient_clip=0.0,
+    ),
+    *(
+        _rate(kind, word, rate)
+        for word, rate in (("low", 0.0167), ("high", 0.15))
+        for kind in ("baseline", "cra")
+    ),
+    *_photographs("cub", "tuned", {"usual": (10, 6, 2), "long": (15, 9, 3)}),
+    *_photographs("cub", "scratch", {"usual": (60, 36, 12), "long": (90, 54, 18)}),
+    *_photographs("cars", "tuned", {"usual": (8, 4, 2), "long": (12, 6, 3)}),
+    *_photographs("cars", "scratch", {"usual": (30, 18, 6), "long": (45, 27, 9)}),
+)
+"""All rows, references before what is compared with them."""
+
+BY_NAME = {row.name: row for row in ROWS}
+
+# What cannot change a number: where things lie, how much is done at once, what is kept.
+_INDIFFERENT = (
+    *("seed", "hosts.", "checkpoint.", "eval.", "data.cache_dir", "data.manual_dir"),
+    *("data.on_device", "data.path", "data.prefetch_batches", "data.prepare"),
+    *("data.workers", "train.log_every_steps", "train.report"),
+)
+# What a network without attention never reads.
+_OF_ATTENTION = ("art.", "restriction.", "contrast.", "loss.", "model.ar_passes")
+_OF_ATTENTION += ("optim.attention_lr_scale",)
+# Settings that are younger than the first lines: the value that means what the code
+# did before them. A line made before and a run made after are then of one fingerprint.
+_YOUNGER: Settings = {}
+
+
+def settings_of(row: Row, *, seed: int, path: str = "") -> Settings:
+    """The whole config of a run, flat.
+
+    Raises:
+      KeyError: a row changes a setting that there is not.
+    """
+    config = importlib.import_module(f"configs.{row.config}").get_config(row.variant)
+    changes = {**KEEPING, **row.changes, "seed": seed, "data.path": path}
+    config.update_from_flattened_dict(changes)
+    return run_folder.flatten(config.to_dict())
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Twelve letters for all settings that matter to a run's numbers but the seed.
+
+    Args:
+      settings: a config, flat; of a run folder or of `settings_of`.
+    """
+    skipped = _INDIFFERENT
+    if settings["model.kind"] == "baseline":
+        skipped += _OF_ATTENTION
+    matter = {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith(skipped)
+        and (key not in _YOUNGER or _YOUNGER[key] != value)
+    }
+    text = json.dumps(matter, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
