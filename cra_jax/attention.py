@@ -29,6 +29,7 @@ class Head:
       alpha_p: bound of the place, Eq. (6).
       alpha_s: bound of the scale, Eq. (6).
       normalize: whether it sees pooled features of length 1, as in training.
+      inside: whether the attention stays in the picture, see `geometry.restrict`.
     """
 
     kernel: Array
@@ -36,6 +37,7 @@ class Head:
     alpha_p: float = struct.field(pytree_node=False)
     alpha_s: float = struct.field(pytree_node=False)
     normalize: bool = struct.field(pytree_node=False)
+    inside: bool = struct.field(pytree_node=False, default=False)
 
     def __call__(self, pooled: Array) -> Array:
         """Matrices ``[b, 2, 3]`` for `geometry.affine_grid`, of pooled ``[b, c]``."""
@@ -46,7 +48,7 @@ class Head:
         if gamma.shape[-1] == 6:
             return gamma.reshape(-1, 2, 3)
         restricted = geometry.restrict(
-            gamma, alpha_p=self.alpha_p, alpha_s=self.alpha_s
+            gamma, alpha_p=self.alpha_p, alpha_s=self.alpha_s, inside=self.inside
         )
         return geometry.attention_matrix(restricted)
 

@@ -308,6 +308,7 @@ def build_network(config: Config, num_classes: int) -> model.CRACNN:
         softness=art.softness,
         gradient_clip=art.gradient_clip,
         normalize_head=art.normalize_head,
+        inside=art.inside,
         guard=art.guard,
         ar_passes=config.model.ar_passes,
     )
@@ -330,6 +331,7 @@ def attention_head(config: Config, params: Mapping[str, Any]) -> attention.Head 
         alpha_p=art.alpha_p,
         alpha_s=art.alpha_s,
         normalize=art.normalize_head,
+        inside=art.get("inside", False),  # older checkpoints know Eq. 6 alone
     )
 
 

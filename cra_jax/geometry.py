@@ -17,21 +17,45 @@ from jax import Array
 _OUTSIDE = -5.0
 
 
-def restrict(gamma: Array, *, alpha_p: float = 1.0, alpha_s: float = 0.5) -> Array:
+def restrict(
+    gamma: Array, *, alpha_p: float = 1.0, alpha_s: float = 0.5, inside: bool = False
+) -> Array:
     """Keeps location and scale of the attention in a reasonable range.
 
     Args:
       gamma: ``[..., 4]``: horizontal place, vertical place, scale, angle in radians.
       alpha_p: bound of the two places.
       alpha_s: bound of the scale; 0.5 is half the picture's width.
+      inside: whether the places' bound is also what keeps the whole attention in the
+        picture, ``1 - |s| (|cos g4| + |sin g4|)`` at the scale s: no padding is seen,
+        whose shape could tell the second stream what the first one knows.
 
     Returns:
       ``[..., 4]``: ``(alpha_p tanh g1, alpha_p tanh g2, alpha_s tanh g3, g4)``.
 
     Source: Eq. (6).
+
+    Differs: the paper has no `inside`.
     """
-    bound = jnp.array([alpha_p, alpha_p, alpha_s], gamma.dtype)
-    return jnp.concatenate([bound * jnp.tanh(gamma[..., :3]), gamma[..., 3:]], -1)
+    place, scale, angle_rad = gamma[..., :2], gamma[..., 2:3], gamma[..., 3:]
+    scale = alpha_s * jnp.tanh(scale)
+    bound = place_bound(scale, angle_rad, alpha_p=alpha_p) if inside else alpha_p
+    return jnp.concatenate([bound * jnp.tanh(place), scale, angle_rad], -1)
+
+
+def place_bound(scale: Array, angle_rad: Array, *, alpha_p: float = 1.0) -> Array:
+    """How far out the attention's centre may lie with all of it in the picture.
+
+    Args:
+      scale: of either sign, ``[...]``.
+      angle_rad: ``[...]``.
+      alpha_p: the bound is at most this.
+
+    Returns:
+      ``[...]``; 0 or more where the scale is at most ``1 / sqrt 2``.
+    """
+    reach = jnp.abs(scale) * (jnp.abs(jnp.cos(angle_rad)) + jnp.abs(jnp.sin(angle_rad)))
+    return jnp.minimum(alpha_p, 1 - reach)
 
 
 def attention_matrix(gamma_res: Array) -> Array:

@@ -63,6 +63,7 @@ class CRACNN(nn.Module):
       normalize_head: whether the attention head sees pooled features of length 1.
         With raw ones, as in the paper, a step moves Gamma in proportion to their
         squared length, which is in the hundreds.
+      inside: whether the attention stays in the picture, see `geometry.restrict`.
       guard: beyond which share of its bound (a tanh) place and scale are held, see
         `hold_inside`; 0: unguarded, as in the paper.
       ar_passes: 1: attention and redundancy go through N_ar as one batch; 2: one after
@@ -80,6 +81,7 @@ class CRACNN(nn.Module):
     softness: float
     gradient_clip: float
     normalize_head: bool
+    inside: bool
     guard: float
     ar_passes: int
 
@@ -110,6 +112,7 @@ class CRACNN(nn.Module):
             hold_inside(gamma, self.guard) if self.guard else gamma,
             alpha_p=self.alpha_p,
             alpha_s=self.alpha_s,
+            inside=self.inside,
         )
         attention = self._attend(images, geometry.attention_matrix(gamma_res))
         redundancy = self._leave_out(images, gamma_res)
@@ -131,7 +134,7 @@ class CRACNN(nn.Module):
         if self.kind == "stn":
             cos, sin = scale * math.cos(angle_rad), scale * math.sin(angle_rad)
             return [cos, -sin, x, sin, cos, y]
-        p, s = self.alpha_p, self.alpha_s
+        p, s = _place_bound(self.start, self.alpha_p, self.inside), self.alpha_s
         return [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s), angle_rad]
 
     def _attend(self, images: Array, matrix: Array) -> Array:
@@ -219,6 +222,7 @@ def create(
     softness: float = 0.05,
     gradient_clip: float = 1.0,
     normalize_head: bool = True,
+    inside: bool = False,
     guard: float = 0.95,
     ar_passes: int = 1,
 ) -> CRACNN:
@@ -235,6 +239,7 @@ def create(
       softness: above 0.
       gradient_clip: 0 or more.
       normalize_head: False as in the paper.
+      inside: needs an `alpha_s` of at most ``1 / sqrt 2``.
       guard: in [0, 1).
       ar_passes: 1 or 2.
 
@@ -253,11 +258,17 @@ def create(
         raise ValueError(
             f"art.alpha_p={alpha_p} and art.alpha_s={alpha_s} must be in (0, 1]"
         )
-    bounds = (alpha_p, alpha_p, alpha_s)
+    if inside and alpha_s > math.sqrt(0.5):
+        raise ValueError(
+            f"art.inside=True cannot keep an attention of art.alpha_s={alpha_s} in the "
+            "picture at every angle: set art.alpha_s to 0.7 or less"
+        )
+    bound = _place_bound(init, alpha_p, inside)
+    bounds = (bound, bound, alpha_s)
     if any(abs(value) >= bound for value, bound in zip(init, bounds, strict=False)):
         raise ValueError(
-            f"art.init={tuple(init)} must lie strictly inside the bounds of Eq. 6, "
-            f"{bounds}"
+            f"art.init={tuple(init)} must lie strictly inside the bounds of Eq. 6"
+            f"{' and in the picture' if inside else ''}, {bounds}"
         )
     if not 0 <= guard < 1:
         raise ValueError(f"art.guard must be in [0, 1), not {guard}")
@@ -278,6 +289,14 @@ def create(
         softness=softness,
         gradient_clip=gradient_clip,
         normalize_head=normalize_head,
+        inside=inside,
         guard=guard,
         ar_passes=ar_passes,
     )
+
+
+def _place_bound(gamma_res: Sequence[float], alpha_p: float, inside: bool) -> float:
+    """The bound of the place in `geometry.restrict`, at one Gamma_res."""
+    _, _, scale, angle_rad = gamma_res
+    reach = abs(scale) * (abs(math.cos(angle_rad)) + abs(math.sin(angle_rad)))
+    return min(alpha_p, 1 - reach) if inside else alpha_p

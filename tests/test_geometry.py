@@ -110,6 +110,28 @@ def test_restrict_has_the_papers_bounds_as_defaults(x64):
     )
 
 
+@pytest.mark.parametrize("alphas", [(1.0, 0.5), (0.4, 0.3), (1.0, 0.7)])
+def test_an_attention_that_stays_inside_has_the_room_that_its_corners_leave(
+    x64, alphas
+):
+    alpha_p, alpha_s = alphas
+    gamma = np.random.default_rng(1).normal(0, 3, (2, 20, 4))
+    gamma[0, :3, 2:] = [[0, 0], [40, 0], [-40, math.pi / 4]]
+    got = geometry.restrict(
+        jnp.asarray(gamma), alpha_p=alpha_p, alpha_s=alpha_s, inside=True
+    )
+    expected = equations.restrict(gamma, alpha_p, alpha_s, inside=True)
+    assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@settings(deadline=None)  # the first call compiles
+@given(st.lists(st.floats(-60, 60), min_size=4, max_size=4))
+def test_an_attention_that_stays_inside_sees_no_padding(gamma):
+    gamma_res = geometry.restrict(jnp.array([gamma], jnp.float32), inside=True)
+    grid = geometry.attention_grid(gamma_res, (2, 2))  # its corners
+    assert jnp.abs(grid).max() <= 1 + 1e-6
+
+
 # --- Eq. 2 and 4
 
 
@@ -138,18 +160,21 @@ def test_attention_without_turn_is_a_crop_around_its_place():
     assert_allclose(grid[0, -1, -1], [0.75, 1.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("seed", [3, 4])
-def test_gradient_of_attention_grid_after_restrict(x64, seed):
+def test_gradient_of_attention_grid_after_restrict(x64, seed, inside):
     gammas = np.random.default_rng(seed).normal(0, 1, (3, 4))
-    gammas[0] = [0, 0, 0, 0]
+    # Where an attention that stays inside meets scale 0 there is a kink, with no slope.
+    gammas[0] = [0, 0, 0.3 * inside, 0.1 * inside]
     cotangent = np.random.default_rng(seed + 10).normal(size=(3, 4, 5, 2))
 
     def implemented(gamma):
-        grid = attention_grid(geometry.restrict(gamma), (4, 5))
-        return (grid * cotangent).sum()
+        gamma_res = geometry.restrict(gamma, inside=inside)
+        return (attention_grid(gamma_res, (4, 5)) * cotangent).sum()
 
     def written_out(gamma):
-        grid = equations.attention_grid(equations.restrict(gamma), (4, 5))
+        gamma_res = equations.restrict(gamma, inside=inside)
+        grid = equations.attention_grid(gamma_res, (4, 5))
         return (grid * cotangent).sum()
 
     got = gradient(implemented)(jnp.asarray(gammas))

@@ -51,6 +51,14 @@ def test_training_starts_at_the_expected_attention():
     assert np.ptp(np.asarray(out.gamma_res), axis=0).max() > 0
 
 
+def test_an_attention_that_stays_in_the_picture_starts_where_it_is_told_to():
+    init = (0.3, -0.2, 0.45, 0.1)
+    network = _network(init=init, inside=True)
+    assert_allclose(_run(network).gamma_res, [init] * 2, atol=5e-3)
+    far = _run(network, _head((9.0, -9.0, 9.0, 0.0)))
+    assert_allclose(far.gamma_res, [[0.5, -0.5, 0.5, 0.0]] * 2, atol=1e-5)
+
+
 def test_the_second_stream_sees_attention_and_redundancy():
     out = _run(_network(), _head(GAMMA))
     gamma_res = equations.restrict(np.array([GAMMA] * 2))
@@ -231,6 +239,8 @@ def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
         ({"ar_passes": 3}, "must be 1 or 2, not 3"),
         ({"alpha_s": 1.5}, "art.alpha_s=1.5"),
         ({"init": (0, 0, 0.5, 0)}, "must lie strictly inside"),
+        ({"inside": True, "alpha_s": 0.8}, "art.inside=True cannot keep"),
+        ({"inside": True, "init": (0.56, 0, 0.45, 0)}, "and in the picture"),
         ({"guard": 1.0}, "art.guard must be in"),
         ({"gradient_clip": -1.0}, "art.gradient_clip=-1.0"),
     ],

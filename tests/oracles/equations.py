@@ -88,15 +88,23 @@ def redundancy(gamma_res, size):
     return stays
 
 
-def restrict(gamma, alpha_p=1.0, alpha_s=0.5):
-    """[..., 4] -> [..., 4]. Eq. (6)."""
+def restrict(gamma, alpha_p=1.0, alpha_s=0.5, inside=False):
+    """[..., 4] -> [..., 4]. Eq. (6).
+
+    `inside`: the places' bound is also the room that is left on each side of an
+    attention in the middle, found by its corners. (Not in the paper.)
+    """
     gamma = np.asarray(gamma, np.float64)
     out = np.zeros_like(gamma)
     for index in np.ndindex(*gamma.shape[:-1]):
         g1, g2, g3, g4 = gamma[index]
+        bound = alpha_p
+        if inside:
+            middle = attention_grid([[0, 0, alpha_s * math.tanh(g3), g4]], (2, 2))
+            bound = min(alpha_p, 1 - np.abs(middle).max())
         out[index] = (
-            alpha_p * math.tanh(g1),
-            alpha_p * math.tanh(g2),
+            bound * math.tanh(g1),
+            bound * math.tanh(g2),
             alpha_s * math.tanh(g3),
             g4,
         )
