@@ -35,6 +35,7 @@ from cra_jax.layers import (
     shrink,
     symmetric_uniform,
 )
+from cra_jax.pooling import max_pool
 from cra_jax.weight_record import WeightRecord
 
 
@@ -197,12 +198,7 @@ class ResNet(nn.Module):
         if self.stem == "imagenet":
             # 0 is as good as -inf beyond the picture's edge: nothing here is negative.
             x = mask(x, extent_px)
-            x = nn.max_pool(
-                x,
-                (3, 3),
-                (2, 2),
-                padding=((1, 1), (1, 1)),  # pyright: ignore[reportArgumentType]
-            )
+            x = max_pool(x)
             extent_px = shrink(extent_px, 2)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)

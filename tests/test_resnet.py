@@ -9,7 +9,7 @@ import torch
 from flax import traverse_util
 from oracles.torch_resnet import LAYERS, TorchResNet, linen_path, randomize, to_linen
 
-from cra_jax import layers, resnet
+from cra_jax import layers, pooling, resnet
 
 PARAMETER_COUNTS = {
     "resnet18": 11_689_512,
@@ -492,3 +492,35 @@ def test_training_on_one_value_per_channel_is_refused():
     x = np.zeros((1, 1, 1, 4), np.float32)
     with pytest.raises(ValueError, match=r"one value per channel.*larger"):
         layers.BatchNorm().init(jax.random.key(0), x, train=True)
+
+
+# --- gradients written out -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", [(8, 9), (7, 7), (1, 1), (2, 3)])
+def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
+    x = np.maximum(pictures(2, *sides, 3).round(), 0)
+    y, pull_back = jax.vjp(pooling.max_pool, x)
+    cotangent = pictures(*y.shape, seed=1)
+    torch_x = to_torch(x).requires_grad_()
+    torch_y = torch.nn.functional.max_pool2d(torch_x, 3, 2, 1)
+    torch_y.backward(to_torch(cotangent))
+    assert torch_x.grad is not None
+    np.testing.assert_array_equal(y, to_numpy(torch_y))
+    (to_x,) = pull_back(cotangent)
+    np.testing.assert_allclose(to_x, to_numpy(torch_x.grad), rtol=1e-6, atol=1e-6)
+
+
+def test_max_pool_keeps_the_dtype():
+    x = pictures(1, 6, 6, 2).astype(jnp.bfloat16)
+    y, pull_back = jax.vjp(pooling.max_pool, x)
+    assert y.dtype == pull_back(y)[0].dtype == jnp.bfloat16
+
+
+def test_the_gradient_of_a_product_is_autodiffs():
+    x, kernel = pictures(2, 3, 4, 5, dtype=float), pictures(5, 6, dtype=float)
+    y, pull_back = jax.vjp(layers.product, x, kernel)
+    plain, pull_back_plain = jax.vjp(jnp.matmul, x, kernel)
+    np.testing.assert_array_equal(y, plain)
+    for got, wanted in zip(pull_back(y), pull_back_plain(y), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
