@@ -1,9 +1,11 @@
 """Records -> pictures, decoded and resized once, then mapped from one file.
 
 A store is two files under the cache folder: `<name>-<key>.pixels`, the pictures' bytes
-one after another, and `<name>-<key>.json`, their shapes. The key covers the records'
-names and stamps, so a changed picture or setting makes another store. The index is
-renamed into place last: where it is sound and the pixels have its size, all is there.
+one after another, and `<name>-<key>.json`, their shapes and checksums. The key covers
+the records' names and stamps, so a changed picture or setting makes another store. The
+index is renamed into place last: where it is sound and the pixels have its size, all is
+there. Whether a picture is still what was stored is looked at when a process first asks
+for it: that costs a third of a millisecond once, and opening a store nothing.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,10 +26,10 @@ from cra_jax.prefetch import prefetch
 from cra_jax.progress import Progress, say, waited_for
 from cra_jax.sources import Record
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the files change, or the decoder, or the resize."""
 
-_NAMED = 10  # how many unreadable pictures a message names
+_NAMED = 10  # how many unreadable or damaged pictures are named
 _SAMPLE = 16  # how many pictures the size of a store is estimated from
 
 Say = Callable[[str], None]
@@ -34,6 +37,9 @@ Say = Callable[[str], None]
 
 class Store:
     """Pictures mapped from disk: `len`, `[i] -> uint8 [h, w, 3]`, a read-only view.
+
+    A picture that the disk has changed is said, and read anew from its record; the
+    next start then makes the store again.
 
     Attributes:
         records: what is stored: `store[i]` is the picture of `records[i]`.
@@ -48,11 +54,17 @@ class Store:
         records: Sequence[Record],
         skipped: dict[str, str],
         shapes: np.ndarray,
+        checksums: Sequence[int],
+        short_side_px: int,
     ):
         self.path = path
         self.records = tuple(records)
         self.skipped = skipped
         self.shapes = shapes
+        self._checksums = checksums
+        self._short_side_px = short_side_px
+        self._sound = bytearray(len(self.records))  # 1 where it was looked at
+        self._damaged: set[str] = set()
         self._ends = np.cumsum(3 * shapes.prod(axis=1)).tolist()
         # A plain view: slices of a memmap are slow to make.
         self._pixels = np.asarray(np.memmap(path, np.uint8, mode="r"))
@@ -63,7 +75,35 @@ class Store:
     def __getitem__(self, index: int) -> np.ndarray:
         height, width = self.shapes[index].tolist()
         end = self._ends[index]
-        return self._pixels[end - 3 * height * width : end].reshape(height, width, 3)
+        picture = self._pixels[end - 3 * height * width : end].reshape(height, width, 3)
+        if not self._sound[index]:
+            if zlib.crc32(picture.data) != self._checksums[index]:
+                return self._read_anew(index)
+            self._sound[index] = 1
+        return picture
+
+    def _read_anew(self, index: int) -> np.ndarray:
+        """The picture that was stored, from its record; the store is given up."""
+        record = self.records[index]
+        what = f"{record.name} in {self.path} is not what was stored there"
+        picture = _read(record, self._short_side_px)
+        if isinstance(picture, str):
+            raise ValueError(f"{what}, and cannot be read anew: {picture}")
+        picture = np.ascontiguousarray(picture)
+        if zlib.crc32(picture.data) != self._checksums[index]:
+            raise ValueError(
+                f"{what}, and its original has changed too: remove {self.path}, and "
+                "the same command makes it again"
+            )
+        try:
+            self.path.with_suffix(".json").unlink(missing_ok=True)
+            then = "the next start makes the store again"
+        except OSError as error:
+            then = f"remove that file, which cannot be done from here ({error})"
+        if record.name not in self._damaged and len(self._damaged) < _NAMED:
+            say(f"warning: {what}: it is read from its original, and {then}")
+        self._damaged.add(record.name)
+        return picture
 
 
 class Streamed:
@@ -147,7 +187,7 @@ def prepare(
     stem = Path(cache_dir) / f"{name}-{key[:16]}"
 
     def find(tell: Say) -> Store | None:
-        store = _open(stem, key, records, tell)
+        store = _open(stem, key, records, short_side_px, tell)
         # A store with gaps does not serve who wants all: perhaps they can be read now.
         return store if store and (skip_unreadable or not store.skipped) else None
 
@@ -188,7 +228,9 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _open(stem: Path, key: str, records: Sequence[Record], tell: Say) -> Store | None:
+def _open(
+    stem: Path, key: str, records: Sequence[Record], short_side_px: int, tell: Say
+) -> Store | None:
     """Maps a store that is there and whole; needs no right to write."""
     pixels = Path(f"{stem}.pixels")
     try:
@@ -207,7 +249,7 @@ def _open(stem: Path, key: str, records: Sequence[Record], tell: Say) -> Store |
         tell(f"{pixels} or its index is damaged or cut short: it is made again")
         return None
     kept = [record for record in records if record.name not in index["skipped"]]
-    return Store(pixels, kept, index["skipped"], shapes)
+    return Store(pixels, kept, index["skipped"], shapes, index["crc32"], short_side_px)
 
 
 def _build(
@@ -220,6 +262,7 @@ def _build(
 ) -> None:
     """Writes both files under other names, and renames them when they are on disk."""
     shapes: list[tuple[int, ...]] = []
+    checksums: list[int] = []
     skipped: dict[str, str] = {}
     with _replacing(Path(f"{stem}.pixels")) as file:
         for record, picture in zip(records, read, strict=True):
@@ -227,14 +270,16 @@ def _build(
                 skipped[record.name] = picture
             else:
                 shapes.append(picture.shape[:2])
-                file.write(np.ascontiguousarray(picture).data)
+                content = np.ascontiguousarray(picture).data
+                checksums.append(zlib.crc32(content))
+                file.write(content)
             bar.advance()
         if skipped and not (skip_unreadable and shapes):
             raise ValueError(
                 f"{_unreadable(skipped, len(records))}\nMend or remove them"
                 + (", or set data.skip_unreadable=True" if shapes else "")
             )
-    index = {"key": key, "shapes": shapes, "skipped": skipped}
+    index = {"key": key, "shapes": shapes, "crc32": checksums, "skipped": skipped}
     with _replacing(Path(f"{stem}.json")) as file:
         file.write(json.dumps(index | {"checksum": _digest(index)}).encode())
 

@@ -260,6 +260,56 @@ def test_damage_is_noticed_and_mended(tmp_path, capsys, damage):
     assert reads(tmp_path) == 0
 
 
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_said_and_the_picture_read_anew(tmp_path, capsys):
+    opened = prepare(tmp_path)
+    place = 3 * int(opened.shapes[:4].prod(axis=1).sum()) + 5  # of the fifth picture
+    _flip(opened.path, place)
+    reads(tmp_path)
+    damaged = prepare(tmp_path)
+    for _ in range(2):
+        assert_holds(damaged)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == said.count("the next start makes the store") == 1
+    assert f"4.jpg in {opened.path} is not what was stored there" in said
+    assert reads(tmp_path) == 2  # that picture, at each access
+    assert_holds(prepare(tmp_path))
+    assert reads(tmp_path) == 30
+    assert not capsys.readouterr().err
+
+
+def test_a_picture_is_looked_at_once(tmp_path, monkeypatch):
+    opened = prepare(tmp_path)
+    calls = []
+    crc32 = store.zlib.crc32
+    monkeypatch.setattr(store.zlib, "crc32", lambda x: calls.append(1) or crc32(x))
+    for _ in range(3):
+        assert_holds(opened)
+    assert len(calls) == 30
+
+
+@pytest.mark.parametrize(
+    ("reader", "message"),
+    [
+        (lambda log, i, side: picture(i + 1, side), "original has changed too: remove"),
+        (lambda log, i, side: Image.open(log / "x"), "read anew: 0.jpg: .*Not a dir"),
+    ],
+)
+def test_a_flipped_bit_without_its_original_is_an_error(tmp_path, reader, message):
+    opened = prepare(tmp_path)
+    _flip(opened.path, 0)
+    damaged = prepare(tmp_path, make(tmp_path, reader=reader))
+    with pytest.raises(ValueError, match=f"0.jpg in .* not what was stored.*{message}"):
+        damaged[0]
+    assert opened.path.with_suffix(".json").exists()  # nothing is given up
+    np.testing.assert_array_equal(opened[1], picture(1, SIDE))
+
+
 def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 20_000))
     with pytest.raises(ValueError, match=r"30 pictures takes about .* of 0.00 GB free"):
