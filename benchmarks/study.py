@@ -14,7 +14,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
@@ -33,7 +32,6 @@ from cra_jax import provenance, run_folder, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOL = "center"
-_LEAK = "benchmarks.leak"
 _MEASURE = (
     "import json, sys; from pathlib import Path; from benchmarks import leak; "
     "print(json.dumps(leak.measure(Path(sys.argv[1]))))"
@@ -232,10 +230,9 @@ class Runner:
         return self._with_leak(job, line)
 
     def _with_leak(self, job: Job, line: Line) -> Line:
-        """Adds what N_ar makes of noise, where that is measured and was not yet."""
+        """Adds what N_ar makes of noise, where the run's folder is at hand."""
         known = any(key.startswith("leak_") for key in line)
-        there = importlib.util.find_spec(_LEAK) and is_finished(job.workdir)
-        if known or not there or job.row.kind == "baseline":
+        if known or job.row.kind == "baseline" or not is_finished(job.workdir):
             return line
         said = self._call(job, [sys.executable, "-c", _MEASURE, str(job.workdir)])
         if said is None:
