@@ -9,6 +9,7 @@ exchanged for noise or for another picture's, and N_ar is asked for the class.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class _Asked:
             out: Any = backbone.apply(second, cut)
             return out.logits.argmax(-1)
 
-        self._predict, self._classify = jax.jit(predict), jax.jit(classify)
+        self._predict: Callable = jax.jit(predict)
+        self._classify: Callable = jax.jit(classify)
 
     def _batches(self, split: experiment.Split):
         """Normalised centre crops and labels, in one random order.
