@@ -220,6 +220,11 @@ def _from_listing(name: str, listing: folders.Listing) -> Dataset:
     for split, entries in listing.splits.items():
         records = []
         for file, label, corners in entries:
+            if not file.is_relative_to(root) or ".." in file.relative_to(root).parts:
+                raise ValueError(
+                    f"{root}: its lists name {file}, which lies elsewhere: get the data"
+                    " set from where it was published"
+                )
             try:
                 status = file.stat()
             except FileNotFoundError:

@@ -10,10 +10,11 @@ import functools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cra_jax import folders
+from cra_jax import folders, matlab
 from cra_jax.folders import Corners, Entry, Listing, Splits
 
 LAYOUTS = {
@@ -119,33 +120,52 @@ def _csv_boxes(file: Path) -> dict[str, Corners]:
     return boxes
 
 
-def _mat_entry(picture: Path, row, file: Path, names: Sequence[str]) -> Entry:
-    number = int(row["class"])
-    if not 1 <= number <= len(names):
+def _mat_entry(
+    picture: Path, row: dict[str, Any], file: Path, names: Sequence[str]
+) -> Entry:
+    number = row["class"]
+    if not (1 <= number <= len(names) and number == int(number)):
         raise ValueError(
-            f"{file}: class {number} is not one of the {len(names)} classes; get the"
+            f"{file}: class {number:g} is not one of the {len(names)} classes; get the"
             " file anew"
         )
     sides = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
     corners = None
-    if set(sides) <= set(row.dtype.names):
+    if set(sides) <= row.keys():
         corners = folders.from_one(*(float(row[side]) for side in sides))
-    return Entry(picture, number - 1, corners)
+    return Entry(picture, int(number) - 1, corners)
 
 
 def _mat_names(file: Path) -> tuple[str, ...]:
-    return tuple(str(name) for name in np.atleast_1d(_mat(file, "class_names")))
+    return tuple(map(str, _mat(file, "class_names", list)))
 
 
-def _mat_rows(file: Path, *columns: str) -> np.ndarray:
-    rows = np.atleast_1d(_mat(file, "annotations"))
-    missing = sorted(set(columns) - set(rows.dtype.names or ()))
-    if missing:
+def _mat_rows(file: Path, name: str, *numbers: str) -> list[dict[str, Any]]:
+    """The annotations: in each a file's name and, where they are known, numbers.
+
+    Args:
+        file: the list.
+        name: the column of the names.
+        numbers: columns that must be there.
+    """
+    rows = _mat(file, "annotations", list)
+    for row in rows:
+        missing = {name, *numbers}.difference(row if isinstance(row, dict) else ())
+        if missing:
+            raise ValueError(
+                f"{file}: its annotations lack {', '.join(sorted(missing))}; is it"
+                " another list under this name?"
+            )
+    try:
+        return [
+            {k: str(v) if k == name else float(v.item()) for k, v in row.items()}
+            for row in rows
+        ]
+    except (AttributeError, ValueError) as error:
         raise ValueError(
-            f"{file}: its annotations lack {', '.join(missing)}; is it another list"
-            " under this name?"
-        )
-    return rows
+            f"{file}: its annotations are not names and numbers ({error}); get the file"
+            " anew"
+        ) from error
 
 
 def dogs(path: Path) -> Listing:
@@ -195,13 +215,15 @@ def dogs(path: Path) -> Listing:
 
 
 def _dog_rows(file: Path) -> list[tuple[str, int]]:
-    names = [str(name) for name in np.atleast_1d(_mat(file, "file_list"))]
-    labels = [int(label) for label in np.atleast_1d(_mat(file, "labels"))]
+    names = list(map(str, _mat(file, "file_list", list)))
+    labels = _mat(file, "labels", np.ndarray)
+    if not np.isfinite(labels).all():
+        raise ValueError(f"{file}: its labels are not whole numbers; get the file anew")
     if len(names) != len(labels):
         raise ValueError(
             f"{file}: {len(names)} files, but {len(labels)} labels; get the file anew"
         )
-    return list(zip(names, labels, strict=True))
+    return [(name, int(label)) for name, label in zip(names, labels, strict=True)]
 
 
 def _dog_box(boxes: Path, picture: Path) -> Callable[[], Corners]:
@@ -232,16 +254,17 @@ def _find(root: Path, places: Sequence[str], name: str = "") -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _mat(file: Path, variable: str) -> np.ndarray:
-    import scipy.io  # 0.2 s that only these sets should cost
-
+def _mat(file: Path, variable: str, kind: type) -> Any:
     try:
-        return scipy.io.loadmat(file, squeeze_me=True)[variable]
-    except Exception as error:  # a damaged file may raise anything at all in scipy
+        found = matlab.read(file)
+        if not isinstance(found.get(variable), kind):
+            held = ", ".join(map(repr, found)) or "nothing"
+            raise ValueError(f"it holds {held}")
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file}: no {variable!r} can be read from it ({type(error).__name__}:"
-            f" {error}); get the file anew"
+            f"{file}: no {variable!r} can be read from it ({error}); get the file anew"
         ) from error
+    return found[variable]
 
 
 def _find_mat(root: Path, name: str) -> Path:
