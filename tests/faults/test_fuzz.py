@@ -9,10 +9,13 @@ import json
 import random
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_sources
+import test_store
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
@@ -23,6 +26,7 @@ from cra_jax import (
     pictures,
     provenance,
     run_folder,
+    sources,
     torch_files,
     trained,
     watch,
@@ -137,6 +141,28 @@ def _unpack(path: Path) -> None:
     archives.unpack_tar(path, target, max_bytes=10**6, progress=False)
 
 
+def _within(source: str, tree: Callable[[Path], object], *files: str) -> dict:
+    """Readers of a published set's lists: each file of a whole small set."""
+
+    def reader(name: str):
+        depth = len(Path(name).parts)
+        return (
+            lambda path: tree(path.parents[depth - 1]),
+            lambda path: _load(source, path.parents[depth - 1]),
+        )
+
+    return {f"{source}/{name}": reader(name) for name in files}
+
+
+def _load(source: str, root: Path) -> None:
+    for records in sources.load(source, root).splits.values():
+        for record in records:
+            record.box  # noqa: B018 (some are read when they are asked for)
+
+
+_KIT, _DATA = "devkit", "fgvc-aircraft-2013b/data"
+_DOG = f"{test_sources.DOGS[0]}/train_1"
+
 # name of the file -> what writes it, and what reads it
 READERS = {
     "weights.pth": (lambda p: _pth(p, zipped=True), torch_files.read),
@@ -157,6 +183,35 @@ READERS = {
     "run/config.json": (_config, lambda p: run_folder.read_config(p.parent)),
     "provenance.json": (_provenance, lambda p: provenance.read(p.parent)),
     "export/config.json": (_export, lambda p: trained.of_export(p.parent)),
+    **_within(
+        "cub",
+        test_sources.cub_tree,
+        "images.txt",
+        "image_class_labels.txt",
+        "train_test_split.txt",
+        "classes.txt",
+        "bounding_boxes.txt",
+    ),
+    **_within("nabirds", test_sources.nabirds_tree, "classes.txt"),
+    **_within(
+        "aircraft",
+        test_sources.aircraft_tree,
+        f"{_DATA}/variants.txt",
+        f"{_DATA}/images_variant_trainval.txt",
+        f"{_DATA}/images_box.txt",
+    ),
+    **_within(
+        "cars",
+        test_sources.devkit_tree,
+        f"{_KIT}/cars_meta.mat",
+        f"{_KIT}/cars_train_annos.mat",
+    ),
+    **_within(
+        "dogs",
+        test_sources.dogs_tree,
+        "lists/train_list.mat",
+        f"Annotation/{_DOG}",
+    ),
 }
 
 
@@ -164,7 +219,7 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> int:
     """Returns how many changed files were refused; the others gave an answer."""
     write, read = READERS[name]
     path = folder / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     write(path)
     whole = path.read_bytes()
     rng, refused = random.Random(seed), 0
@@ -193,6 +248,42 @@ def test_a_changed_file_is_read_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", READERS)
 def test_a_thousand_changed_files(name, tmp_path, note):
     refused = fuzz(name, tmp_path, 1000, seed=1)
-    fault = f"`{Path(name).name}` changed at random, and read"
+    fault = f"`{name}` changed at random, and read"
     note(fault, "a ValueError that names it", refused)
     note(fault, "harmless: an answer", 1000 - refused)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_photographs_that_were_changed(shared_data, tmp_path, note):
+    """Of cameras, with the EXIF blocks, tables and sizes that drawings lack."""
+    folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
+    photographs = sorted(folder.rglob("*.jpg"))
+    rng, refused, changed = random.Random(2), 0, tmp_path / "changed.jpg"
+    for _ in range(1000):
+        changed.write_bytes(mutate(rng.choice(photographs).read_bytes(), rng))
+        try:
+            pictures.read(changed, 16)
+        except ValueError as error:
+            refused += str(changed) in str(error)
+    assert refused
+    note("a photograph changed at random, and read", "a ValueError", refused)
+    note("a photograph changed at random, and read", "a picture", 1000 - refused)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [".pixels", ".json"])
+def test_pictures_that_were_prepared_and_changed(kind, tmp_path, capsys, note):
+    """Whatever was done to the store, the pictures are those of the originals."""
+    rng = random.Random(3)
+    for _ in range(40):
+        path = test_store.prepare(tmp_path).path.with_suffix(kind)
+        whole = path.read_bytes()
+        path.write_bytes(changed := mutate(whole, rng))
+        capsys.readouterr()
+        test_store.assert_holds(test_store.prepare(tmp_path))
+        if changed != whole:
+            said = capsys.readouterr().err
+            assert kind == ".json" or len(changed) != len(whole) or "warning" in said
+    what = "pictures" if kind == ".pixels" else "store's index"
+    note(f"the prepared {what} changed at random", "the originals are read", 40)

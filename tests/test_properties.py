@@ -1,0 +1,389 @@
+"""What holds for every input: of the readers of files, and of the geometry."""
+
+import contextlib
+import csv
+import math
+import string
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.io
+import test_sources
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import save_file
+
+from cra_jax import (
+    csv_list,
+    folders,
+    geometry,
+    losses,
+    matlab,
+    run_folder,
+    sources,
+    torch_files,
+    torch_names,
+)
+
+few = settings(max_examples=25, deadline=None)
+many = settings(max_examples=200, deadline=None)
+
+words = st.text(string.ascii_letters + string.digits + " _-.äß鳥", min_size=1).map(
+    str.strip
+)
+names = words.filter(lambda text: text.strip(". "))
+
+
+@contextlib.contextmanager
+def folder():
+    """Hypothesis calls a test many times, and pytest's own folder is made once."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path).resolve()
+
+
+# --- lists -------------------------------------------------------------------------
+
+
+@few
+@given(
+    st.lists(names, min_size=1, max_size=6),
+    st.sampled_from(",;\t"),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
+def test_a_csv_gives_back_what_was_written(labels, separator, line_end, marked):
+    with folder() as root:
+        rows = [[f"a,b {i}.jpg", label, "train"] for i, label in enumerate(labels)]
+        for file, *_ in rows:
+            (root / file).touch()
+        encoding = "utf-8-sig" if marked else "utf-8"
+        with open(root / "list.csv", "w", newline="", encoding=encoding) as file:
+            writer = csv.writer(file, delimiter=separator, lineterminator=line_end)
+            writer.writerows([["path", "label", "split"], *rows])
+        found = csv_list.csv_list(root / "list.csv")
+    numeric = all(label.isdecimal() for label in labels)
+    wanted = [str(int(x)) if numeric else x for x in labels]
+    entries = found.splits["train"]
+    assert [entry.file for entry in entries] == [root / row[0] for row in rows]
+    assert [found.class_names[entry.label] for entry in entries] == wanted
+    assert set(found.class_names) == set(wanted)
+
+
+@many
+@given(st.text(), st.sampled_from(["", "path,label\n", "label;split;path\n"]))
+def test_any_text_is_a_csv_of_files_below_it_or_an_error(text, header):
+    with folder() as root:
+        (root / "list.csv").write_text(header + text, encoding="utf-8", newline="")
+        try:
+            found = csv_list.csv_list(root / "list.csv")
+        except ValueError as error:
+            named, found = str(root / "list.csv") in str(error), None
+        else:
+            named = True
+        assert named
+        for entries in found.splits.values() if found else ():
+            assert all(x.file.resolve().is_relative_to(root) for x in entries)
+
+
+outside = st.sampled_from(["../{}", "a/../../{}", "/{}", "..\\{}", "C:\\{}", "C:/{}"])
+
+
+@few
+@given(outside, names)
+def test_no_path_of_a_csv_leaves_its_folder(pattern, name):
+    with folder() as root:
+        text = f'path,label\n"{pattern.format(name)}",auk\n'
+        (root / "list.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"leaves the CSV's folder"):
+            csv_list.csv_list(root / "list.csv")
+
+
+@pytest.mark.parametrize("name", ["../../x.jpg", "../../../x.jpg", "{}/x.jpg"])
+def test_no_path_of_a_published_list_leaves_its_folder(name, tmp_path):
+    files = list(test_sources.CUB_FILES)
+    files[1] = name.format(tmp_path)
+    lines = "".join(f"{i} {file}\n" for i, file in enumerate(files, 1))
+    root = test_sources.cub_tree(tmp_path / "set", images=lines)
+    for place in (tmp_path, root):  # it is there, so that only the check refuses it
+        test_sources.save_picture(place / "x.jpg")
+    with pytest.raises(ValueError, match=r"its lists name .*x.jpg, which lies elsewh"):
+        sources.load("cub", root)
+
+
+@few
+@given(st.lists(names.filter(lambda x: "\\" not in x), min_size=2, unique=True))
+def test_class_names_of_cub_are_kept(class_names):
+    lines = "".join(f"{i} {name}\n" for i, name in enumerate(class_names, 1))
+    labels = f"1 1\n2 1\n3 {len(class_names)}\n4 2\n"
+    with folder() as root:
+        test_sources.cub_tree(root, classes=lines, image_class_labels=labels)
+        if len(class_names) > 2:  # some without pictures, which is an error of its own
+            with pytest.raises(ValueError, match="training picture"):
+                sources.load("cub", root)
+        else:
+            assert sources.load("cub", root).class_names == tuple(class_names)
+
+
+@many
+@given(st.lists(words))
+def test_natural_order_is_an_order(texts):
+    normal = {unicodedata.normalize("NFC", text) for text in texts}
+    assert len({str(folders.natural_key(text)) for text in texts}) == len(normal)
+    assert sorted(["b10", "b2"], key=folders.natural_key) == ["b2", "b10"]
+
+
+# --- a run folder's files ----------------------------------------------------------
+
+leaves = st.one_of(st.none(), st.integers(), st.floats(-1, 1))
+keys = st.text(string.ascii_lowercase, min_size=1, max_size=5)
+branches = st.dictionaries(keys, leaves, min_size=1, max_size=3)
+trees = st.dictionaries(keys, leaves | branches, max_size=4)
+
+
+@many
+@given(trees)
+def test_flattening_a_config_loses_nothing(tree):
+    flat = run_folder.flatten(tree)
+    again: dict = {}
+    for path, value in flat.items():
+        *above, last = path.split(".")
+        here = again
+        for key in above:
+            here = here.setdefault(key, {})
+        here[last] = value
+    assert again == tree
+
+
+@many
+@given(st.lists(st.dictionaries(keys, leaves), max_size=5), st.binary())
+def test_lines_outlive_a_crash_before_and_after_them(lines, rubbish):
+    steps = [{**line, "step": i} for i, line in enumerate(lines)]
+    assume(not rubbish.strip().startswith(b"{"))
+    with folder() as root:
+        path = root / "metrics.jsonl"
+        path.write_bytes(rubbish)
+        run_folder.append_lines(path, steps)
+        with open(path, "ab") as file:
+            file.write(b'{"step": 99, "lo')
+        assert run_folder.read_metrics(root) == steps
+
+
+# --- weights -----------------------------------------------------------------------
+
+kinds = ("float32", "float64", "float16", "int64", "int32", "int8", "uint8", "bool")
+tensors = st.dictionaries(
+    st.text(string.ascii_letters + "._0123456789", min_size=1, max_size=20),
+    st.sampled_from(kinds).flatmap(
+        lambda kind: arrays(kind, array_shapes(min_dims=0, max_dims=4, max_side=4))
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@few
+@given(tensors, st.sampled_from(["safetensors", "zip", "legacy"]), st.booleans())
+def test_weights_are_read_as_they_were_written(saved, kind, transposed):
+    with folder() as root:
+        path = root / "weights"
+        if kind == "safetensors":
+            save_file(saved, path)
+        else:
+            found = {k: torch.from_numpy(v.copy()) for k, v in saved.items()}
+            if transposed:  # a view, with strides of its own
+                found = {
+                    k: v.permute(tuple(range(v.ndim))[::-1]) for k, v in found.items()
+                }
+                saved = {k: v.T for k, v in saved.items()}
+            torch.save(found, path, _use_new_zipfile_serialization=kind == "zip")
+        read = torch_files.read(path)
+    assert read.keys() == saved.keys()
+    for name, array in saved.items():
+        assert read[name].dtype == array.dtype
+        assert_array_equal(read[name], array)
+
+
+@many
+@given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02"]))
+def test_any_bytes_are_no_weights(content, start):
+    with folder() as root:
+        (root / "w.pth").write_bytes(start + content)
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            torch_files.read(root / "w.pth")
+
+
+@many
+@given(arrays("float32", array_shapes(min_dims=1, max_dims=4, max_side=3)))
+def test_kernels_go_to_torch_and_back(array):
+    assert_array_equal(torch_names.to_linen(torch_names.to_torch(array)), array)
+
+
+module = st.from_regex(r"[a-z]+(_[0-9]{1,2})?", fullmatch=True)
+paths = st.lists(module, min_size=1, max_size=3)
+leaf = st.sampled_from(["kernel", "bias", "mean", "var"])
+
+
+@many
+@given(st.tuples(paths, leaf), st.tuples(paths, leaf))
+def test_no_two_variables_have_one_name_in_torch(one, other):
+    assume(one != other)
+    keys = [("params", *path, last) for path, last in (one, other)]
+    assert torch_names.torch_name(keys[0]) != torch_names.torch_name(keys[1])
+
+
+# --- MATLAB's files ----------------------------------------------------------------
+
+numbers = st.one_of(st.integers(-1000, 10**6), st.floats(-1e6, 1e6))
+rows = st.lists(st.tuples(names, numbers), min_size=1, max_size=5)
+
+
+@few
+@given(rows, st.booleans())
+def test_a_list_of_matlabs_is_read_as_it_was_written(written, compressed):
+    array = np.empty((1, len(written)), [("fname", object), ("class", object)])
+    cells = np.empty((len(written), 1), object)
+    for i, row in enumerate(written):
+        array[0, i], cells[i, 0] = row, row[0]
+    labels = np.array([[n] for _, n in written])
+    with folder() as root:
+        path = root / "x.mat"
+        variables = {"annotations": array, "names": cells, "labels": labels}
+        scipy.io.savemat(path, variables, do_compression=compressed)
+        found = matlab.read(path)
+    assert found.keys() == variables.keys()
+    assert [(x["fname"], x["class"].item()) for x in found["annotations"]] == written
+    assert found["names"] == [name for name, _ in written]
+    assert found["labels"].tolist() == [n for _, n in written]
+
+
+def test_a_mat_file_that_unfolds_to_too_much_is_refused(tmp_path):
+    path = tmp_path / "bomb.mat"
+    zeros = np.zeros((40_000_000, 1))
+    scipy.io.savemat(path, {"labels": zeros}, do_compression=True)
+    assert path.stat().st_size < 10**6
+    with pytest.raises(ValueError, match="unfolds to more than 256 MB"):
+        matlab.read(path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "message"),
+    [
+        ({"x": np.eye(2)}, {"format": "4"}, "no .mat file of version 5 to 7.2"),
+        ({"x": scipy.sparse.eye(3)}, {}, "class 5 cannot be read here"),
+    ],
+)
+def test_other_files_of_matlabs_are_refused(variables, options, message, tmp_path):
+    scipy.io.savemat(tmp_path / "x.mat", variables, **options)
+    with pytest.raises(ValueError, match=message):
+        matlab.read(tmp_path / "x.mat")
+
+
+# --- the geometry ------------------------------------------------------------------
+
+place = st.floats(-1, 1)
+scale = st.floats(-0.5, 0.5)
+angle_rad = st.floats(-10, 10)
+attention = st.tuples(place, place, scale, angle_rad)
+size = st.sampled_from([(2, 3), (6, 5)])  # few: each is compiled for its own sake
+matrix = arrays("float64", (2, 3), elements=st.floats(-2, 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact():
+    """In 64 bits, where only what is wrong is far off."""
+    with jax.enable_x64(True):
+        yield
+
+
+def grid_of(gamma, size):
+    return np.asarray(geometry.attention_grid(jnp.array([gamma]), size))
+
+
+@few
+@given(size, st.integers(-3, 3), st.integers(0, 10**6))
+def test_an_attention_on_all_of_the_picture_is_the_picture(size, turns, seed):
+    picture = np.random.default_rng(seed).normal(size=(1, *size, 3))
+    grid = grid_of((0.0, 0.0, 1.0, 2 * math.pi * turns), size)
+    found = geometry.bilinear_sample(jnp.asarray(picture), jnp.asarray(grid))
+    assert_allclose(found, picture, atol=1e-12)
+
+
+@few
+@given(attention, size, st.integers(-2, 2))
+def test_a_whole_turn_changes_nothing(gamma, size, turns):
+    *rest, angle = gamma
+    turned = (*rest, angle + 2 * math.pi * turns)
+    assert_allclose(grid_of(turned, size), grid_of(gamma, size), atol=1e-12)
+
+
+@few
+@given(matrix, matrix, size)
+def test_one_map_after_another_is_their_product(first, second, size):
+    def whole(theta):
+        return np.vstack([theta, [0, 0, 1]])
+
+    def grid(theta):
+        return np.asarray(geometry.affine_grid(jnp.asarray(theta)[None], size))[0]
+
+    product = (whole(second) @ whole(first))[:2]
+    apart = grid(first) @ second[:, :2].T + second[:, 2]
+    assert_allclose(grid(product), apart, atol=1e-12)
+
+
+raw = arrays("float64", (4,), elements=st.floats(-50, 50))
+
+
+@few
+@given(raw, st.floats(0.1, 1), st.floats(0.1, 0.7), st.booleans())
+def test_restriction_stays_within_its_bounds(gamma, alpha_p, alpha_s, inside):
+    bounds = {"alpha_p": alpha_p, "alpha_s": alpha_s, "inside": inside}
+    found = np.asarray(geometry.restrict(jnp.asarray(gamma), **bounds))
+    assert (np.abs(found[:2]) <= alpha_p).all()
+    assert abs(found[2]) <= alpha_s
+    assert found[3] == gamma[3]
+    if inside:
+        assert np.abs(grid_of(found, (5, 5))).max() <= 1 + 1e-12
+
+
+@few
+@given(attention, size)
+def test_redundancy_is_what_the_attention_leaves(gamma, size):
+    """A point is gone just where the attention's map, undone, puts it in the square."""
+    *centre, s, angle = gamma
+    assume(abs(s) > 1e-3)
+    height, width = size
+    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
+    points = np.stack([x, y], -1)
+    turn = s * np.array(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
+    undone = np.abs((points - centre) @ np.linalg.inv(turn).T).max(-1)
+    grid = np.asarray(geometry.redundancy_grid(jnp.array([gamma]), size))[0]
+    gone = np.abs(grid).max(-1) > 1
+    sure = np.abs(undone - 1) > 1e-9
+    assert_array_equal(gone[sure], undone[sure] < 1)
+    assert_allclose(grid[~gone], points[~gone], atol=1e-15)
+    weight = geometry.redundancy_weight(jnp.array([gamma]), size, softness=1e-4)
+    clear = np.abs(undone - 1) * abs(s) > 1e-2
+    assert_allclose(np.asarray(weight)[0][clear], ~gone[clear], atol=1e-6)
+
+
+@few
+@given(raw, raw, arrays("float64", (4,), elements=st.floats(0.1, 5)))
+def test_loss_res_is_zero_just_inside_the_thresholds(gamma, expectation, threshold):
+    value = losses.restriction_loss(
+        jnp.asarray(gamma)[None],
+        expectation=tuple(expectation),
+        threshold=tuple(threshold),
+    )
+    distance = np.abs(gamma - expectation)
+    assert (float(value[0]) > 0) == bool((distance > threshold).any())
+    assert float(value[0]) >= 0
