@@ -1,6 +1,6 @@
 """One of two hosts: what `test_hosts.py` starts twice, as a user would.
 
-    python host_of_two.py talk|train INDEX PORT FOLDER
+    python host_of_two.py talk|train|stop INDEX PORT FOLDER
 
 Prints a JSON line of what each call said or raised.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import tiny
 from absl import logging
 
-from cra_jax import evaluate, hosts, parallel, pipeline, train
+from cra_jax import evaluate, hosts, parallel, pipeline, signals, train
 
 
 def config(folder, **changes):
@@ -101,13 +101,7 @@ def talk(index, port, folder):
 
 def learn(index, port, folder):
     """Trains, goes on, evaluates; then three mistakes, of which one host makes two."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    logging.set_verbosity(logging.ERROR)
-    together = {
-        "hosts.coordinator": f"localhost:{port}",
-        "hosts.count": 2,
-        "hosts.index": index,
-    }
+    together = _together(index, port)
     run = folder / "run"
     # Only the first host's run folder counts, where hosts share no disk.
     mine = folder / "nowhere" if index else run
@@ -129,6 +123,23 @@ def learn(index, port, folder):
     )
 
 
+def be_stopped(index, port, folder):
+    """Trains as `launch.py` does, for so long that a signal ends it."""
+    changes = _together(index, port) | {"train.epochs": 12}
+    with signals.in_one_line():
+        train.run(config(folder, **changes), folder / ("nowhere" if index else "run"))
+
+
+def _together(index, port):
+    jax.config.update("jax_disable_most_optimizations", True)
+    logging.set_verbosity(logging.ERROR)
+    return {
+        "hosts.coordinator": f"localhost:{port}",
+        "hosts.count": 2,
+        "hosts.index": index,
+    }
+
+
 def say(calls):
     """Makes the calls, and prints what comes of each."""
     for name, call in calls.items():
@@ -140,5 +151,5 @@ def say(calls):
 
 
 if __name__ == "__main__":
-    what = {"talk": talk, "train": learn}[sys.argv[1]]
+    what = {"talk": talk, "train": learn, "stop": be_stopped}[sys.argv[1]]
     what(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

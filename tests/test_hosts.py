@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import host_of_two
@@ -15,14 +17,15 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from cra_jax import evaluate, hosts, parallel, run_folder, train
+from cra_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TESTS = Path(__file__).resolve().parent
 
 
-def _start(what, folder):
-    """Of each of two hosts what its calls said, and all that it printed."""
+def _begin(what, folder):
+    """Starts two hosts; returns their processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -33,7 +36,7 @@ def _start(what, folder):
             jax.config.values["jax_compilation_cache_dir"]
         ),
     }
-    started = [
+    return [
         subprocess.Popen(
             [
                 sys.executable,
@@ -50,6 +53,11 @@ def _start(what, folder):
         )
         for index in (0, 1)
     ]
+
+
+def _start(what, folder):
+    """Of each of two hosts what its calls said, and all that it printed."""
+    started = _begin(what, folder)
     said = []
     try:
         for process in started:
@@ -162,6 +170,37 @@ def test_what_one_host_gets_wrong_both_say(pair, call, message):
     _, ((first, *_), (second, *_)) = pair
     assert first[call] == second[call]
     assert re.search(message, first[call], re.DOTALL), first[call]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heard_by", [(0, 1), (1,)])
+def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by):
+    """Clusters tell all hosts to end; who stops one by hand tells one."""
+    both = _begin("stop", tmp_path)
+    try:
+        while not run_folder.read_metrics(tmp_path / "run") and not any(
+            process.poll() for process in both
+        ):
+            time.sleep(0.01)
+        for index in heard_by:
+            both[index].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=300)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [x.returncode for x in both] == [128 + signal.SIGTERM] * 2, errors
+    assert [("SIGTERM: this step" in x) for x in errors] == [
+        index in heard_by for index in (0, 1)
+    ]
+    assert not any("Traceback" in x for x in errors), errors
+    (said,) = re.findall(r"saved at step (\d+): the same command goes on", errors[0])
+    with Checkpoints(tmp_path / "run" / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.latest_step() == int(said) < 24
+        checkpoints.verify(int(said))
+    (*_, error), _ = _start("stop", tmp_path)
+    assert f"goes on from step {said}\n" in error
+    lines = run_folder.read_metrics(tmp_path / "run")
+    assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 25))
 
 
 @pytest.mark.parametrize(
