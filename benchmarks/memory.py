@@ -40,8 +40,10 @@ class Step(NamedTuple):
     accumulate: int
 
 
-def one_device_step(config: Any, num_classes: int) -> Step:
-    """The step that training would run on each device, had it one device."""
+def one_device_step(
+    config: Any, num_classes: int, *, all_mean: Any = lambda tree: tree
+) -> Step:
+    """The step that training runs on each device; by default as if there was one."""
     training = experiment.build_training(config, num_classes, steps_per_epoch=100)
     loss = experiment.build_loss(config, training.network, steps_per_epoch=100)
     accumulate = config.train.accumulate
@@ -51,6 +53,7 @@ def one_device_step(config: Any, num_classes: int) -> Step:
         learning_rate=lambda step: jnp.float32(config.optim.base_lr),
         mean=config.data.mean,
         std=config.data.std,
+        all_mean=all_mean,
         accumulate=accumulate,
     )
     side, b = config.data.crop_px, config.train.batch_size

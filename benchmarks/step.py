@@ -5,20 +5,28 @@
 
 Everything from uint8 pictures on the host to the updated weights; both sides take the
 same pictures, ResNet, losses and optimiser. On a GPU both compute in bfloat16.
+
+"utilisation" is the model's FLOPs, as XLA counts them before it optimises, over what
+the device could do in that time. "sampler and losses" is CRA-CNN's step with streams
+of next to no arithmetic: what the method itself costs.
 """
 
 import argparse
 import statistics
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from benchmarks import timing, torch_peer
 from configs.cub import get_config
-from cra_jax import experiment, parallel, steps
+from cra_jax import experiment, layers, model, parallel, schedule, steps
 
 KINDS = ("baseline", "cra")
+ALONE = "sampler and losses, here"
 
 
 def main() -> None:
@@ -37,27 +45,35 @@ def main() -> None:
         for compiled in (False, True)[: 1 + options.compile]:
             name = f"{kind}, PyTorch" + ", compiled" * compiled
             actions[name] = _peer(kind, options, images, labels, compiled=compiled)
+    actions[ALONE], flops[ALONE.partition(",")[0]] = _ours(
+        "cra", options, images, labels, streams=False
+    )
     times = timing.by_turns(actions, repeats=options.repeats)
+    peak, source = timing.peak_flops()
     print(timing.machine())
     print(f"{options.backbone}, batch {options.batch}, {options.crop_px} px")
     rows = []
     for name, taken in times.items():
-        kind = name.partition(",")[0]
-        peer = times[f"{kind}, PyTorch"]
-        baseline = times[name.replace(kind, "baseline", 1)]
+        kind, _, side = name.partition(", ")
         middle = statistics.median(taken)
+        peer = times.get(f"{kind}, PyTorch")
+        baseline = times[f"baseline, {side}"]
+        used = flops[kind] / (middle / 1000) / (peak * jax.device_count())
         rows.append(
             [
                 name,
                 timing.summary(taken, digits=0),
                 f"{1000 * options.batch / middle:.2f}",
-                f"{timing.ratio(peer, taken):.2f}",
+                f"{timing.ratio(peer, taken):.2f}" if peer else "",
                 f"{timing.ratio(taken, baseline):.2f}",
-                f"{flops[kind] / middle / 1e6:.0f}" if "here" in name else "",
+                f"{100 * used:.1f} %" if side == "here" and peer else "",
             ]
         )
     header = ["step", "ms", "images/s", "times PyTorch's speed"]
-    print(timing.table([*header, "times baseline's time", "GFLOP/s"], rows))
+    print(timing.table([*header, "times baseline's time", "utilisation"], rows))
+    print(f"utilisation: of {source}, on {jax.device_count()} device(s)")
+    share = timing.ratio(times[ALONE], times["cra, here"])
+    print(f"sampler and losses: {100 * share:.1f} % of CRA-CNN's step")
 
 
 def _pictures(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -68,31 +84,77 @@ def _pictures(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _ours(kind: str, options: argparse.Namespace, images, labels):
-    """The step that the training loop runs, and its FLOPs by XLA's count."""
+def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=True):
+    """The step that the training loop runs, and its FLOPs.
+
+    Args:
+      kind: of `model.KINDS`.
+      options: of the command line.
+      images: uint8 ``[b, h, w, 3]``.
+      labels: ``[b]``.
+      streams: False: next to nothing in place of both ResNets.
+    """
     config = get_config(f"{options.backbone},{kind}")
     config.model.pretrained = ""
     config.data.crop_px = options.crop_px
     config.art.size_px = options.crop_px // 2
     config.train.batch_size = options.batch
     training = experiment.build_training(config, options.classes, steps_per_epoch=1000)
-    state = steps.create_state(
-        jax.random.key(0),
-        training.network,
-        training.optimizer,
-        crop_px=options.crop_px,
+    network, step = training.network, training.step
+    if not streams:
+        network = _without_streams(config, options.classes)
+        step = parallel.train_step(
+            steps.make_train_step(
+                experiment.build_loss(config, network, steps_per_epoch=1000),
+                training.optimizer,
+                learning_rate=lambda step: schedule.learning_rate(
+                    step, steps_per_epoch=1000
+                ),
+                mean=config.data.mean,
+                std=config.data.std,
+                all_mean=parallel.all_mean,
+            )
+        )
+    state = parallel.on_each_device(
+        steps.create_state(
+            jax.random.key(0), network, training.optimizer, crop_px=options.crop_px
+        )
     )
     batch = {"image": images, "label": labels, "flip": np.zeros(len(labels), bool)}
     shapes = jax.eval_shape(lambda: state)
-    analysis = training.step.lower(shapes, parallel.split(batch)).compile()
-    flops = (analysis.cost_analysis() or {}).get("flops", 0.0)
+    counted = step.lower(shapes, parallel.split(batch)).cost_analysis()
+    # Of one device's share; a step's model FLOPs are those of all.
+    flops = (counted or {}).get("flops", 0.0) * jax.device_count()
     held = [state]
 
     def action():
-        held[0], terms = training.step(held[0], parallel.split(batch))
-        jax.block_until_ready(terms)
+        held[0], terms = step(held[0], parallel.split(batch))
+        jax.block_until_ready((held[0], terms))
 
     return action, flops
+
+
+class _Averages(nn.Module):
+    """A stream of next to no arithmetic: scores of a picture's mean colour."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> layers.Outputs:
+        features = images.astype(jnp.float32)
+        pooled = features.mean((1, 2))
+        del train
+        self.variable("batch_stats", "mean", jnp.zeros, (3,))  # steps expect some
+        logits = nn.Dense(self.num_classes)(pooled)
+        return layers.Outputs(logits=logits, features=features, pooled=pooled)
+
+
+def _without_streams(config: Any, num_classes: int) -> model.CRACNN:
+    whole: Any = experiment.build_network(config, num_classes)
+    return whole.clone(
+        classification_stream=_Averages(num_classes),
+        regularization_stream=_Averages(num_classes),
+    )
 
 
 def _peer(kind: str, options: argparse.Namespace, images, labels, *, compiled: bool):

@@ -24,7 +24,7 @@ From pmap to jit with shardings, the change would be in this room alone:
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,12 @@ def _available_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def on_each_device(tree: Any) -> Any:
+def on_each_device(tree: Any, *, devices: Sequence[Any] | None = None) -> Any:
     """Copies arrays to every device of this host, laid as steps take what is shared.
 
     What lies so already, as what a step returns, is not copied.
     """
-    mesh = Mesh(np.array(jax.local_devices()), (_AXIS,))
+    mesh = Mesh(np.array(devices or jax.local_devices()), (_AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -169,8 +169,10 @@ def all_mean(tree: Any) -> Any:
     return jax.lax.pmean(tree, _AXIS)
 
 
-def train_step(step: Callable) -> Callable:
+def train_step(step: Callable, *, devices: Sequence[Any] | None = None) -> Callable:
     """Runs ``(state, batch) -> (state, metrics)`` on all devices of all hosts.
+
+    Or on some devices of this host, to measure them.
 
     The state, laid by `on_each_device`, is donated: the caller must not use the one it
     passed again. Each host passes its own rows of the batch. What the step returns must
@@ -181,6 +183,7 @@ def train_step(step: Callable) -> Callable:
         axis_name=_AXIS,
         in_axes=(None, 0),  # pyright: ignore[reportArgumentType]
         out_axes=None,
+        devices=devices,
         donate_argnums=(0,),
     )
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
@@ -223,7 +226,7 @@ def _on_this_host(step: Callable) -> Callable:
     )
 
 
-def split(batch: Batch) -> dict[str, Any]:
+def split(batch: Batch, count: int = 0) -> dict[str, Any]:
     """Gives a host's rows an axis of its devices: ``[b, ...] -> [n, b / n, ...]``."""
-    n = jax.local_device_count()
+    n = count or jax.local_device_count()
     return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
