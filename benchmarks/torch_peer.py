@@ -42,9 +42,10 @@ class CRACNN(nn.Module):
         # Coordinates need float32: at 448 pixels, bfloat16 is off by a pixel.
         with torch.autocast(images.device.type, enabled=False):
             gamma = self.head(pooled)
-            bounds = gamma.new_tensor([1, 1, 0.5])
-            place = torch.tanh(gamma[:, :3]) * bounds
-            gamma_res = torch.cat([place, gamma[:, 3:]], 1)
+            angle_rad, scale = gamma[:, 3:], 0.5 * torch.tanh(gamma[:, 2:3])
+            reach = scale.abs() * (angle_rad.cos().abs() + angle_rad.sin().abs())
+            place = (1 - reach) * torch.tanh(gamma[:, :2])  # in the picture
+            gamma_res = torch.cat([place, scale, angle_rad], 1)
             attention, redundancy = self._look(images.float(), gamma_res)
         shown = torch.cat([attention, redundancy])
         shown = shown.contiguous(memory_format=torch.channels_last)

@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> Any:
     art.softness = 0.05  # width of those edges; the picture is 2 wide
     art.gradient_clip = 1.0  # of an image's affine matrix, as released; 0: none (open)
     art.normalize_head = True  # Gamma from features of length 1; False: raw
-    art.inside = False  # bound the place so that the attention stays in the picture
+    art.inside = True  # bound the place, so that no padding is seen; False: Eq. 6 alone
     art.guard = 0.95  # share of its bound beyond which Gamma is held; 0: never
 
     restriction = config.restriction = ConfigDict()
@@ -174,4 +174,5 @@ def as_released(config: Any) -> None:
     config.optim.period_epochs = epochs - config.optim.first_epochs
     # Its one guard is the clip of the affine matrix's gradient, which is our default.
     config.art.normalize_head = False
+    config.art.inside = False
     config.art.guard = 0.0

@@ -150,8 +150,13 @@ def test_gamma_comes_back_from_its_matrix(gamma):
 matrices = st.tuples(*[st.floats(-1, 1)] * 6).map(lambda m: np.reshape(m, (2, 3)))
 
 
+def _area(matrix):
+    """The determinant; numpy's own warns of the smallest numbers."""
+    return matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]
+
+
 @settings(max_examples=15, deadline=None)
-@given(matrices.filter(lambda m: abs(np.linalg.det(m[:, :2])) > 0.02), boxes)
+@given(matrices.filter(lambda m: abs(_area(m)) > 0.02), boxes)
 def test_overlap_with_a_box_is_that_of_a_fine_lattice(matrix, box):
     corners = attention.corners_px(matrix, 16)
     low = np.minimum(corners.min(0), -0.5) - 0.1

@@ -22,6 +22,7 @@ def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
         "optim.first_epochs": 90,
         "optim.period_epochs": 50,
         "art.normalize_head": False,
+        "art.inside": False,
         "art.guard": 0.0,
     }
     config = module.get_config("resnet101,released")

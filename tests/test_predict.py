@@ -109,7 +109,10 @@ def test_places_are_pixels_of_the_upright_picture(run, size, turned, tmp_path):
     x, y, scale = 0.25, -0.5, 0.4
     bias = [np.arctanh(x), np.arctanh(y), np.arctanh(scale / head.alpha_s), 0.0]
     head = dataclasses.replace(
-        head, kernel=0 * head.kernel, bias=np.array(bias, np.float32)
+        head,
+        kernel=0 * head.kernel,
+        bias=np.array(bias, np.float32),
+        inside=False,  # Eq. 6 alone
     )
     fixed = Predictor(dataclasses.replace(recipe, head=head))
     exif = Image.Exif()
