@@ -89,8 +89,8 @@ def _drawn(train_size: int, *phases: int, **more: Any) -> Settings:
 
 # The instrument: see the group of that name in docs/study.md for why.
 _HALF = {"train__batch_size": 32, "data__habitat_share": 0.5}
-_BIRDS = _drawn(2048, 10, 6, 2, **_HALF)
-_BIRDS_LONG = _drawn(2048, 15, 9, 3, **_HALF)
+_BIRDS = _drawn(512, 40, 24, 8, **_HALF)
+_BIRDS_LONG = _drawn(512, 60, 36, 12, **_HALF)
 
 
 def _instrument(name: str, title: str, changes: Settings) -> Row:
@@ -250,10 +250,10 @@ ROWS = (
         bn__group_size=4,
     ),
     _change(
-        "inside",
-        "attention kept in the picture",
-        "Does it matter that no padding can tell the class?",
-        art__inside=True,
+        "outside",
+        "attention may leave the picture",
+        "Is it worth keeping the attention in the picture?",
+        art__inside=False,
     ),
     _change("no-guard", "without the guard", "Is the guard needed?", art__guard=0.0),
     _change(
@@ -264,8 +264,9 @@ ROWS = (
     ),
     _change(
         "paper-gamma",
-        "Gamma as in the paper: raw, no guard, no clip",
+        "Gamma as in the paper: raw, no guard, no clip, not kept inside",
         "What do the additions do together?",
+        art__inside=False,
         art__normalize_head=False,
         art__guard=0.0,
         art__gradient_clip=0.0,
@@ -294,8 +295,33 @@ ROWS = (
         _drawn(2048, 16, 8, 4, **_HALF),
     ),
     _instrument(
+        "ten-half",
+        "2,048 drawings, 10 epochs, habitat at home in 50 %",
+        _drawn(2048, 10, 6, 2, **_HALF),
+    ),
+    _instrument(
+        "ten-half-long",
+        "the same, 15 epochs",
+        _drawn(2048, 15, 9, 3, **_HALF),
+    ),
+    _instrument(
+        "1024",
+        "1,024 drawings, 20 epochs, habitat at home in 50 %",
+        _drawn(1024, 20, 12, 4, **_HALF),
+    ),
+    _instrument(
+        "512-60",
+        "512 drawings, 40 epochs, habitat at home in 60 %",
+        _drawn(512, 40, 24, 8, **{**_HALF, "data__habitat_share": 0.6}),
+    ),
+    _instrument(
+        "512-60-long",
+        "the same, 60 epochs",
+        _drawn(512, 60, 36, 12, **{**_HALF, "data__habitat_share": 0.6}),
+    ),
+    _instrument(
         "ten-60",
-        "the same, 10 epochs, habitat at home in 60 %",
+        "2,048 drawings, 10 epochs, habitat at home in 60 %",
         _drawn(2048, 10, 6, 2, train__batch_size=32, data__habitat_share=0.6),
     ),
 )
