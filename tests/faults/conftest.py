@@ -2,7 +2,8 @@
 
     python -m pytest tests/faults -m "slow or not slow" --write-table docs/faults.md
 
-writes the table from that very run, and nothing by hand.
+writes the table from that very run, and nothing by hand. The section on the soak, which
+`soak.py` writes below it, stays.
 """
 
 import collections
@@ -11,6 +12,7 @@ import platform
 from pathlib import Path
 
 import pytest
+import soak
 
 from cra_jax import provenance
 
@@ -69,4 +71,6 @@ def pytest_sessionfinish(session, exitstatus):
         + " |\n"
         for fault, tries in found.items()
     ]
-    Path(path).write_text(head + "".join(rows))
+    page = Path(path)
+    soaked = page.read_text().partition(soak.TITLE)[1:] if page.exists() else ()
+    page.write_text(head + "".join(rows) + "".join(soaked))

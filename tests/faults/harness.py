@@ -34,16 +34,16 @@ def options(home: Path, **changes: Any) -> list[str]:
 
 
 class Run:
-    """`launch.py` as a process of its own, on one CPU device.
+    """`launch.py` as a process of its own, on one CPU device if nothing else is said.
 
     Attributes:
       process: it.
       lines: what it has said on standard error.
     """
 
-    def __init__(self, compiled: Path, *arguments: object):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(compiled)}
-        environment.pop("XLA_FLAGS", None)
+    def __init__(self, compiled: Path, *arguments: object, **environment: str):
+        plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment = {**plain, "XDG_CACHE_HOME": str(compiled), **environment}
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
@@ -72,7 +72,7 @@ class Run:
         """Sends a signal, if any; returns the exit status."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
-        code = self.process.wait(timeout=300)
+        code = self.process.wait(timeout=1800)  # on a busy machine, too
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()

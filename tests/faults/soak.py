@@ -1,14 +1,16 @@
 """Training with random kills, for minutes: memory, open files and disk stay flat.
 
-    python tests/faults/soak.py --minutes 60
+    python tests/faults/soak.py --minutes 60 --table docs/faults.md
 
 A run is killed and started again, over and over; when it is done, another begins in its
 place, with the same pictures. Prints a line a minute, and fails where the last third
-needs more than the first: memory by a fifth, open files or disk by a tenth.
+needs more than the first: memory by a fifth, open files or disk by a tenth. Where all
+stays flat, the figures become the last section of the table's page.
 """
 
 import argparse
 import contextlib
+import datetime
 import os
 import random
 import shutil
@@ -25,6 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 
+from cra_jax import provenance
+
+TITLE = "\n## Soak\n"
+_SECTION = """
+Written by `make soak`: {minutes:.0f} minutes of training on {date}, code of commit
+{commit}, with {kills} kills at random moments and {done} whole runs.
+
+| of the process that trains, or its run folder | first third | last third |
+|---|---:|---:|
+{rows}"""
+
 ALLOWED = {"memory_mb": 1.2, "open_files": 1.1, "disk_mb": 1.1}
 
 
@@ -40,10 +53,40 @@ def measure(pid: int, folder: Path) -> dict[str, float]:
     }
 
 
-def soak(minutes: float, folder: Path, *, epochs: int = 40) -> bool:
-    """Returns whether everything stayed flat."""
+def judge(seen: list[dict[str, float]]) -> tuple[bool, str]:
+    """Whether all stayed flat, and the rows of the table that show it."""
+    third = max(len(seen) // 3, 1)
+    flat, rows = bool(seen), ""
+    for name, allowed in ALLOWED.items() if seen else ():
+        first, last = (
+            median(x[name] for x in part) for part in (seen[:third], seen[-third:])
+        )
+        flat &= last <= allowed * first
+        what = name.replace("_mb", ", MB").replace("_", " ")
+        rows += f"| {what} | {first:.1f} | {last:.1f} |\n"
+    return flat, rows
+
+
+def soak(
+    minutes: float,
+    folder: Path,
+    *,
+    lives_s: tuple[float, float] = (2, 60),
+    table: Path | None = None,
+) -> bool:
+    """Trains and kills.
+
+    Args:
+      minutes: for how long.
+      folder: where to train.
+      lives_s: bounds of how long a run may train before it is killed.
+      table: the page to write the figures to, where all stays flat.
+
+    Returns:
+      Whether it did.
+    """
     rng = random.Random(0)
-    changes = {"train.epochs": epochs, "checkpoint.every_steps": 10}
+    changes = {"train.epochs": 40, "checkpoint.every_steps": 10}
     begun = said = time.monotonic()
     end = begun + 60 * minutes
     seen: list[dict[str, float]] = []
@@ -52,9 +95,9 @@ def soak(minutes: float, folder: Path, *, epochs: int = 40) -> bool:
         options = harness.options(folder / "home", **changes)
         run = harness.Run(folder, f"--workdir={folder}/run", *options)
         run.wait_for(run.says("step "))
-        until = time.monotonic() + rng.uniform(2, 60)
+        until = time.monotonic() + rng.uniform(*lives_s)
         while run.process.poll() is None and time.monotonic() < min(until, end):
-            time.sleep(1)
+            time.sleep(min(1, lives_s[0]))
         if run.process.poll() is None:
             # It may have ended, or removed a file, in between.
             with contextlib.suppress(OSError, ValueError):
@@ -73,21 +116,28 @@ def soak(minutes: float, folder: Path, *, epochs: int = 40) -> bool:
             print(
                 f"{(said - begun) / 60:.0f} min: {kills} kills, {done} runs, {figures}"
             )
-    third = max(len(seen) // 3, 1)
-    flat = bool(seen)
-    for name, allowed in ALLOWED.items():
-        first, last = (
-            median(x[name] for x in part) for part in (seen[:third], seen[-third:])
-        )
-        flat &= last <= allowed * first
-        print(f"{name}: {first:.0f} in the first third, {last:.0f} in the last")
+    flat, rows = judge(seen)
+    print(rows, end="")
     print(f"{kills} kills, {done} whole runs: {'flat' if flat else 'NOT FLAT'}")
+    if flat and table:
+        section = _SECTION.format(
+            minutes=(time.monotonic() - begun) / 60,
+            date=datetime.date.today().isoformat(),
+            commit=provenance.describe_commit(provenance.describe_code()),
+            kills=kills,
+            done=done,
+            rows=rows,
+        )
+        page = table.read_text().partition(TITLE)[0] if table.exists() else ""
+        table.write_text(page + TITLE + section)
     return flat
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
-    arguments = parser.parse_args()
+    parser.add_argument("--table", type=Path, help="docs/faults.md")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(0 if soak(arguments.minutes, Path(scratch)) else 1)
+        flat = soak(given.minutes, Path(scratch), table=given.table)
+    sys.exit(0 if flat else 1)

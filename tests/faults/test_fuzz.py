@@ -6,6 +6,7 @@ left out, doubled, or overwritten by another; of files as they come from their w
 
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -234,6 +235,13 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> int:
             kept.write_bytes(path.read_bytes())
             pytest.fail(f"change {number} of seed {seed}, kept as {kept}: {error!r}")
     return refused
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Nothing here has to outlive a loss of power, and a sync waits for all programs."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.mark.filterwarnings("ignore")  # what Pillow and csv say of damage

@@ -1,0 +1,75 @@
+"""The same seed gives the same bits: on a GPU where one flag is set."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from harness import Run, assert_same_run, options
+
+from cra_jax import experiment
+
+FLAG = "--xla_gpu_deterministic_ops=true"
+
+
+def test_xla_knows_the_flag():
+    """It ends a process that is given one it does not know."""
+    known, unknown = (
+        subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+            capture_output=True,
+            text=True,
+        )
+        for flag in (FLAG, "--xla_gpu_no_such_flag=true")
+    )
+    assert known.returncode == 0, known.stderr
+    assert unknown.returncode != 0
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_no_step_holds_what_the_flag_cannot_do(tmp_path, backbone):
+    """XLA has no deterministic select-and-scatter: with the flag it would not compile.
+
+    The gradient of max-pooling would be one, were it not written out.
+    """
+    changes = {"model.backbone": backbone, "model.width": 64}
+    config = tiny.config(tmp_path, **changes, **{"model.stem": "imagenet"})
+    network = experiment.build_network(config, 3)
+    loss = experiment.build_loss(config, network, steps_per_epoch=6)
+    images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((4,), jnp.int32)
+    variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x), images)
+    text = (
+        jax.jit(jax.grad(loss, has_aux=True))
+        .lower(variables["params"], variables["batch_stats"], images, labels, 0)
+        .as_text()
+    )
+    assert "stablehlo.convolution" in text
+    assert "stablehlo.select_and_scatter" not in text
+
+
+def test_what_the_flag_cannot_do_would_be_seen():
+    def pooled(x):
+        return nn.max_pool(x, (3, 3), (2, 2)).sum()
+
+    text = jax.jit(jax.grad(pooled)).lower(jnp.ones((1, 8, 8, 1))).as_text()
+    assert "stablehlo.select_and_scatter" in text
+
+
+def test_the_same_bits_twice_on_a_gpu(tmp_path):
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if not (shutil.which("nvidia-smi") and any(map(importlib.util.find_spec, plugins))):
+        pytest.skip("SKIPPED, NOT PASSED: no NVIDIA GPU, or jax without CUDA")
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        given = [f"--workdir={folder}/run", *options(tmp_path / "home")]
+        run = Run(tmp_path, *given, JAX_PLATFORMS="cuda", XLA_FLAGS=FLAG)
+        assert run.end() == 0, run.text
+        assert "on 1 x " in run.text
+    assert_same_run(*(folder / "run" for folder in folders))
