@@ -239,7 +239,7 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> int:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    """Nothing here has to outlive a loss of power, and a sync waits for all programs."""
+    """Nothing here has to outlive a loss of power; a sync waits for all programs."""
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
