@@ -104,9 +104,19 @@ def jobs_in_order(
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether a run folder's run has come to its end."""
-    starts = provenance.read(workdir)
-    return bool(starts) and starts[-1]["outcome"] == "finished"
+    """Whether a run folder's run has been scored at its last epoch, and saved.
+
+    How its last start ended says less: one that is stopped in its last step is whole.
+    """
+    if not (workdir / "config.json").is_file():
+        return False
+    epochs = run_folder.read_config(workdir)["train"]["epochs"]
+    scored = summary.newest(run_folder.read_metrics(workdir))
+    return bool(scored) and all(
+        line["epoch"] == epochs
+        and (workdir / "checkpoints" / str(line["step"])).is_dir()
+        for line in scored
+    )
 
 
 def line_of(job: Job) -> Line:
@@ -175,10 +185,12 @@ class Runner:
     Args:
       lines: where finished runs are told.
       threads: of a process, on a CPU; 0: as many as there are cores.
+      leak: whether what N_ar knows without the bird is measured as well.
     """
 
-    def __init__(self, lines: Lines, *, threads: int):
+    def __init__(self, lines: Lines, *, threads: int, leak: bool = True):
         self._lines = lines
+        self._leak = leak
         self._environment = dict(os.environ)
         if threads:
             flags = self._environment.get("XLA_FLAGS", "")
@@ -218,7 +230,7 @@ class Runner:
         """The line of a run, trained where that is missing; None: it failed."""
         line = self._lines.get(job.key)
         if line is None:
-            if not (job.workdir.is_dir() and is_finished(job.workdir)):
+            if not is_finished(job.workdir):
                 print(f"{job.workdir.name}: {shlex.join(job.command)}", flush=True)
                 if self._call(job, job.command) is None:
                     return None
@@ -232,7 +244,8 @@ class Runner:
     def _with_leak(self, job: Job, line: Line) -> Line:
         """Adds what N_ar makes of noise, where the run's folder is at hand."""
         known = any(key.startswith("leak_") for key in line)
-        if known or job.row.kind == "baseline" or not is_finished(job.workdir):
+        has_none = job.row.kind == "baseline"
+        if known or has_none or not self._leak or not is_finished(job.workdir):
             return line
         said = self._call(job, [sys.executable, "-c", _MEASURE, str(job.workdir)])
         if said is None:
@@ -292,6 +305,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cars", default="", help="folder of Stanford Cars; the same")
     parser.add_argument("--root", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument(
+        "--no_leak",
+        action="store_true",
+        help="leave what N_ar knows without the bird to the next time",
+    )
     parser.add_argument("--dry_run", action="store_true", help="list what is missing")
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args(argv)
@@ -336,9 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with run_folder.locked(arguments.root), contextlib.ExitStack() as stack:
             stack.callback(study_page.write, lines, arguments.docs)
-            failed = Runner(lines, threads=arguments.threads).run(
-                jobs, side_by_side=arguments.jobs
+            runner = Runner(
+                lines, threads=arguments.threads, leak=not arguments.no_leak
             )
+            failed = runner.run(jobs, side_by_side=arguments.jobs)
     else:
         study_page.write(lines, arguments.docs)
     print(f"written: {arguments.docs / 'study.md'}")

@@ -334,6 +334,7 @@ _INDIFFERENT = (
     *("seed", "hosts.", "checkpoint.", "eval.", "data.cache_dir", "data.manual_dir"),
     *("data.on_device", "data.path", "data.prefetch_batches", "data.prepare"),
     *("data.workers", "train.log_every_steps", "train.report"),
+    "train.steps_per_dispatch",
 )
 # What a network without attention never reads.
 _OF_ATTENTION = ("art.", "restriction.", "contrast.", "loss.", "model.ar_passes")

@@ -285,7 +285,14 @@ def _finished(root, *, row="baseline", seed=0):
     job = study.job_of(BY_NAME[row], seed, root)
     changes = study_rows.settings_of(BY_NAME[row], seed=seed)
     make(job.workdir, right=7, seed=seed, changes=changes)
-    write_start(job.workdir, versions={"jax": "0.0.1"})
+    write_start(job.workdir, outcome="stopped", versions={"jax": "0.0.1"})
+    # `make` scores epoch 2; this run has more.
+    metrics = job.workdir / run_folder.METRICS
+    text = metrics.read_text()
+    metrics.write_text(
+        text.replace('"epoch": 2', f'"epoch": {changes["train.epochs"]}')
+    )
+    (job.workdir / "checkpoints" / "20").mkdir(parents=True)
     return job
 
 
@@ -312,10 +319,13 @@ def test_runs_of_other_settings_and_unfinished_ones_are_refused(tmp_path):
     run_folder.keep_config(job.workdir, config, allow_change=True)
     with pytest.raises(ValueError, match="trained with other settings"):
         study.line_of(job)
-    other = _finished(tmp_path, seed=1)
-    write_start(other.workdir, outcome=None)
-    with pytest.raises(ValueError, match="not finished: the same command goes on"):
-        study.line_of(other)
+    unscored, unsaved = (_finished(tmp_path, seed=seed) for seed in (1, 2))
+    metrics = unscored.workdir / run_folder.METRICS
+    metrics.write_text(metrics.read_text().replace('"epoch": ', '"epoch": 1'))
+    (unsaved.workdir / "checkpoints" / "20").rmdir()
+    for other in (unscored, unsaved):
+        with pytest.raises(ValueError, match="not finished: the same command goes on"):
+            study.line_of(other)
 
 
 def test_lines_are_kept_in_order_and_replaced(tmp_path):
@@ -377,6 +387,9 @@ def test_what_n_ar_makes_of_noise_is_added_once(tmp_path, monkeypatch):
     job = _finished(tmp_path, row="cra")
     plain = _finished(tmp_path, row="baseline")
     lines = study_lines.Lines(tmp_path / "study.jsonl")
+    later = study.Runner(lines, threads=1, leak=False)
+    assert later.run([job, plain], side_by_side=1) == []
+    assert not any("leak_top1" in line for line in lines)
     assert study.Runner(lines, threads=1).run([job, plain], side_by_side=1) == []
     told = {line["row"]: line.get("leak_top1") for line in lines}
     assert told == {"cra": 0.5, "baseline": None}
