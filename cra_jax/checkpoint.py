@@ -2,8 +2,7 @@
 
 A step is saved as two items: ``state``, a tree of arrays in host memory without a
 device axis (so that it restores on any number of devices), and ``meta``, plain JSON.
-A step becomes visible only when it is whole: orbax writes under a temporary name and
-renames.
+A step becomes visible only when it is whole, by a rename.
 
 Beside what a caller gives, ``meta`` holds the SHA-256 of every array, taken from memory
 before anything is written, and one of itself. What is restored is compared with it: a
@@ -74,15 +73,20 @@ class Checkpoints:
         if writable:
             self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics: dict[int, float] = {}
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(keep_latest, self._metric),
-                create=False,
-                multiprocessing_options=_this_host_alone(),
-                read_only=not writable,
-            ),
-        )
+        absl = logging.getLogger("absl")
+        absl.disabled = not writable  # else orbax warns of what was asked for
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_LatestAndBest(keep_latest, self._metric),
+                    create=False,
+                    multiprocessing_options=_this_host_alone(),
+                    read_only=not writable,
+                ),
+            )
+        finally:
+            absl.disabled = False
 
     def __enter__(self) -> "Checkpoints":
         return self

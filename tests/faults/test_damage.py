@@ -177,6 +177,14 @@ def test_what_a_killed_save_left_is_no_checkpoint(copy, note):
     note("a save that was killed left its temporary folder", "passed over, replaced")
 
 
+def test_reading_alone_is_nothing_to_warn_of(copy, caplog):
+    before = sorted(copy.rglob("*"))
+    with Checkpoints(copy / "checkpoints", writable=False) as checkpoints:
+        checkpoints.verify(STEPS[1])
+    assert not caplog.records
+    assert sorted(copy.rglob("*")) == before
+
+
 def test_where_none_is_sound_nothing_is_changed(copy, note):
     for step in STEPS:
         for file in (copy / "checkpoints" / str(step)).rglob("*"):
