@@ -68,6 +68,9 @@ class Probe:
       config: of the run.
       network: that is trained; asked without guard and clip, which are no losses.
       split: with boxes.
+
+    Raises:
+      ValueError: the split does not fill a batch.
     """
 
     def __init__(self, config: Any, num_classes: int, split: experiment.Split):
@@ -76,7 +79,13 @@ class Probe:
         bare.update_from_flattened_dict({"art.guard": 0.0, "art.gradient_clip": 0.0})
         self._network = experiment.build_network(bare, num_classes)
         order = np.random.default_rng(0).permutation(len(split.labels))
-        some = split.take(order[: _PROBE_BATCHES * size].tolist())
+        whole = min(_PROBE_BATCHES, len(order) // size) * size  # pictures
+        if not whole:
+            raise ValueError(
+                f"{len(order)} test pictures do not fill one batch of {size}: lower "
+                "train.batch_size or raise data.test_size"
+            )
+        some = split.take(order[:whole].tolist())
         crop_px = config.data.crop_px
         batches = pipeline.center_batches(
             some.pictures, some.labels, batch_size=size, crop_px=crop_px
