@@ -103,6 +103,7 @@ def test_the_cosine_is_1_towards_the_bird_and_0_without_a_pull():
     )
 
 
+@pytest.mark.slow
 def test_a_training_is_asked_before_the_steps_that_are_named(tmp_path):
     config = tiny.config(tmp_path)
     config.update_from_flattened_dict(gamma.SETTINGS["paper"])
