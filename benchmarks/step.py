@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                   # a CPU: 224 px, batch 4
     python -m benchmarks.step --crop_px 448 --batch 64          # a GPU
+    python -m benchmarks.step --profile trace    # and where the time goes
 
 Everything from uint8 pictures on the host to the updated weights; both sides take the
 same pictures, ResNet, losses and optimiser. On a GPU both compute in bfloat16.
@@ -12,7 +13,11 @@ of next to no arithmetic: what the method itself costs.
 """
 
 import argparse
+import collections
+import re
 import statistics
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -37,6 +42,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of one step")
     options = parser.parse_args()
     images, labels = _pictures(options)
     actions, flops = {}, {}
@@ -74,6 +80,33 @@ def main() -> None:
     print(f"utilisation: of {source}, on {jax.device_count()} device(s)")
     share = timing.ratio(times[ALONE], times["cra, here"])
     print(f"sampler and losses: {100 * share:.1f} % of CRA-CNN's step")
+    if options.profile:
+        print(_profile(actions["cra, here"], options.profile))
+
+
+def _profile(action: Callable[[], None], folder: Path, *, most: int = 12) -> str:
+    """Traces one call; the kinds of operations that took longest, as a table.
+
+    Kinds are XLA's names without their numbers, times are summed over threads and
+    devices. The folder opens in Perfetto, XProf or TensorBoard.
+    """
+    with jax.profiler.trace(str(folder)):
+        action()
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    found = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op")
+                if name:
+                    kind = re.sub(r"[.\d]+$", "", str(name))
+                    found[kind] += event.duration_ns / 1e6
+    total = sum(found.values())
+    rows = [
+        [kind, f"{taken:.0f}", f"{100 * taken / total:.0f} %"]
+        for kind, taken in found.most_common(most)
+    ]
+    return timing.table(["operations", "ms", "share"], rows)
 
 
 def _pictures(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

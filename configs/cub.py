@@ -119,6 +119,9 @@ def get_config(variant: str = "") -> Any:
     # Micro-batches a step, one after the other: less memory, the same update where
     # bn.group_size divides one; else BatchNorm sees a micro-batch instead of the batch.
     train.accumulate = 1
+    # Steps that a device works through at one call, up to the next that something is
+    # logged or saved after: for small networks, whose steps end before the next call.
+    train.steps_per_dispatch = 1
     train.epochs = 140  # 50 + 45 + 45 (open)
     train.log_every_steps = 20
     train.skip_bad_steps = 0  # leave out so many that are not finite; the next stops

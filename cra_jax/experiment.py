@@ -104,11 +104,13 @@ class Training:
       network: of `model.create`.
       optimizer: of `optim`.
       step: ``(state, batch) -> (state, terms)`` on all devices.
+      several: the same with a list of batches and a list of terms, see `steps.several`.
     """
 
     network: nn.Module
     optimizer: Any
     step: Callable
+    several: Callable
 
 
 def check(config: Config) -> None:
@@ -119,6 +121,10 @@ def check(config: Config) -> None:
     """
     data, train, evaluation = config.data, config.train, config.eval
     contrasts = config.model.kind == "cra" and config.loss.cntr > 0
+    if train.steps_per_dispatch < 1:
+        raise ValueError(
+            f"train.steps_per_dispatch={train.steps_per_dispatch} must be 1 or more"
+        )
     if train.accumulate < 1:
         raise ValueError(f"train.accumulate={train.accumulate} must be 1 or more")
     parallel.check_divides(
@@ -387,4 +393,6 @@ def build_training(
         all_mean=parallel.all_mean,
         accumulate=config.train.accumulate,
     )
-    return Training(network, optimizer, parallel.train_step(watch.keep_good(step)))
+    step = watch.keep_good(step)
+    several = parallel.train_step(steps.several(step))
+    return Training(network, optimizer, parallel.train_step(step), several)

@@ -4,6 +4,8 @@ Both are functions of the step alone, on Python numbers or on traced arrays, so 
 resumed run is in the right phase without remembering anything.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 
@@ -59,6 +61,29 @@ def restriction_weight(
     """
     phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
     return jnp.where(phase % 2 == 0, 1.0, 0.0)
+
+
+def dispatches(
+    first_step: int, total_steps: int, *, most: int, ends: Sequence[int]
+) -> list[range]:
+    """Steps, from 0, in runs that a device works through without being asked.
+
+    A run ends at multiples of `most`, counted from step 0, so that a resumed run has
+    the same ones, and wherever the loop has something else to do.
+
+    Args:
+      first_step: steps already taken.
+      total_steps: of the training.
+      most: steps in a run.
+      ends: a run ends at multiples of each of these, too; 0: no such end.
+    """
+    multiples = [n for n in (most, *ends) if n]
+    runs, step = [], first_step
+    while step < total_steps:
+        stop = min(total_steps, *((step // n + 1) * n for n in multiples))
+        runs.append(range(step, stop))
+        step = stop
+    return runs
 
 
 def _phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):

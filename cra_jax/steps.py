@@ -220,6 +220,27 @@ def make_train_step(
     return train_step
 
 
+def several(step: Callable) -> Callable:
+    """A step over several batches, one after the other, as one program.
+
+    Args:
+      step: ``(state, batch) -> (state, terms)``.
+
+    Returns:
+      ``(state, batches) -> (state, terms)``, with the terms of each step in a list.
+    """
+
+    def run(state: TrainState, batches: Sequence[Batch]) -> tuple[Any, list[Terms]]:
+        if len(batches) == 1:
+            state, terms = step(state, batches[0])
+            return state, [terms]
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(dict, batches))
+        state, terms = jax.lax.scan(step, state, stacked)
+        return state, [{k: v[i] for k, v in terms.items()} for i in range(len(batches))]
+
+    return run
+
+
 def _mean_over_parts(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
     """The mean of a function's tree over so many equal runs of a batch's rows."""
     if count == 1:

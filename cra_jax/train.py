@@ -20,6 +20,7 @@ from cra_jax import (
     report,
     resident,
     run_folder,
+    schedule,
     signals,
     sources,
     steps,
@@ -29,6 +30,7 @@ from cra_jax import (
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.evaluate import Evaluator, results
 from cra_jax.metrics import Mean
+from cra_jax.prefetch import prefetch
 from cra_jax.restore import classification_variables
 
 
@@ -243,18 +245,27 @@ class Run:
 
     def _loop(self, log: run_folder.Log, asked: signals.Asked) -> None:
         config = self._config
-        batches = pipeline.prefetch(
-            self._device_batch,
+        every = config.checkpoint.every_steps
+        runs = schedule.dispatches(
             self._first_step,
             self._total_steps,
+            most=config.train.steps_per_dispatch,
+            ends=(self._steps_per_epoch, config.train.log_every_steps, every),
+        )
+        batches = prefetch(
+            lambda i: [self._device_batch(step) for step in runs[i]],
+            0,
+            len(runs),
             workers=config.data.workers,
             depth=config.data.prefetch_batches,
         )
         clock = progress.Clock()
-        for step, batch in enumerate(batches, start=self._first_step + 1):
-            self._state, terms = self._training.step(self._state, batch)
-            self._window.add(terms)
-            log.advance()
+        for steps_now, batch in zip(runs, batches, strict=True):
+            self._state, numbers = self._training.several(self._state, batch)
+            for terms in numbers:
+                self._window.add(terms)
+                log.advance()
+            step = steps_now.stop
             epoch, into_epoch = divmod(step, self._steps_per_epoch)
             epoch_ends = into_epoch == 0
             last = step == self._total_steps
@@ -263,7 +274,6 @@ class Run:
                 self._log_window(log, step, clock)
             measured = epoch_ends and (last or epoch % config.eval.every_epochs == 0)
             top1 = self._evaluate(log, step, epoch) if measured else None
-            every = config.checkpoint.every_steps
             # Several hosts must stop at one step: they ask each other now and then.
             stop = hosts.largest(asked.number) if logs or hosts.alone() else 0
             if (

@@ -109,3 +109,16 @@ def test_period_zero_keeps_the_restriction_on():
     for step in (0, 50, 51, 10_000):
         weight = schedule.restriction_weight(step, steps_per_epoch=1, period_epochs=0)
         assert weight == 1
+
+
+def test_runs_end_where_the_loop_has_something_to_do():
+    def stops(first, total, most, *ends):
+        runs = schedule.dispatches(first, total, most=most, ends=ends)
+        assert [step for run in runs for step in run] == list(range(first, total))
+        return [run.stop for run in runs]
+
+    assert stops(0, 4, 1, 6) == [1, 2, 3, 4]
+    assert stops(0, 12, 4, 6, 0) == [4, 6, 8, 12]
+    assert stops(0, 12, 100, 5) == [5, 10, 12]
+    assert stops(7, 12, 4, 6, 0) == [8, 12]  # as if it had never been stopped
+    assert stops(12, 12, 4, 6) == []

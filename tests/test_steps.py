@@ -221,6 +221,30 @@ def test_training_on_one_batch_lowers_the_loss_and_moves_everything():
         assert all(jax.tree.leaves(moved))
 
 
+def test_several_steps_in_one_program_are_those_steps_in_their_order():
+    network = _tiny("baseline")
+    step, optimizer = _step(network, rate=1e-3)
+    state = first = steps.create_state(
+        jax.random.key(0), network, optimizer, crop_px=32
+    )
+    batch = _batch(8, 32, classes=5)
+    batches = [{k: np.roll(v, i, 0) for k, v in batch.items()} for i in (0, 1, 3)]
+    batches[1]["label"] = (batches[1]["label"] + 1) % 5
+    alone, one_by_one = jax.jit(step), []
+    for each in batches:
+        state, terms = alone(state, each)
+        one_by_one.append(terms)
+    several, together = jax.jit(steps.several(step))(first, batches)
+    assert len(together) == 3
+    near = partial(assert_allclose, rtol=1e-4, atol=1e-5)
+    for terms, expected in zip(together, one_by_one, strict=True):
+        assert terms.keys() == expected.keys()
+        assert float(terms["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
+    jax.tree.map(near, several, state)
+    (only,) = jax.jit(steps.several(step))(first, batches[:1])[1]
+    assert only == one_by_one[0]
+
+
 def test_pictures_are_flipped_and_normalised_on_the_device():
     network = model.create("baseline", Echo)
     step, optimizer = _step(network)

@@ -12,7 +12,16 @@ from numpy.testing import assert_array_equal
 from oracles.torch_resnet import TorchResNet
 from safetensors.torch import load_file
 
-from cra_jax import evaluate, experiment, export, pipeline, preview, run_folder, train
+from cra_jax import (
+    evaluate,
+    experiment,
+    export,
+    pipeline,
+    preview,
+    run_folder,
+    schedule,
+    train,
+)
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.restore import restore, restore_attention
 
@@ -130,6 +139,37 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert run_folder.read_results(tmp_path, "test", "center") == (
         run_folder.read_results(finished[1], "test", "center")
     )
+
+
+def test_several_steps_at_one_call_are_the_same_training(
+    finished, cache_dir, tmp_path, monkeypatch
+):
+    """And a run of them that was stopped goes on."""
+    changes = {"train.steps_per_dispatch": 3, "train.log_every_steps": 6}
+    changes |= {"train.epochs": 3, "checkpoint.every_steps": 3}
+    config = tiny.config(cache_dir, **changes)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 5)
+        with pytest.raises(_Killed):
+            train.run(config, tmp_path)
+    calls = []
+
+    def dispatches(*args: Any, **options: Any) -> list[range]:
+        calls.extend(found := schedule_dispatches(*args, **options))
+        return found
+
+    schedule_dispatches = schedule.dispatches
+    monkeypatch.setattr(schedule, "dispatches", dispatches)
+    train.run(config, tmp_path)
+    assert [(call.start, call.stop) for call in calls] == [
+        (step, step + 3) for step in range(3, 18, 3)
+    ]
+    # Another program rounds otherwise, and that grows: compare the first epoch.
+    (first, *_), (wanted, *_) = (
+        [x["loss"] for x in run_folder.read_metrics(folder) if x["split"] == "test"]
+        for folder in (tmp_path, finished[1])
+    )
+    assert first == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_picture(finished):
