@@ -1,5 +1,6 @@
 """Checkpoints whose files were changed: the damage is found, or nothing has changed."""
 
+import gc
 import os
 import random
 import shutil
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 STEPS = (6, 7)
+
+
+@pytest.fixture(autouse=True)
+def left_behind():
+    """What those reads leave is found here, and not in a test of another file."""
+    yield
+    gc.collect()
 
 
 def state(seed: int) -> dict:
