@@ -73,7 +73,7 @@ def run(
     """
     paths = find_pictures(images)
     predictor = open_predictor(config, workdir)
-    say(f"{predictor.recipe.about}: {len(paths):,} pictures")
+    say(f"{predictor.recipe.about}: {_pictures(len(paths))}")
     folder = trained.home(workdir)
     file = folder / "predictions.jsonl"
     partial = file.with_name(f".{file.name}.partial")
@@ -112,7 +112,11 @@ def run(
         ) from error
     say(f"{len(paths) - unreadable:,} predicted, {unreadable:,} unreadable: {file}")
     if unreadable == len(paths):
-        raise ValueError(f"none of {len(paths)} pictures can be read: see {file}")
+        raise ValueError(f"none of {_pictures(len(paths))} can be read: see {file}")
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count:,} pictures"
 
 
 def draw(answer: Prediction) -> Image.Image:
