@@ -79,7 +79,8 @@ def job_of(row: Row, seed: int, root: Path, path: str = "") -> Job:
     config = f"{ROOT}/configs/{row.config}.py"
     config += f":{row.variant}" if row.variant else ""
     command = [sys.executable, str(ROOT / "launch.py"), f"--workdir={workdir}"]
-    command += [f"--config={config}"]
+    # What matters of its config is in the folder's name; the rest may have changed.
+    command += [f"--config={config}", "--allow_config_change"]
     command += [f"--config.{key}={value}" for key, value in changes.items()]
     return Job(row, seed, workdir, fingerprint, command)
 

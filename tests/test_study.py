@@ -207,6 +207,7 @@ def test_the_answer_goes_no_further_than_its_interval(changes, word):
     ]
     assert word in said
     assert f"over {len(changes)} seeds" in said
+    assert "the baseline 70.0 ± 0.0" in said
 
 
 def test_without_runs_nothing_is_claimed(tmp_path):
