@@ -21,6 +21,7 @@ _LOOKS = {
     "attention_iou": "IoU of the attention with it",
 }
 _NONE = "\N{EN DASH}"
+_MOVED = 0.1  # of IoU: less is no move onto anything
 _ENOUGH = 3  # paired seeds that an interval needs to mean something
 _COLOURS = {
     "baseline": plotting.BLACK,
@@ -134,8 +135,8 @@ def answer(found: Found) -> Iterable[str]:
         spread = uncertainty.spread([iou - start for iou in ious])
         yield (
             "- **Does the attention move onto the bird?** "
-            f"{_sure(spread, 'of IoU with its box', scale=1)} It begins at "
-            f"{start:.2f} and ends at {start + spread.mean:.2f}."
+            f"{_sure(spread, 'of IoU with its box', scale=1, least=_MOVED)} It begins "
+            f"at {start:.2f} and ends at {start + spread.mean:.2f}."
         )
 
 
@@ -153,14 +154,26 @@ def _verdict(found: Found, reference: str, key: Key, unit: str) -> str:
     )
 
 
-def _sure(spread: uncertainty.Spread, unit: str, *, scale: float = 100) -> str:
-    """What an interval says of a difference, in words that go no further."""
+def _sure(
+    spread: uncertainty.Spread, unit: str, *, scale: float = 100, least: float = 0
+) -> str:
+    """What an interval says of a difference, in words that go no further.
+
+    Args:
+      spread: of the difference.
+      unit: what it is of.
+      scale: what it is printed in, 100 for percent.
+      least: what counts as a difference; all between its negative and it is next to
+        nothing, however sure.
+    """
     digits = 1 if scale == 100 else 2
     number = _signed(spread.mean * scale, digits)
     if spread.count < _ENOUGH or not spread.interval:
         return f"{number} {unit}; {spread.count} runs are too few to tell."
     low, high = (_signed(x * scale, digits) for x in spread.interval)
-    if spread.interval.low > 0:
+    if -least < spread.interval.low and spread.interval.high < least:
+        word = "Next to nothing"
+    elif spread.interval.low > 0:
         word = "Yes"
     elif spread.interval.high < 0:
         word = "No, the opposite"

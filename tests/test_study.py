@@ -210,6 +210,20 @@ def test_the_answer_goes_no_further_than_its_interval(changes, word):
     assert "the baseline 70.0 ± 0.0" in said
 
 
+@pytest.mark.parametrize(
+    ("moved", "word"),
+    [(0.01, "Next to nothing: +0.01"), (0.3, "Yes: +0.30"), (-0.2, "No, the opposite")],
+)
+def test_a_sure_trifle_is_no_move_onto_the_bird(moved, word):
+    start = study_page.start_iou(study_rows.settings_of(BY_NAME["cra"], seed=0))
+    lines = []
+    for seed, noise in enumerate((-0.001, 0.0, 0.001)):
+        lines.append(_line("cra", seed))
+        lines[-1]["test"]["attention_iou"] = start + moved + noise
+    (said,) = [x for x in _verdict(lines).splitlines() if "onto the bird" in x]
+    assert word in said
+
+
 def test_without_runs_nothing_is_claimed(tmp_path):
     study_page.write([], tmp_path)
     text = (tmp_path / "study.md").read_text()
