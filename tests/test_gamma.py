@@ -38,6 +38,7 @@ def made(tmp_path_factory):
     return config, gamma.Probe(config, num_classes, split), state, num_classes
 
 
+@pytest.mark.slow
 def test_pulls_are_what_the_heads_bias_feels(made):
     config, probe, state, num_classes = made
     ((images, labels, _),) = probe._batches

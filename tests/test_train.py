@@ -385,7 +385,8 @@ def test_a_diverged_run_stops_and_says_so(cache_dir, tmp_path):
 
 
 def test_attention_in_a_corner_is_warned_of_with_the_cure(cache_dir, tmp_path, capsys):
-    changes = {"art.init": (0.99, 0.99, 0.45, 0.0), "train.epochs": 1}
+    changes = {"art.init": (0.99, 0.99, 0.45, 0.0), "art.inside": False}
+    changes |= {"train.epochs": 1}
     train.run(tiny.config(cache_dir, **changes), tmp_path)
     assert (
         "warning: at step 4 the attention sits in a corner" in capsys.readouterr().err

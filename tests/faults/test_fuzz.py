@@ -18,6 +18,7 @@ import pytest
 import test_sources
 import test_store
 import torch
+from oracles.torch_resnet import TorchResNet
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -89,6 +90,9 @@ def _picture(path: Path) -> None:
 
 
 def _csv(path: Path) -> None:
+    (path.parent / "img").mkdir()
+    for i in range(12):
+        (path.parent / "img" / f"{i}.jpg").touch()
     path.write_text(
         "path,label,split,x_min,y_min,x_max,y_max\n"
         + "".join(
@@ -100,6 +104,9 @@ def _csv(path: Path) -> None:
 
 
 def _export(path: Path) -> None:
+    weights = TorchResNet("resnet10", 2, 8, "small").state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    save_file(arrays, path.with_name("model.safetensors"))
     path.write_text(
         json.dumps(
             {
@@ -222,6 +229,7 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> int:
     path = folder / name
     path.parent.mkdir(exist_ok=True, parents=True)
     write(path)
+    read(path)  # as it is, nothing is wrong with it
     whole = path.read_bytes()
     rng, refused = random.Random(seed), 0
     for number in range(count):
