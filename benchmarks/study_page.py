@@ -93,8 +93,10 @@ _INTRODUCTIONS = {
         "training ends while the bird is still being learnt, and where the habitat is "
         "at home in 60 % or more, seeds differ by when they learn it. The study takes "
         "few drawings for many epochs, as fine-grained sets are trained (64 of a "
-        "species; CUB has 30): they are learnt by heart, though half as many epochs "
-        "again still count, as the last two lines show.",
+        "species; CUB has 30), so that they are learnt by heart. It is a compromise: a "
+        "candidate that meets more was left out where half as many epochs again take "
+        "the cost of the shift away, and the last two lines say what the study's own "
+        "meets and what more epochs do to it.",
         "",
     ),
 }
