@@ -86,7 +86,8 @@ def soak(
       Whether it did.
     """
     rng = random.Random(0)
-    changes = {"train.epochs": 40, "checkpoint.every_steps": 10}
+    # Long enough that most runs are killed: figures are taken at kills.
+    changes = {"train.epochs": 400, "checkpoint.every_steps": 10}
     begun = said = time.monotonic()
     end = begun + 60 * minutes
     seen: list[dict[str, float]] = []
