@@ -35,11 +35,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {**_PAPER, "art.gradient_clip": 1.0},
     "normalized": {**_PAPER, "art.normalize_head": True},
     "unguarded": {"art.guard": 0.0},
+    "unclipped": {"art.gradient_clip": 0.0},
     "default": {},
     "soft": {"art.redundancy": "soft"},
 }
 TERMS = ("cls2", "res", "cntr")
 _PROBE_BATCHES = 3
+_CLASSIFIER = "classification_stream"
 
 COLUMNS = {
     "place": "mean over pictures of the length of (gamma1, gamma2) of Eq. 6",
@@ -58,6 +60,8 @@ COLUMNS = {
     "common": "share of that gain that moves all pictures alike",
     "loss": "L_cls2 now",
     "on bird": "L_cls2 with the attention moved onto the bird",
+    "into N_cls": "gradient to N_cls's weights that comes by way of Gamma, by L_cls1's",
+    "agrees": "cosine between the two",
 }
 
 
@@ -66,7 +70,8 @@ class Probe:
 
     Args:
       config: of the run.
-      network: that is trained; asked without guard and clip, which are no losses.
+      network: that is trained; what pulls at Gamma is asked without guard and clip,
+        which are no losses, and what reaches N_cls with them, as in training.
       split: with boxes.
 
     Raises:
@@ -78,6 +83,7 @@ class Probe:
         bare = config.copy_and_resolve_references()
         bare.update_from_flattened_dict({"art.guard": 0.0, "art.gradient_clip": 0.0})
         self._network = experiment.build_network(bare, num_classes)
+        self._trained = experiment.build_network(config, num_classes)
         order = np.random.default_rng(0).permutation(len(split.labels))
         whole = min(_PROBE_BATCHES, len(order) // size) * size  # pictures
         if not whole:
@@ -105,11 +111,13 @@ class Probe:
             for i, batch in enumerate(batches[i] for i in range(len(batches)))
         ]
         self._ask = jax.jit(self._one)
+        self._reaching = jax.jit(self._into_classifier)
 
     def __call__(self, state: Any) -> dict[str, float]:
         """`COLUMNS` of a state: means over the batches."""
         found = [
             self._ask(state.params, state.batch_stats, *batch)
+            | self._reaching(state.params, state.batch_stats, *batch[:2])
             for batch in self._batches
         ]
         return {name: float(np.mean([f[name] for f in found])) for name in COLUMNS}
@@ -159,6 +167,26 @@ class Probe:
         onto = self._gamma_at(centres, gamma) - gamma
         found["on bird"] = terms_of(onto)[0]["cls2"]
         return found
+
+    def _into_classifier(self, params, batch_stats, images, labels):
+        """What the attention's losses do to N_cls, whose pictures they never are."""
+        loss = experiment.build_loss(self._config, self._trained, steps_per_epoch=1)
+
+        def terms_of(classifier):
+            changed = {**params, _CLASSIFIER: classifier}
+            whole, (_, terms) = loss(changed, batch_stats, images, labels, 0)
+            return terms["loss_cls1"], whole - terms["loss_cls1"]
+
+        _, backward = jax.vjp(terms_of, params[_CLASSIFIER])
+        own, by_gamma = (
+            jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+            for tree in (backward((1.0, 0.0))[0], backward((0.0, 1.0))[0])
+        )
+        sizes = jnp.linalg.norm(by_gamma), jnp.linalg.norm(own)
+        return {
+            "into N_cls": sizes[0] / sizes[1],
+            "agrees": _cosine(own[None], by_gamma[None]),
+        }
 
     def _gamma_at(self, centres, gamma):
         """Gamma whose place is the bird's, its scale and angle as they are."""

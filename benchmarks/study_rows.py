@@ -263,6 +263,20 @@ ROWS = (
         art__normalize_head=False,
     ),
     _change(
+        "no-clip",
+        "without the clip of the affine matrix's gradient",
+        "Does the clip keep the attention's losses from N_cls?",
+        art__gradient_clip=0.0,
+    ),
+    _change(
+        "released-gamma",
+        "Gamma as released: raw and clipped, no guard, not kept inside",
+        "And with the authors' own safeguard alone?",
+        art__inside=False,
+        art__normalize_head=False,
+        art__guard=0.0,
+    ),
+    _change(
         "paper-gamma",
         "Gamma as in the paper: raw, no guard, no clip, not kept inside",
         "What do the additions do together?",

@@ -118,3 +118,44 @@ def test_a_training_is_asked_before_the_steps_that_are_named(tmp_path):
     config.data.test_size = 8
     with pytest.raises(ValueError, match="8 test pictures do not fill one batch of 16"):
         gamma.watch(config, AT)
+
+
+@pytest.mark.slow
+def test_what_reaches_n_cls_is_what_a_baseline_lacks(made):
+    config, probe, state, num_classes = made
+    ((images, labels, _),) = probe._batches
+
+    def gradient(kind):
+        changed = config.copy_and_resolve_references()
+        changed.model.kind = kind
+        network = experiment.build_network(changed, num_classes)
+        loss = experiment.build_loss(changed, network, steps_per_epoch=1)
+
+        def of(classifier):
+            params = {"classification_stream": classifier}
+            stats = {key: state.batch_stats[key] for key in params}
+            if kind == "cra":
+                params, stats = {**state.params, **params}, state.batch_stats
+            return loss(params, stats, images, labels, 0)[0]
+
+        tree = jax.jit(jax.grad(of))(state.params["classification_stream"])
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+    own, whole = gradient("baseline"), gradient("cra")
+    more = whole - own
+    found = probe._reaching(state.params, state.batch_stats, images, labels)
+    size = np.linalg.norm(more) / np.linalg.norm(own)
+    assert size > 1e-3
+    assert float(found["into N_cls"]) == pytest.approx(size, rel=1e-2)
+    cosine = more @ own / np.linalg.norm(more) / np.linalg.norm(own)
+    assert float(found["agrees"]) == pytest.approx(cosine, abs=1e-2)
+
+
+def test_nothing_reaches_n_cls_through_a_head_that_ignores_it(made):
+    _, probe, state, _ = made
+    ((images, labels, _),) = probe._batches
+    head = state.params[experiment.ATTENTION_HEAD]
+    deaf = {**head, "kernel": jnp.zeros_like(head["kernel"])}
+    params = {**state.params, experiment.ATTENTION_HEAD: deaf}
+    found = probe._reaching(params, state.batch_stats, images, labels)
+    assert float(found["into N_cls"]) == 0
