@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import jax
 import numpy as np
 
 
@@ -25,8 +26,8 @@ class Mean:
     def fetch(self) -> list[dict[str, float]]:
         """What was added since the last `take`, as floats: JSON for a checkpoint."""
         self._pending = [
-            {name: float(np.asarray(value)) for name, value in step.items()}
-            for step in self._pending
+            {name: float(value) for name, value in step.items()}
+            for step in jax.device_get(self._pending)  # all copies at once
         ]
         return list(self._pending)  # pyright: ignore[reportReturnType]
 
