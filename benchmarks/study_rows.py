@@ -334,6 +334,16 @@ ROWS = (
         _drawn(512, 60, 36, 12, **{**_HALF, "data__habitat_share": 0.6}),
     ),
     _instrument(
+        "256",
+        "256 drawings, 80 epochs, habitat at home in 50 %",
+        _drawn(256, 80, 48, 16, **_HALF),
+    ),
+    _instrument(
+        "256-long",
+        "the same, 120 epochs",
+        _drawn(256, 120, 72, 24, **_HALF),
+    ),
+    _instrument(
         "ten-60",
         "2,048 drawings, 10 epochs, habitat at home in 60 %",
         _drawn(2048, 10, 6, 2, train__batch_size=32, data__habitat_share=0.6),
