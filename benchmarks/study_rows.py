@@ -268,6 +268,16 @@ ROWS = (
         "Does the clip keep the attention's losses from N_cls?",
         art__gradient_clip=0.0,
     ),
+    *(
+        _change(
+            f"share-{word}",
+            f"without the clip; {share:g} of Gamma's gradient goes to N_cls",
+            "Can the attention learn, and N_cls keep what it has learnt?",
+            art__gradient_clip=0.0,
+            art__gradient_share=share,
+        )
+        for word, share in (("none", 0.0), ("tenth", 0.1))
+    ),
     _change(
         "released-gamma",
         "Gamma as released: raw and clipped, no guard, not kept inside",
@@ -365,7 +375,7 @@ _OF_ATTENTION = ("art.", "restriction.", "contrast.", "loss.", "model.ar_passes"
 _OF_ATTENTION += ("optim.attention_lr_scale",)
 # Settings that are younger than the first lines: the value that means what the code
 # did before them. A line made before and a run made after are then of one fingerprint.
-_YOUNGER: Settings = {}
+_YOUNGER: Settings = {"art.gradient_share": 1.0}
 
 
 def settings_of(row: Row, *, seed: int, path: str = "") -> Settings:

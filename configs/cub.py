@@ -82,6 +82,7 @@ def get_config(variant: str = "") -> Any:
     art.redundancy = "hard"  # Eq. 5; "soft": logistic edges, with a gradient
     art.softness = 0.05  # width of those edges; the picture is 2 wide
     art.gradient_clip = 1.0  # of an image's affine matrix, as released; 0: none (open)
+    art.gradient_share = 1.0  # of Gamma's gradient, how much reaches N_cls; paper: 1
     art.normalize_head = True  # Gamma from features of length 1; False: raw
     art.inside = True  # bound the place, so that no padding is seen; False: Eq. 6 alone
     art.guard = 0.95  # share of its bound beyond which Gamma is held; 0: never

@@ -313,6 +313,7 @@ def build_network(config: Config, num_classes: int) -> model.CRACNN:
         redundancy=art.redundancy,
         softness=art.softness,
         gradient_clip=art.gradient_clip,
+        gradient_share=art.gradient_share,
         normalize_head=art.normalize_head,
         inside=art.inside,
         guard=art.guard,

@@ -60,6 +60,8 @@ class CRACNN(nn.Module):
       softness: width of the soft edge, in units of the frame.
       gradient_clip: limit on the gradient of one picture's loss to each entry of the
         affine matrix, as in the authors' released code; 0: none.
+      gradient_share: of the gradient that goes from Gamma back to N_cls, how much gets
+        there; 1: all of it, as in the paper. The head itself always learns from all.
       normalize_head: whether the attention head sees pooled features of length 1.
         With raw ones, as in the paper, a step moves Gamma in proportion to their
         squared length, which is in the hundreds.
@@ -80,6 +82,7 @@ class CRACNN(nn.Module):
     redundancy: str
     softness: float
     gradient_clip: float
+    gradient_share: float
     normalize_head: bool
     inside: bool
     guard: float
@@ -95,6 +98,9 @@ class CRACNN(nn.Module):
         pooled = classified.pooled
         if self.normalize_head:
             pooled = losses.l2_normalize(pooled)
+        if self.gradient_share < 1:
+            held_back = (1 - self.gradient_share) * jax.lax.stop_gradient(pooled)
+            pooled = self.gradient_share * pooled + held_back
         gamma = nn.Dense(
             6 if self.kind == "stn" else 4,
             kernel_init=nn.initializers.normal(1e-3),
@@ -221,6 +227,7 @@ def create(
     redundancy: str = "hard",
     softness: float = 0.05,
     gradient_clip: float = 1.0,
+    gradient_share: float = 1.0,
     normalize_head: bool = True,
     inside: bool = False,
     guard: float = 0.95,
@@ -238,6 +245,7 @@ def create(
       redundancy: one of `REDUNDANCIES`.
       softness: above 0.
       gradient_clip: 0 or more.
+      gradient_share: in [0, 1].
       normalize_head: False as in the paper.
       inside: needs an `alpha_s` of at most ``1 / sqrt 2``.
       guard: in [0, 1).
@@ -272,6 +280,8 @@ def create(
         )
     if not 0 <= guard < 1:
         raise ValueError(f"art.guard must be in [0, 1), not {guard}")
+    if not 0 <= gradient_share <= 1:
+        raise ValueError(f"art.gradient_share must be in [0, 1], not {gradient_share}")
     if gradient_clip < 0 or softness <= 0 or art_size_px < 1:
         raise ValueError(
             f"art.gradient_clip={gradient_clip} must be 0 or more, "
@@ -288,6 +298,7 @@ def create(
         redundancy=redundancy,
         softness=softness,
         gradient_clip=gradient_clip,
+        gradient_share=gradient_share,
         normalize_head=normalize_head,
         inside=inside,
         guard=guard,

@@ -1,7 +1,9 @@
 """How the streams are wired: what each sees, what each owns, what reaches Gamma."""
 
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from oracles import equations
 
 from cra_jax import model
+from cra_jax.resnet import Outputs
 
 SIZE = 8
 IMAGES = np.random.default_rng(0).normal(size=(2, 12, 12, 3))
@@ -231,6 +234,45 @@ def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
     assert np.abs(_gradient_to_gamma(_network(**FREE), GAMMA, steep)).max() > 10
 
 
+class Loud(nn.Module):
+    """An `Echo` whose pooled feature has a weight of its own."""
+
+    stride_px = 1
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        volume = self.param("volume", nn.initializers.ones, ())
+        flat = images.reshape(len(images), -1)
+        return Outputs(flat, images, volume * images.mean((1, 2)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
+    images = jnp.asarray(IMAGES, jnp.float32)
+    options = {**FREE, "art_size_px": SIZE, "normalize_head": False}
+
+    def gradients(share):
+        network = model.create("cra", Loud, gradient_share=share, **options)
+        params = network.init(jax.random.key(0), images)["params"]
+        params = {**params, "attention_head": {**params["attention_head"]}}
+        params["attention_head"]["kernel"] = jnp.full((3, 4), 0.3)
+
+        def loss(params):
+            out: Any = network.apply({"params": params}, images)
+            return (out.attention_logits * WEIGHTS[0]).sum()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        reached = gradient["classification_stream"]["volume"]
+        return value, reached, gradient["attention_head"]
+
+    value, reached, head = gradients(share)
+    value_of_all, all_of_it, head_of_all = gradients(1.0)
+    assert abs(all_of_it) > 0.1
+    assert_allclose(value, value_of_all, rtol=1e-6)
+    assert_allclose(reached, share * all_of_it, rtol=1e-4)
+    jax.tree.map(partial(assert_allclose, rtol=1e-4), head, head_of_all)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -243,6 +285,7 @@ def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
         ({"inside": True, "init": (0.56, 0, 0.45, 0)}, "and in the picture"),
         ({"guard": 1.0}, "art.guard must be in"),
         ({"gradient_clip": -1.0}, "art.gradient_clip=-1.0"),
+        ({"gradient_share": 1.5}, r"art.gradient_share must be in \[0, 1\], not 1.5"),
     ],
 )
 def test_wrong_options_are_named(options, message):

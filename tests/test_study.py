@@ -98,7 +98,8 @@ def test_a_younger_setting_keeps_older_lines(monkeypatch):
     usual = study_rows.fingerprint(settings)
     younger = {**settings, "art.new": "as before"}
     assert study_rows.fingerprint(younger) != usual
-    monkeypatch.setattr(study_rows, "_YOUNGER", {"art.new": "as before"})
+    known = {**study_rows._YOUNGER, "art.new": "as before"}
+    monkeypatch.setattr(study_rows, "_YOUNGER", known)
     assert study_rows.fingerprint(younger) == usual
     assert study_rows.fingerprint({**settings, "art.new": "otherwise"}) != usual
 
