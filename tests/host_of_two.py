@@ -1,4 +1,4 @@
-"""One of two hosts: what `test_hosts.py` starts twice, as a user would.
+"""One of two hosts: what tests start twice, as a user would, with `begin`.
 
     python host_of_two.py talk|train|stop INDEX PORT FOLDER
 
@@ -7,6 +7,8 @@ Prints a JSON line of what each call said or raised.
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,55 @@ import tiny
 from absl import logging
 
 from cra_jax import evaluate, hosts, parallel, pipeline, signals, train
+
+HERE = Path(__file__).resolve().parent
+
+
+def begin(what, folder):
+    """Starts two hosts; returns their processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "JAX_COMPILATION_CACHE_DIR": str(
+            jax.config.values["jax_compilation_cache_dir"]
+        ),
+    }
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                what,
+                str(index),
+                str(port),
+                folder,
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+
+
+def start(what, folder):
+    """Of each of two hosts what its calls said, and all that it printed."""
+    started = begin(what, folder)
+    said = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=900)
+            assert process.returncode == 0, err[-3000:]
+            lines = [json.loads(x) for x in out.splitlines() if x.startswith("{")]
+            said.append(({k: v for x in lines for k, v in x.items()}, out, err))
+    finally:
+        for process in started:
+            process.kill()
+    return said
 
 
 def config(folder, **changes):

@@ -1,13 +1,7 @@
 """Two real processes train as one, and what one of them gets wrong both say."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import host_of_two
@@ -17,63 +11,15 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from cra_jax import evaluate, hosts, parallel, run_folder, train
-from cra_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TESTS = Path(__file__).resolve().parent
 
 
-def _begin(what, folder):
-    """Starts two hosts; returns their processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "JAX_COMPILATION_CACHE_DIR": str(
-            jax.config.values["jax_compilation_cache_dir"]
-        ),
-    }
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                TESTS / "host_of_two.py",
-                what,
-                str(index),
-                str(port),
-                folder,
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in (0, 1)
-    ]
-
-
-def _start(what, folder):
-    """Of each of two hosts what its calls said, and all that it printed."""
-    started = _begin(what, folder)
-    said = []
-    try:
-        for process in started:
-            out, err = process.communicate(timeout=900)
-            assert process.returncode == 0, err[-3000:]
-            lines = [json.loads(x) for x in out.splitlines() if x.startswith("{")]
-            said.append(({k: v for x in lines for k, v in x.items()}, out, err))
-    finally:
-        for process in started:
-            process.kill()
-    return said
-
-
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory):
-    return _start("talk", tmp_path_factory.mktemp("talk"))
+    return host_of_two.start("talk", tmp_path_factory.mktemp("talk"))
 
 
 def test_what_the_first_host_has_all_have(talk):
@@ -104,9 +50,9 @@ def test_a_step_is_of_all_rows_and_a_pass_of_all_pictures(talk):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder of a training of two hosts, and what `_start` returns."""
+    """The folder of a training of two hosts, and what `host_of_two.start` returns."""
     folder = tmp_path_factory.mktemp("pair")
-    return folder, _start("train", folder)
+    return folder, host_of_two.start("train", folder)
 
 
 @pytest.mark.slow
@@ -170,37 +116,6 @@ def test_what_one_host_gets_wrong_both_say(pair, call, message):
     _, ((first, *_), (second, *_)) = pair
     assert first[call] == second[call]
     assert re.search(message, first[call], re.DOTALL), first[call]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("heard_by", [(0, 1), (1,)])
-def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by):
-    """Clusters tell all hosts to end; who stops one by hand tells one."""
-    both = _begin("stop", tmp_path)
-    try:
-        while not run_folder.read_metrics(tmp_path / "run") and not any(
-            process.poll() for process in both
-        ):
-            time.sleep(0.01)
-        for index in heard_by:
-            both[index].send_signal(signal.SIGTERM)
-        errors = [process.communicate(timeout=300)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [x.returncode for x in both] == [128 + signal.SIGTERM] * 2, errors
-    assert [("SIGTERM: this step" in x) for x in errors] == [
-        index in heard_by for index in (0, 1)
-    ]
-    assert not any("Traceback" in x for x in errors), errors
-    (said,) = re.findall(r"saved at step (\d+): the same command goes on", errors[0])
-    with Checkpoints(tmp_path / "run" / "checkpoints", writable=False) as checkpoints:
-        assert checkpoints.latest_step() == int(said) < 24
-        checkpoints.verify(int(said))
-    (*_, error), _ = _start("stop", tmp_path)
-    assert f"goes on from step {said}\n" in error
-    lines = run_folder.read_metrics(tmp_path / "run")
-    assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 25))
 
 
 @pytest.mark.parametrize(
