@@ -9,7 +9,7 @@ down to fit.
 
 from typing import Any
 
-from configs.cub import RELEASED, as_released
+from configs.cub import apply_changes
 from configs.cub import get_config as cub
 
 
@@ -42,6 +42,5 @@ def get_config(variant: str = "") -> Any:
     if named.model.backbone != cub().model.backbone:
         config.model.backbone = named.model.backbone
     config.model.kind = named.model.kind
-    if RELEASED in variant.split(","):
-        as_released(config)
+    apply_changes(config, variant)
     return config

@@ -21,10 +21,10 @@ from cra_jax import (
     families,
     model,
     optim,
-    origins,
     parallel,
     run_folder,
     schedule,
+    settings,
     sources,
     steps,
     store,
@@ -34,7 +34,6 @@ from cra_jax import (
 Config = Any
 """An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
 
-PROTOCOLS = ("center", "full", "both")
 ATTENTION_HEAD = "attention_head"
 
 
@@ -119,73 +118,10 @@ def check(config: Config) -> None:
     Raises:
       ValueError: with the key, its value, and what to set it to.
     """
-    data, train, evaluation = config.data, config.train, config.eval
-    contrasts = config.model.kind == "cra" and config.loss.cntr > 0
-    if train.steps_per_dispatch < 1:
-        raise ValueError(
-            f"train.steps_per_dispatch={train.steps_per_dispatch} must be 1 or more"
-        )
-    if train.accumulate < 1:
-        raise ValueError(f"train.accumulate={train.accumulate} must be 1 or more")
-    parallel.check_divides(
-        train.batch_size,
-        setting="train.batch_size",
-        least=2 if contrasts else 1,
-        parts=train.accumulate,
-        parts_setting="train.accumulate",
-    )
-    if data.crop_px > data.short_side_px:
-        raise ValueError(
-            f"data.crop_px={data.crop_px} does not fit into pictures whose shorter "
-            f"side is data.short_side_px={data.short_side_px}: raise the latter"
-        )
-    if data.on_device and not data.prepare:
-        raise ValueError(
-            "data.on_device=True keeps prepared pictures in device memory: set "
-            "data.prepare=True, or data.on_device=False"
-        )
-    if evaluation.protocol not in PROTOCOLS:
-        raise ValueError(
-            f"unknown eval.protocol {evaluation.protocol!r}; choose from "
-            f"{', '.join(PROTOCOLS)}"
-        )
-    at_least_one = {
-        "train.epochs": train.epochs,
-        "train.log_every_steps": train.log_every_steps,
-        "checkpoint.every_epochs": config.checkpoint.every_epochs,
-        "checkpoint.keep_latest": config.checkpoint.keep_latest,
-        "eval.every_epochs": evaluation.every_epochs,
-        "eval.batch_size": evaluation.batch_size,
-        "data.workers": data.workers,
-        "data.prefetch_batches": data.prefetch_batches,
-    }
-    share = train.batch_size // (parallel.device_count() * train.accumulate)
-    if config.bn.group_size > 0 and share % config.bn.group_size:
-        raise ValueError(
-            f"bn.group_size={config.bn.group_size} does not divide the {share} "
-            "pictures that a device has at a time (train.batch_size by devices and "
-            "train.accumulate): set it to a divisor of them, or to 0"
-        )
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{key}={value} must be 1 or more")
-    at_least_none = {
-        "eval.snapshots": evaluation.snapshots,
-        "train.skip_bad_steps": train.skip_bad_steps,
-    }
-    for key, value in at_least_none.items():
-        if value < 0:
-            raise ValueError(f"{key}={value} must be 0 or more")
-    known = origins.normalization(config.model.pretrained)
-    if known and (tuple(data.mean), tuple(data.std)) != known:
-        raise ValueError(
-            f"model.pretrained={config.model.pretrained!r} was trained on pictures "
-            f"normalised by mean {known[0]} and std {known[1]}, but data.mean is "
-            f"{tuple(data.mean)} and data.std {tuple(data.std)}: set them to the former"
-        )
+    settings.check(config)
+    # What only the rooms themselves know to be wrong.
     backbone(config, num_classes=1)
-    build_network(config, num_classes=1)
-    build_loss(config, nn.Dense(1), steps_per_epoch=1)
+    build_training(config, 1, steps_per_epoch=1)
 
 
 def kept(config: Config) -> dict[str, Any]:
@@ -394,6 +330,16 @@ def build_training(
         all_mean=parallel.all_mean,
         accumulate=config.train.accumulate,
     )
+    if options.freeze_period_epochs:
+        step = steps.hold_by_turns(
+            step,
+            partial(
+                schedule.is_held,
+                steps_per_epoch=steps_per_epoch,
+                first_epochs=options.freeze_first_epochs,
+                period_epochs=options.freeze_period_epochs,
+            ),
+        )
     step = watch.keep_good(step)
     several = parallel.train_step(steps.several(step))
     return Training(network, optimizer, parallel.train_step(step), several)

@@ -1,6 +1,6 @@
-"""When the learning rate falls and when L_res is on (Sec. 4.1).
+"""When the learning rate falls, when L_res is on, and when N_cls is held (Sec. 4.1).
 
-Both are functions of the step alone, on Python numbers or on traced arrays, so that a
+All are functions of the step alone, on Python numbers or on traced arrays, so that a
 resumed run is in the right phase without remembering anything.
 """
 
@@ -61,6 +61,23 @@ def restriction_weight(
     """
     phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
     return jnp.where(phase % 2 == 0, 1.0, 0.0)
+
+
+def is_held(step, *, steps_per_epoch: int, first_epochs: int, period_epochs: int):
+    """Whether N_cls is held as it is: not at first, then by turns, beginning with held.
+
+    Args:
+      step: steps already taken, from 0.
+      steps_per_epoch: batches an epoch.
+      first_epochs: length of the first phase, in which N_cls trains.
+      period_epochs: length of each later phase; 0: the first never ends.
+
+    Returns:
+      A scalar, True or False.
+
+    Source: the authors' released script; the paper has no such thing.
+    """
+    return _phase(step, steps_per_epoch, first_epochs, period_epochs) % 2 == 1
 
 
 def dispatches(

@@ -220,6 +220,42 @@ def make_train_step(
     return train_step
 
 
+def hold_by_turns(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Terms]],
+    is_held: Callable[[Array], Array],
+) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
+    """A step that at times leaves N_cls, all but its classifier, as it is.
+
+    Held are its weights, their momentum and its running statistics, and so is the head
+    that predicts Gamma. They take part in the step as ever: BatchNorm normalises with
+    the batch's own statistics, and the classifier learns from the features.
+
+    Args:
+      step: of `make_train_step`.
+      is_held: steps taken -> whether N_cls is held now, from `schedule`.
+    """
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
+        after, terms = step(state, batch)
+        held = is_held(state.step)
+
+        def choose(path: tuple[Any, ...], new: Array, old: Array) -> Array:
+            return jnp.where(held, old, new) if _can_be_held(path) else new
+
+        after = jax.tree_util.tree_map_with_path(choose, after, state)
+        return after, {**terms, "held": held.astype(jnp.float32)}
+
+    return run
+
+
+def _can_be_held(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of a `TrainState` is N_cls's, but not of its classifier."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    if names[:1] == ["attention_head"]:
+        return True
+    return names[:1] == ["classification_stream"] and names[1:2] != ["fc"]
+
+
 def several(step: Callable) -> Callable:
     """A step over several batches, one after the other, as one program.
 

@@ -15,39 +15,63 @@ def _changed(module, variant):
 
 @pytest.mark.parametrize("module", [cub, cars])
 def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
-    assert _changed(module, "released") == {
+    changed = {
         "bn.group_size": 4,
         "contrast.distance": "squared",
-        "optim.base_lr": 1e-4,
-        "optim.first_epochs": 90,
-        "optim.period_epochs": 50,
+        "optim.period_epochs": 90,
+        "train.epochs": 200,
+        "restriction.first_epochs": 140,
+        "restriction.period_epochs": 60,
+        "optim.freeze_first_epochs": 50,
+        "optim.freeze_period_epochs": 45,
         "art.normalize_head": False,
         "art.inside": False,
         "art.guard": 0.0,
     }
-    config = module.get_config("resnet101,released")
+    assert _changed(module, "released") == changed
+    config = module.get_config("released,resnet101")
     assert config.model.backbone == "resnet101"
     experiment.check(config)
-    options = config.optim
-    rates = [
-        schedule.learning_rate(
-            epoch,
-            steps_per_epoch=1,
-            base=options.base_lr,
-            first_epochs=options.first_epochs,
-            period_epochs=options.period_epochs,
-            factor=options.factor,
-        )
-        for epoch in range(config.train.epochs)
-    ]
-    assert rates == pytest.approx([1e-4] * 90 + [1e-5] * 50)
+
+    options, restriction = config.optim, config.restriction
+    rates, on, held = [], [], []
+    for epoch in range(config.train.epochs):
+        lengths = options.first_epochs, options.period_epochs
+        rates.append(_at(schedule.learning_rate, epoch, *lengths, base=options.base_lr))
+        lengths = restriction.first_epochs, restriction.period_epochs
+        on.append(_at(schedule.restriction_weight, epoch, *lengths))
+        lengths = options.freeze_first_epochs, options.freeze_period_epochs
+        held.append(_at(schedule.is_held, epoch, *lengths))
+    assert rates == pytest.approx([1e-3] * 50 + [1e-4] * 90 + [1e-5] * 60)
+    assert on == [1] * 140 + [0] * 60
+    assert held == [0] * 50 + [1] * 45 + [0] * 45 + [1] * 45 + [0] * 15
+
+
+def _at(door, epoch, first_epochs, period_epochs, **options):
+    lengths = {"first_epochs": first_epochs, "period_epochs": period_epochs}
+    return float(door(epoch, steps_per_epoch=1, **lengths, **options))
+
+
+@pytest.mark.parametrize("variant", ["released,baseline", "baseline,released"])
+def test_of_a_baseline_nothing_is_held_as_nothing_else_could_train(variant):
+    for module in (cub, quickstart):
+        config = module.get_config(variant)
+        assert config.contrast.distance == "squared"
+        assert config.optim.freeze_period_epochs == 0
 
 
 def test_the_quickstart_takes_released_in_its_own_proportions():
-    changed = _changed(quickstart, "released")
-    assert changed["optim.base_lr"] == pytest.approx(0.005)
-    assert (changed["bn.group_size"], changed["contrast.distance"]) == (4, "squared")
     config = quickstart.get_config("released")
-    options = config.optim
-    assert options.first_epochs + options.period_epochs == config.train.epochs
+    assert (config.bn.group_size, config.contrast.distance) == (4, "squared")
+    options, restriction = config.optim, config.restriction
+    assert config.train.epochs == 26  # 18 by 200 / 140
+    assert (options.first_epochs, options.period_epochs) == (12, 6)
+    assert (restriction.first_epochs, restriction.period_epochs) == (18, 8)
+    assert (options.freeze_first_epochs, options.freeze_period_epochs) == (12, 3)
     experiment.check(config)
+
+
+def test_an_unknown_variant_is_named_with_those_there_are():
+    for module in (cub, cars, quickstart):
+        with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released"):
+            module.get_config("baseline,relaesd")

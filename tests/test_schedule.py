@@ -67,7 +67,9 @@ def test_other_lengths_and_factors():
             assert weight == equations.restriction_weight(epoch, **SHORT)
 
 
-@pytest.mark.parametrize("door", [schedule.learning_rate, schedule.restriction_weight])
+@pytest.mark.parametrize(
+    "door", [schedule.learning_rate, schedule.restriction_weight, schedule.is_held]
+)
 @pytest.mark.parametrize("step", [0, 14, 15, 24, 25, 400])
 def test_a_number_and_a_traced_step_agree(door, step):
     traced = jax.jit(lambda s: door(s, steps_per_epoch=5, **SHORT))
@@ -122,3 +124,19 @@ def test_runs_end_where_the_loop_has_something_to_do():
     assert stops(0, 12, 100, 5) == [5, 10, 12]
     assert stops(7, 12, 4, 6, 0) == [8, 12]  # as if it had never been stopped
     assert stops(12, 12, 4, 6) == []
+
+
+def test_n_cls_is_held_by_turns_after_a_first_phase():
+    epochs = [
+        [schedule.is_held(step, steps_per_epoch=5, **SHORT) for step in steps_of(e, 5)]
+        for e in range(9)
+    ]
+    assert [held for held, _ in epochs] == [False] * 3 + [True, True, False, False] + [
+        True,
+        True,
+    ]
+    assert all(first == last for first, last in epochs)
+    never = {"first_epochs": 0, "period_epochs": 0}
+    assert not any(
+        schedule.is_held(step, steps_per_epoch=5, **never) for step in (0, 99)
+    )
