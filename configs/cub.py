@@ -97,10 +97,11 @@ def get_config(variant: str = "") -> Any:
     contrast.distance = "euclidean"  # Eq. 8; "squared" as in the released layer
     contrast.pairs = "random"  # disjoint pairs; "all" pairs of a device's batch (open)
 
-    loss = config.loss = ConfigDict()  # weights of the terms of Eq. 9, all 1
+    loss = config.loss = ConfigDict()  # first weights of the terms of Eq. 9, all 1
     loss.cls2 = 1.0
     loss.res = 1.0  # times 0 or 1, see restriction
     loss.cntr = 1.0
+    loss.label_smoothing = 0.0  # of L_cls1 and L_cls2; the paper has none
 
     optim = config.optim = ConfigDict()
     optim.base_lr = 1e-3  # Sec. 4.1

@@ -295,7 +295,8 @@ def build_loss(config: Config, network: nn.Module, *, steps_per_epoch: int):
         normalize_features=contrast.normalize,
         distance=contrast.distance,
         pairs=contrast.pairs,
-        weights=config.loss.to_dict(),
+        weights={name: config.loss[name] for name in ("cls2", "res", "cntr")},
+        label_smoothing=config.loss.label_smoothing,
     )
 
 

@@ -15,10 +15,26 @@ DISTANCES = ("euclidean", "squared")
 PAIRS = ("random", "all")
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Softmax cross-entropy, L_cls1 and L_cls2 of Eq. (9): ``[b, k], [b] -> [b]``."""
+def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Array:
+    """Softmax cross-entropy, L_cls1 and L_cls2 of Eq. (9).
+
+    Args:
+      logits: ``[b, k]``.
+      labels: ``[b]``.
+      smoothing: share of the probability that is spread evenly over all classes, the
+        right one among them.
+
+    Returns:
+      ``[b]``.
+
+    Source of the smoothing: Szegedy et al., "Rethinking the Inception architecture for
+      computer vision", 2016, Sec. 7. The paper has none.
+    """
     log_probability = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probability, labels[:, None], -1)[:, 0]
+    right = -jnp.take_along_axis(log_probability, labels[:, None], -1)[:, 0]
+    if not smoothing:
+        return right
+    return (1 - smoothing) * right - smoothing * log_probability.mean(-1)
 
 
 def restriction_loss(

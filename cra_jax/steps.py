@@ -81,6 +81,7 @@ def make_loss(
     distance: str = "euclidean",
     pairs: str = "random",
     weights: Mapping[str, float],
+    label_smoothing: float = 0.0,
 ) -> Callable[..., tuple[Array, tuple[Any, Terms]]]:
     """Eq. (9) as a function of ``(params, batch_stats, images, labels, step)``.
 
@@ -94,6 +95,7 @@ def make_loss(
       distance: of Eq. (8), one of `losses.DISTANCES`.
       pairs: which pictures Eq. (8) contrasts, one of `losses.PAIRS`.
       weights: of the terms ``cls2``, ``res``, ``cntr`` of Eq. (9); the paper's are 1.
+      label_smoothing: of both cross-entropies, see `losses.cross_entropy`.
 
     Returns:
       A function that returns the loss and ``(batch_stats, terms)``, all means over the
@@ -105,7 +107,15 @@ def make_loss(
         raise ValueError(
             f"contrast.distance {distance!r} is unknown; one of {losses.DISTANCES}"
         )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"loss.label_smoothing={label_smoothing} must be in [0, 1): 0.1 is usual, "
+            "0 leaves the labels as they are"
+        )
     draw_pairs = losses.neighbour_pairs if pairs == "random" else losses.all_pairs
+
+    def classification_loss(logits: Array, labels: Array) -> Array:
+        return losses.cross_entropy(logits, labels, smoothing=label_smoothing).mean()
 
     def loss_function(params, batch_stats, images, labels, step):
         out, updated = network.apply(
@@ -117,12 +127,12 @@ def make_loss(
         assert isinstance(out, model.Outputs)
         correct = out.logits.argmax(-1) == labels
         terms: Terms = {
-            "loss_cls1": losses.cross_entropy(out.logits, labels).mean(),
+            "loss_cls1": classification_loss(out.logits, labels),
             "top1": correct.mean(),
         }
         loss = terms["loss_cls1"]
         if out.attention_logits is not None:
-            attended = losses.cross_entropy(out.attention_logits, labels).mean()
+            attended = classification_loss(out.attention_logits, labels)
             correct = out.attention_logits.argmax(-1) == labels
             terms |= {"loss_cls2": attended, "attention_top1": correct.mean()}
             loss += weights["cls2"] * attended

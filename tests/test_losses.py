@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -274,6 +275,41 @@ def test_cross_entropy_is_minus_the_log_probability(x64):
     ]
     got = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
     assert_allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_smoothed_cross_entropy_is_against_smoothed_labels(x64, smoothing):
+    rng = np.random.default_rng(3)
+    logits, labels = 3 * rng.normal(size=(6, 5)), rng.integers(0, 5, 6)
+    want = [
+        equations.smoothed_cross_entropy(row, label, smoothing)
+        for row, label in zip(logits, labels, strict=True)
+    ]
+    got = losses.cross_entropy(jnp.asarray(logits), labels, smoothing=smoothing)
+    assert_allclose(got, want, rtol=1e-12)
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(logits),
+        torch.tensor(labels),
+        label_smoothing=smoothing,
+        reduction="none",
+    )
+    assert_allclose(got, theirs, rtol=1e-12)
+
+
+def test_smoothing_pulls_no_further_once_scores_say_what_is_wanted():
+    """Where the softmax is the smoothed label, the gradient is 0; of one-hot, not."""
+    wanted = np.full(4, 0.1 / 4)
+    wanted[2] += 0.9
+    logits = jnp.log(jnp.asarray(wanted, jnp.float32))[None]
+
+    def slope(smoothing):
+        label = jnp.array([2])
+        return jax.grad(
+            lambda x: losses.cross_entropy(x, label, smoothing=smoothing)[0]
+        )(logits)
+
+    assert_allclose(slope(0.1), 0, atol=1e-6)
+    assert np.abs(slope(0.0)).max() > 0.07
 
 
 def test_cross_entropy_survives_huge_scores():

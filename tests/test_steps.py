@@ -69,7 +69,15 @@ def _cross_entropy(scores, labels):
 GAMMA = (2.5, -0.3, 0.4, 0.3)  # gamma1 is beyond its threshold
 
 
-def _terms(step, *, weights=ONES, pairs="random", normalize=True, distance="euclidean"):
+def _terms(
+    step,
+    *,
+    weights=ONES,
+    pairs="random",
+    normalize=True,
+    distance="euclidean",
+    smoothing=0.0,
+):
     """The terms of an Echo network with a fixed Gamma, and the pictures shown to it."""
     network = model.create("cra", Echo, art_size_px=SIZE, guard=0.9)
     batch = _batch()
@@ -82,6 +90,7 @@ def _terms(step, *, weights=ONES, pairs="random", normalize=True, distance="eucl
         pairs=pairs,
         normalize_features=normalize,
         distance=distance,
+        label_smoothing=smoothing,
     )
     total, (_, terms) = loss(
         {**variables["params"], "attention_head": head},
@@ -157,6 +166,25 @@ def test_contrast_options(options, oracle):
     terms, images, labels = _terms(0, **options)
     expected = _expected(images, labels, **oracle)["loss_cntr"]
     assert terms["loss_cntr"] == pytest.approx(expected, rel=2e-5)
+
+
+def test_smoothing_is_of_both_cross_entropies_and_of_nothing_else():
+    plain, *_ = _terms(0)
+    smooth, images, labels = _terms(0, smoothing=0.2)
+    scores = images.reshape(len(images), -1)
+    want = [
+        equations.smoothed_cross_entropy(row, label, 0.2)
+        for row, label in zip(scores, labels, strict=True)
+    ]
+    assert smooth["loss_cls1"] == pytest.approx(np.mean(want), rel=2e-5)
+    changed = {name for name, value in plain.items() if smooth[name] != value}
+    assert changed == {"loss_cls1", "loss_cls2", "loss"}
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_a_smoothing_that_leaves_no_label_is_refused(smoothing):
+    with pytest.raises(ValueError, match=rf"loss.label_smoothing={smoothing} must be"):
+        _loss(Echo(), label_smoothing=smoothing)
 
 
 def test_gamma_is_described():

@@ -173,6 +173,16 @@ def contrastive_loss(
     return out
 
 
+def smoothed_cross_entropy(scores, label, smoothing):
+    """Szegedy et al., 2016: cross-entropy against (1 - s) one-hot + s / K."""
+    exp = [math.exp(score) for score in scores]
+    loss = 0.0
+    for k, value in enumerate(exp):
+        wanted = smoothing / len(exp) + (1 - smoothing if k == label else 0)
+        loss -= wanted * math.log(value / sum(exp))
+    return loss
+
+
 def learning_rate(epoch, base=1e-3, first_epochs=50, period_epochs=45, factor=0.1):
     """Returns the rate of a whole epoch, counted from 0, by living through them all.
 
