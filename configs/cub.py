@@ -105,9 +105,10 @@ def get_config(variant: str = "") -> Any:
 
     optim = config.optim = ConfigDict()
     optim.base_lr = 1e-3  # Sec. 4.1
-    optim.first_epochs = 50  # at base_lr (Sec. 4.1)
-    optim.period_epochs = 45  # then times `factor` each so many (Sec. 4.1)
-    optim.factor = 0.1  # Sec. 4.1
+    optim.schedule = "piecewise"  # Sec. 4.1; "cosine": from base_lr to 0 at the end
+    optim.first_epochs = 50  # at base_lr (Sec. 4.1), piecewise
+    optim.period_epochs = 45  # then times `factor` each so many (Sec. 4.1), piecewise
+    optim.factor = 0.1  # Sec. 4.1, piecewise
     optim.warmup_epochs = 0  # linear rise at the start; the paper has none
     optim.momentum = 0.9  # Sec. 4.1
     optim.weight_decay = 5e-4  # Sec. 4.1

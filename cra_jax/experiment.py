@@ -305,15 +305,7 @@ def build_training(
 ) -> Training:
     """Network, optimiser and the step over all devices."""
     options = config.optim
-    learning_rate = partial(
-        schedule.learning_rate,
-        steps_per_epoch=steps_per_epoch,
-        base=options.base_lr,
-        first_epochs=options.first_epochs,
-        period_epochs=options.period_epochs,
-        factor=options.factor,
-        warmup_epochs=options.warmup_epochs,
-    )
+    learning_rate = _learning_rate(config, steps_per_epoch)
     network = build_network(config, num_classes)
     optimizer = optim.make_optimizer(
         learning_rate,
@@ -344,3 +336,22 @@ def build_training(
     step = watch.keep_good(step)
     several = parallel.train_step(steps.several(step))
     return Training(network, optimizer, parallel.train_step(step), several)
+
+
+def _learning_rate(config: Config, steps_per_epoch: int) -> Callable:
+    """Step -> learning rate, as ``optim.schedule`` says."""
+    options = config.optim
+    at = {
+        "steps_per_epoch": steps_per_epoch,
+        "base": options.base_lr,
+        "warmup_epochs": options.warmup_epochs,
+    }
+    if options.schedule == "cosine":
+        return partial(schedule.cosine_learning_rate, epochs=config.train.epochs, **at)
+    return partial(
+        schedule.learning_rate,
+        first_epochs=options.first_epochs,
+        period_epochs=options.period_epochs,
+        factor=options.factor,
+        **at,
+    )

@@ -7,6 +7,9 @@ resumed run is in the right phase without remembering anything.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import optax
+
+KINDS = ("piecewise", "cosine")
 
 
 def learning_rate(
@@ -38,9 +41,36 @@ def learning_rate(
     """
     phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
     rate = base * jnp.power(factor, phase.astype(jnp.float32))
-    if warmup_epochs:
-        rate *= jnp.minimum(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
-    return rate
+    return _warmed(rate, step, steps_per_epoch, warmup_epochs)
+
+
+def cosine_learning_rate(
+    step,
+    *,
+    steps_per_epoch: int,
+    epochs: int,
+    base: float = 1e-3,
+    warmup_epochs: int = 0,
+):
+    """The learning rate of a step: falls along half a cosine to 0 at the very end.
+
+    Args:
+      step: steps already taken, from 0.
+      steps_per_epoch: batches an epoch.
+      epochs: of the whole training; after them the rate is 0.
+      base: rate at the start, or after the warm-up.
+      warmup_epochs: as for `learning_rate`; the fall begins after them.
+
+    Returns:
+      A scalar.
+
+    Source: Loshchilov and Hutter, "SGDR", 2017, Eq. (5), without restarts. The paper
+      has `learning_rate`.
+    """
+    warm = warmup_epochs * steps_per_epoch
+    fall = optax.cosine_decay_schedule(base, epochs * steps_per_epoch - warm)
+    after = jnp.maximum(0, jnp.asarray(step, jnp.int32) - warm)
+    return _warmed(fall(after), step, steps_per_epoch, warmup_epochs)
 
 
 def restriction_weight(
@@ -101,6 +131,13 @@ def dispatches(
         runs.append(range(step, stop))
         step = stop
     return runs
+
+
+def _warmed(rate, step, steps_per_epoch: int, warmup_epochs: int):
+    """A rate that rises to its own height in equal steps."""
+    if not warmup_epochs:
+        return rate
+    return rate * jnp.minimum(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
 
 
 def _phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cra_jax import origins, parallel
+from cra_jax import origins, parallel, schedule
 
 PROTOCOLS = ("center", "full", "both")
 
@@ -75,6 +75,18 @@ def check(config: Any) -> None:
     for key, value in at_least_none.items():
         if value < 0:
             raise ValueError(f"{key}={value} must be 0 or more")
+    options = config.optim
+    if options.schedule not in schedule.KINDS:
+        raise ValueError(
+            f"unknown optim.schedule {options.schedule!r}; choose from "
+            f"{', '.join(schedule.KINDS)}"
+        )
+    if options.schedule == "cosine" and options.warmup_epochs >= train.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs={options.warmup_epochs} leaves nothing of "
+            f"train.epochs={train.epochs} for optim.schedule='cosine' to fall in: "
+            "make the former smaller"
+        )
     known = origins.normalization(config.model.pretrained)
     if known and (tuple(data.mean), tuple(data.std)) != known:
         raise ValueError(

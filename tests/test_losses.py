@@ -285,7 +285,9 @@ def test_smoothed_cross_entropy_is_against_smoothed_labels(x64, smoothing):
         equations.smoothed_cross_entropy(row, label, smoothing)
         for row, label in zip(logits, labels, strict=True)
     ]
-    got = losses.cross_entropy(jnp.asarray(logits), labels, smoothing=smoothing)
+    got = losses.cross_entropy(
+        jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing
+    )
     assert_allclose(got, want, rtol=1e-12)
     theirs = torch.nn.functional.cross_entropy(
         torch.tensor(logits),

@@ -140,3 +140,18 @@ def test_n_cls_is_held_by_turns_after_a_first_phase():
     assert not any(
         schedule.is_held(step, steps_per_epoch=5, **never) for step in (0, 99)
     )
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 2])
+def test_cosine_falls_to_zero_at_the_end_of_the_training(warmup_epochs):
+    lengths = {"steps_per_epoch": 7, "epochs": 20, "warmup_epochs": warmup_epochs}
+    rate = jax.jit(lambda s: schedule.cosine_learning_rate(s, base=0.3, **lengths))
+    got = [float(rate(jnp.int32(step))) for step in range(142)]
+    want = [
+        equations.cosine_learning_rate(step, 140, 0.3, 7 * warmup_epochs)
+        for step in range(140)
+    ]
+    assert_allclose(got, [*want, 0, 0], atol=1e-7)
+    assert got[7 * warmup_epochs] == pytest.approx(0.3) == pytest.approx(max(got))
+    number = schedule.cosine_learning_rate(30, base=0.3, **lengths)
+    assert np.asarray(number) == pytest.approx(got[30])

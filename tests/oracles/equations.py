@@ -196,6 +196,13 @@ def learning_rate(epoch, base=1e-3, first_epochs=50, period_epochs=45, factor=0.
     return rate
 
 
+def cosine_learning_rate(step, total, base, warm):
+    """Loshchilov and Hutter, 2017, Eq. (5), after `warm` steps of a linear rise."""
+    if step < warm:
+        return base * (step + 1) / warm
+    return base * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+
+
 def restriction_weight(epoch, first_epochs=50, period_epochs=45):
     """Returns 1.0 in the epochs with L_res and 0.0 in those without.
 
