@@ -89,7 +89,9 @@ def _drawn(train_size: int, *phases: int, **more: Any) -> Settings:
 
 # The instrument: see the group of that name in docs/study.md for why.
 _HALF = {"train__batch_size": 32, "data__habitat_share": 0.5}
-_BIRDS = _drawn(512, 40, 24, 8, **_HALF)
+BIRDS = _drawn(512, 40, 24, 8, **_HALF)
+"""What makes a quickstart the instrument of the drawn rows."""
+
 _BIRDS_LONG = _drawn(512, 60, 36, 12, **_HALF)
 
 
@@ -104,7 +106,7 @@ def _instrument(name: str, title: str, changes: Settings) -> Row:
 
 
 def _main(name: str, title: str, question: str, variant: str, **more: Any) -> Row:
-    changes = more.pop("changes", _BIRDS)
+    changes = more.pop("changes", BIRDS)
     return Row(name, "main", title, question, "quickstart", variant, changes, 5, **more)
 
 
@@ -112,7 +114,7 @@ def _change(name: str, title: str, question: str, **changes: Any) -> Row:
     """A row of CRA-CNN with a few settings changed: `loss__res` is `loss.res`."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     group = "robust" if any(k.startswith("art.") for k in dotted) else "ablations"
-    more = (*("quickstart", "", {**_BIRDS, **dotted}, 3), ("cra",))
+    more = (*("quickstart", "", {**BIRDS, **dotted}, 3), ("cra",))
     return Row(name, group, title, question, *more)
 
 
@@ -124,7 +126,7 @@ def _rate(kind: str, word: str, rate: float) -> Row:
         "robust",
         f"{name}, learning rate {rate:g}",
         "Does it depend on the rate?",
-        *("quickstart", variant, {**_BIRDS, "optim.base_lr": rate}, 3),
+        *("quickstart", variant, {**BIRDS, "optim.base_lr": rate}, 3),
         (kind,) if kind == "baseline" else (f"baseline-rate-{word}", kind),
     )
 
@@ -201,7 +203,7 @@ ROWS = (
         "CRA-CNN, soft redundancy",
         "Does it help where the redundancy's edge has a gradient?",
         "",
-        changes={**_BIRDS, "art.redundancy": "soft"},
+        changes={**BIRDS, "art.redundancy": "soft"},
         references=("baseline", "baseline-long", "cra"),
     ),
     _main(
@@ -371,11 +373,18 @@ _INDIFFERENT = (
     "train.steps_per_dispatch",
 )
 # What a network without attention never reads.
-_OF_ATTENTION = ("art.", "restriction.", "contrast.", "loss.", "model.ar_passes")
-_OF_ATTENTION += ("optim.attention_lr_scale",)
+_OF_ATTENTION = ("art.", "restriction.", "contrast.", "model.ar_passes", "loss.cls2")
+_OF_ATTENTION += ("loss.res", "loss.cntr", "optim.attention_lr_scale")
 # Settings that are younger than the first lines: the value that means what the code
 # did before them. A line made before and a run made after are then of one fingerprint.
-_YOUNGER: Settings = {"art.gradient_share": 1.0}
+_YOUNGER: Settings = {
+    "art.gradient_share": 1.0,
+    "loss.label_smoothing": 0.0,
+    "optim.freeze_first_epochs": 0,
+    "optim.freeze_period_epochs": 0,
+    "optim.ema_decay": 0.0,
+    "optim.schedule": "piecewise",
+}
 
 
 def settings_of(row: Row, *, seed: int, path: str = "") -> Settings:

@@ -115,6 +115,14 @@ def test_a_training_is_asked_before_the_steps_that_are_named(tmp_path):
     figure = gamma.draw({"paper": found})
     shown = figure.axes[0].lines[0]
     assert np.asarray(shown.get_ydata()).tolist() == [line["place"] for line in found]
+    about = {"seed": 0, "machine": "a machine"}
+    before = {"default": [{**line, **about} for line in found]}
+    gamma.write(before, tmp_path / "docs")
+    assert gamma._kept(tmp_path / "docs") == before
+    text = (tmp_path / "docs" / "gamma.md").read_text()
+    assert f"| default | {AT[-1]} | {found[-1]['place']:.2g} |" in text
+    assert f"{found[-1]['into N_cls']:.2g} times L_cls1's own" in text
+    assert (tmp_path / "docs" / "gamma.png").stat().st_size > 1000
     config.data.test_size = 8
     with pytest.raises(ValueError, match="8 test pictures do not fill one batch of 16"):
         gamma.watch(config, AT)
