@@ -111,6 +111,9 @@ def get_config(variant: str = "") -> Any:
     optim.factor = 0.1  # Sec. 4.1, piecewise
     optim.warmup_epochs = 0  # linear rise at the start; the paper has none
     optim.momentum = 0.9  # Sec. 4.1
+    # Prediction takes weights averaged over about 1 / (1 - ema_decay) steps; 0: the
+    # newest, as in the paper.
+    optim.ema_decay = 0.0
     optim.weight_decay = 5e-4  # Sec. 4.1
     optim.decay_norm_and_bias = True  # or on kernels alone (open)
     optim.attention_lr_scale = 1.0  # of the head that predicts Gamma

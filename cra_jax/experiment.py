@@ -28,6 +28,7 @@ from cra_jax import (
     sources,
     steps,
     store,
+    variations,
     watch,
 )
 
@@ -324,7 +325,7 @@ def build_training(
         accumulate=config.train.accumulate,
     )
     if options.freeze_period_epochs:
-        step = steps.hold_by_turns(
+        step = variations.hold_by_turns(
             step,
             partial(
                 schedule.is_held,
@@ -333,6 +334,8 @@ def build_training(
                 period_epochs=options.freeze_period_epochs,
             ),
         )
+    if options.ema_decay:
+        step = variations.average_weights(step, options.ema_decay)
     step = watch.keep_good(step)
     several = parallel.train_step(steps.several(step))
     return Training(network, optimizer, parallel.train_step(step), several)

@@ -43,15 +43,48 @@ def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
     return {"params": params[STREAM], "batch_stats": batch_stats[STREAM]}
 
 
+def check_average(
+    config: experiment.Config, checkpoints: Checkpoints, step: int
+) -> None:
+    """Checks that a checkpoint has averaged weights where the config wants them.
+
+    Raises:
+      ValueError: it has none.
+    """
+    decay = _decay(config)
+    if decay and "average" not in checkpoints.shapes(step):
+        raise ValueError(
+            f"optim.ema_decay={decay} asks for averaged weights, and checkpoint {step} "
+            "was trained without: set optim.ema_decay=0 to take its newest weights, or "
+            "train again in a new --workdir"
+        )
+
+
+def _decay(config: experiment.Config) -> float:
+    return config.optim.get("ema_decay", 0.0)  # older configs know no average
+
+
+def _restore(
+    config: experiment.Config, checkpoints: Checkpoints, step: int, part: Any
+) -> Any:
+    """A part of the weights to predict with: averages, where the config takes them."""
+    if not _decay(config):
+        return checkpoints.restore(step, part)
+    check_average(config, checkpoints, step)
+    return checkpoints.restore(step, {"average": part})["average"]
+
+
 def restore(config: experiment.Config, workdir: Path) -> Restored:
     """Restores the checkpoint that ``config.eval.checkpoint`` names.
 
     Args:
-      config: the run's own, or one of the same backbone.
+      config: the run's own, or one of the same backbone; with ``optim.ema_decay`` 0 the
+        newest weights are read of a run that has averages, too.
       workdir: the run folder.
 
     Raises:
-      ValueError: there is no such checkpoint, or it is of another backbone.
+      ValueError: there is no such checkpoint, it is of another backbone, or it lacks
+        the averages that the config takes.
     """
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose(str(config.eval.checkpoint))
@@ -61,9 +94,8 @@ def restore(config: experiment.Config, workdir: Path) -> Restored:
         crop_px = config.data.crop_px
         images = jax.ShapeDtypeStruct((1, crop_px, crop_px, 3), jnp.float32)
         abstract = jax.eval_shape(backbone.init, jax.random.key(0), images)
-        found = checkpoints.restore(
-            step, {name: {STREAM: abstract[name]} for name in ("params", "batch_stats")}
-        )
+        part = {name: {STREAM: abstract[name]} for name in ("params", "batch_stats")}
+        found = _restore(config, checkpoints, step, part)
     variables = classification_variables(found["params"], found["batch_stats"])
     return Restored(backbone, variables, step, meta["epoch"], class_names)
 
@@ -88,13 +120,11 @@ def restore_attention(
     """
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose(str(config.eval.checkpoint))
-        wanted = {
-            name: arrays
-            for name, arrays in checkpoints.shapes(step)["params"].items()
-            if name == experiment.ATTENTION_HEAD
-        }
+        shapes = checkpoints.shapes(step)["params"]
+        wanted = {k: v for k, v in shapes.items() if k == experiment.ATTENTION_HEAD}
         if not wanted:
             return None
         trained_with = ConfigDict(checkpoints.meta(step)["config"])
-        params = checkpoints.restore(step, {"params": wanted})["params"]
+        found = _restore(config, checkpoints, step, {"params": wanted})
+        params = found["params"]
     return experiment.attention_head(trained_with, params)

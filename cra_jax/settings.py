@@ -87,6 +87,11 @@ def check(config: Any) -> None:
             f"train.epochs={train.epochs} for optim.schedule='cosine' to fall in: "
             "make the former smaller"
         )
+    if not 0 <= options.ema_decay < 1:
+        raise ValueError(
+            f"optim.ema_decay={options.ema_decay} must be in [0, 1): 0.999 is usual, 0 "
+            "takes no average"
+        )
     known = origins.normalization(config.model.pretrained)
     if known and (tuple(data.mean), tuple(data.std)) != known:
         raise ValueError(

@@ -3,6 +3,7 @@
 The step is told how to average over devices (`all_mean`); by itself it knows none.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from cra_jax import losses, model
 Batch = Mapping[str, Any]
 Terms = dict[str, Array]
 
+_PREDICTING = ("classification_stream", "attention_head")
+
 # Beyond this share of its bound, tanh has lost nine tenths of its slope.
 SATURATED = 0.95
 
@@ -32,12 +35,30 @@ class TrainState:
       params: of all streams and the head.
       batch_stats: BatchNorm's running statistics of all streams.
       opt_state: optax's.
+      average: ``{"params", "batch_stats"}`` of what prediction reads, averaged over the
+        steps so far, see `variations.average_weights`; empty where no average is taken.
     """
 
     step: Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any = struct.field(default_factory=dict)
+
+    def started_from(self, params: Any, batch_stats: Any) -> "TrainState":
+        """The same with other weights, from which an average begins anew."""
+        average = predicting_part(params, batch_stats) if self.average else {}
+        # Copies: no two arrays of a state that is donated may share memory.
+        average = jax.tree.map(jnp.array, average)
+        return dataclasses.replace(
+            self, params=params, batch_stats=batch_stats, average=average
+        )
+
+    def to_predict(self) -> tuple[Any, Any]:
+        """Parameters and statistics to predict with: averages, where they are taken."""
+        if self.average:
+            return self.average["params"], self.average["batch_stats"]
+        return self.params, self.batch_stats
 
 
 def create_state(
@@ -46,16 +67,40 @@ def create_state(
     optimizer: optax.GradientTransformation,
     *,
     crop_px: int,
+    averaged: bool = False,
 ) -> TrainState:
-    """A fresh state; the same key gives a stream the same weights in any kind."""
+    """A fresh state; the same key gives a stream the same weights in any kind.
+
+    Args:
+      key: of `jax.random`.
+      network: of `model.create`.
+      optimizer: of `optim`.
+      crop_px: height and width of a picture.
+      averaged: whether the step is one of `variations.average_weights`.
+    """
     images = jnp.zeros((2, crop_px, crop_px, 3), jnp.float32)
     variables = jax.jit(network.init)(key, images)
-    return TrainState(
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        average=predicting_part(params, batch_stats) if averaged else {},
     )
+    return state.started_from(params, batch_stats)
+
+
+def predicting_part(params: Any, batch_stats: Any) -> dict[str, Any]:
+    """What of a state prediction and its pictures read: N_cls and the attention head.
+
+    Returns:
+      ``{"params", "batch_stats"}``, trees of those arrays themselves.
+    """
+    return {
+        name: {stream: tree[stream] for stream in _PREDICTING if stream in tree}
+        for name, tree in (("params", params), ("batch_stats", batch_stats))
+    }
 
 
 def normalize(
@@ -219,7 +264,8 @@ def make_train_step(
         terms["gradient_norm"] = optax.tree.norm(gradient)
         terms["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        state = TrainState(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
@@ -228,42 +274,6 @@ def make_train_step(
         return state, terms
 
     return train_step
-
-
-def hold_by_turns(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Terms]],
-    is_held: Callable[[Array], Array],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
-    """A step that at times leaves N_cls, all but its classifier, as it is.
-
-    Held are its weights, their momentum and its running statistics, and so is the head
-    that predicts Gamma. They take part in the step as ever: BatchNorm normalises with
-    the batch's own statistics, and the classifier learns from the features.
-
-    Args:
-      step: of `make_train_step`.
-      is_held: steps taken -> whether N_cls is held now, from `schedule`.
-    """
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
-        after, terms = step(state, batch)
-        held = is_held(state.step)
-
-        def choose(path: tuple[Any, ...], new: Array, old: Array) -> Array:
-            return jnp.where(held, old, new) if _can_be_held(path) else new
-
-        after = jax.tree_util.tree_map_with_path(choose, after, state)
-        return after, {**terms, "held": held.astype(jnp.float32)}
-
-    return run
-
-
-def _can_be_held(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of a `TrainState` is N_cls's, but not of its classifier."""
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    if names[:1] == ["attention_head"]:
-        return True
-    return names[:1] == ["classification_stream"] and names[1:2] != ["fc"]
 
 
 def several(step: Callable) -> Callable:

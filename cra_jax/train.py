@@ -1,7 +1,6 @@
 """The loop: batches in, updates, numbers, checkpoints, and scores at the end."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from cra_jax.checkpoint import Checkpoints
 from cra_jax.evaluate import Evaluator, results
 from cra_jax.metrics import Mean
 from cra_jax.prefetch import prefetch
-from cra_jax.restore import classification_variables
+from cra_jax.restore import check_average, classification_variables
 
 
 def run(
@@ -151,6 +150,7 @@ class Run:
             self._training.network,
             self._training.optimizer,
             crop_px=config.data.crop_px,
+            averaged=config.optim.ema_decay > 0,
         )
         # Their attention is kept at each evaluation: old checkpoints are not.
         self._watched = self._splits["test"].firsts(config.eval.snapshots)
@@ -192,13 +192,12 @@ class Run:
             arch=self._config.model.backbone,
             class_names=self._class_names,
         )
-        self._state = dataclasses.replace(
-            self._state, params=params, batch_stats=batch_stats
-        )
+        self._state = self._state.started_from(params, batch_stats)
         self._notes += notes
 
     def _resume(self, checkpoints: Checkpoints, step: int) -> None:
         """Takes up a checkpoint."""
+        check_average(self._config, checkpoints, step)
         abstract = jax.eval_shape(lambda: self._state)
         self._state = checkpoints.restore(step, abstract)
         self._window_before = checkpoints.meta(step)["window"]
@@ -314,9 +313,9 @@ class Run:
 
     def _network(self) -> tuple[dict[str, Any], attention.Head | None]:
         """The plain backbone's variables, and the head where there is attention."""
-        params = self._state.params
+        params, batch_stats = self._state.to_predict()
         return (
-            classification_variables(params, self._state.batch_stats),
+            classification_variables(params, batch_stats),
             experiment.attention_head(self._config, params),
         )
 

@@ -1,5 +1,6 @@
 """What prediction reads of a checkpoint, and what only pictures need."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from numpy.testing import assert_array_equal
 
 from cra_jax import experiment, steps
 from cra_jax.checkpoint import Checkpoints
-from cra_jax.restore import restore, restore_attention
+from cra_jax.restore import classification_variables, restore, restore_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,8 +23,15 @@ def _saved(folder, kind, **changes: Any):
     config = tiny.config(folder, **{"model.kind": kind, **changes})
     training = experiment.build_training(config, len(NAMES), steps_per_epoch=2)
     state = steps.create_state(
-        jax.random.key(0), training.network, training.optimizer, crop_px=32
+        jax.random.key(0),
+        training.network,
+        training.optimizer,
+        crop_px=32,
+        averaged=config.optim.ema_decay > 0,
     )
+    # Averages that are not the newest weights.
+    average = jax.tree.map(lambda x: x + 1, state.average)
+    state = dataclasses.replace(state, average=average)
     meta = {"class_names": NAMES, "epoch": 2, "config": config.to_dict()}
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(3, state, meta, metric=0.5)
@@ -60,3 +68,30 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     for take in (restore, restore_attention):
         with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
             take(config, tmp_path)
+
+
+def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
+    config, state = _saved(tmp_path, "cra", **{"optim.ema_decay": 0.9})
+    for decay, params, stats in (
+        (0.9, state.average["params"], state.average["batch_stats"]),
+        (0.0, state.params, state.batch_stats),
+    ):
+        config.optim.ema_decay = decay
+        restored = restore(config, tmp_path)
+        wanted = classification_variables(params, stats)
+        jax.tree.map(assert_array_equal, restored.variables, wanted)
+        head = restore_attention(config, tmp_path)
+        assert head is not None
+        assert_array_equal(head.bias, params["attention_head"]["bias"])
+
+
+def test_averages_that_are_not_there_are_named_with_the_cure(tmp_path):
+    config, state = _saved(tmp_path, "cra")
+    config.optim.ema_decay = 0.99
+    for take in (restore, restore_attention):
+        with pytest.raises(ValueError, match=r"optim.ema_decay=0.99.*checkpoint 3"):
+            take(config, tmp_path)
+    del config.optim.ema_decay  # a config that is older than the setting
+    restored = restore(config, tmp_path)
+    wanted = state.params["classification_stream"]
+    jax.tree.map(assert_array_equal, restored.variables["params"], wanted)
