@@ -106,12 +106,15 @@ def _is_run(folder: Path) -> bool:
 
 
 def _open_run(name: str, folder: Path) -> Origin:
-    """The classification stream of a run's newest checkpoint."""
+    """The classification stream of a run's newest checkpoint, averaged if it is."""
     with Checkpoints(folder / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose("latest")
         meta, saved = checkpoints.meta(step), checkpoints.shapes(step)
+        averaged = "average" in saved  # what predicts, and what an export holds
+        saved = saved["average"] if averaged else saved
         part = {c: {_STREAM: saved[c][_STREAM]} for c in _COLLECTIONS}
-        found = checkpoints.restore(step, part)
+        found = checkpoints.restore(step, {"average": part} if averaged else part)
+        found = found["average"] if averaged else found
     model, data = meta["config"]["model"], meta["config"]["data"]
     flat: Any = flatten_dict({c: found[c][_STREAM] for c in _COLLECTIONS})
     arrays = {

@@ -87,6 +87,18 @@ def check(config: Any) -> None:
             f"train.epochs={train.epochs} for optim.schedule='cosine' to fall in: "
             "make the former smaller"
         )
+    turns = options.freeze_first_epochs, options.freeze_period_epochs
+    if bool(turns[0]) != bool(turns[1]):
+        raise ValueError(
+            f"optim.freeze_first_epochs={turns[0]} and optim.freeze_period_epochs="
+            f"{turns[1]} go together: both above 0, or both 0"
+        )
+    if turns[1] and config.model.kind == "baseline":
+        raise ValueError(
+            f"optim.freeze_period_epochs={turns[1]} holds N_cls so that the other "
+            "stream trains alone, and model.kind='baseline' has no other: set both "
+            "optim.freeze_first_epochs and optim.freeze_period_epochs to 0"
+        )
     if not 0 <= options.ema_decay < 1:
         raise ValueError(
             f"optim.ema_decay={options.ema_decay} must be in [0, 1): 0.999 is usual, 0 "

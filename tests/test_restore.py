@@ -9,7 +9,7 @@ import pytest
 import tiny
 from numpy.testing import assert_array_equal
 
-from cra_jax import experiment, steps
+from cra_jax import experiment, origins, steps
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.restore import classification_variables, restore, restore_attention
 
@@ -83,6 +83,15 @@ def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
         head = restore_attention(config, tmp_path)
         assert head is not None
         assert_array_equal(head.bias, params["attention_head"]["bias"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_run_starts_others_with_the_weights_that_it_predicts_with(tmp_path, decay):
+    config, state = _saved(tmp_path, "baseline", **{"optim.ema_decay": decay})
+    origin = origins.open_origin(str(tmp_path), arch=config.model.backbone)
+    params, _ = state.to_predict()
+    kernel = params["classification_stream"]["fc"]["kernel"]
+    assert_array_equal(origin.arrays["fc.weight"], jnp.asarray(kernel).T)
 
 
 def test_averages_that_are_not_there_are_named_with_the_cure(tmp_path):

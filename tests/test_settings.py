@@ -19,6 +19,16 @@ from cra_jax import experiment
         ),
         ({"optim.freeze_first_epochs": -1}, "optim.freeze_first_epochs=-1 must be 0"),
         ({"optim.freeze_period_epochs": -3}, "optim.freeze_period_epochs=-3 must be 0"),
+        ({"optim.freeze_first_epochs": 3}, "both above 0, or both 0"),
+        ({"optim.freeze_period_epochs": 3}, "both above 0, or both 0"),
+        (
+            {
+                "optim.freeze_first_epochs": 1,
+                "optim.freeze_period_epochs": 1,
+                "model.kind": "baseline",
+            },
+            "model.kind='baseline' has no other",
+        ),
         ({"optim.ema_decay": 1.0}, r"optim.ema_decay=1.0 must be in \[0, 1\)"),
         (
             {"loss.label_smoothing": 1.0},
