@@ -52,6 +52,7 @@ GROUPS = {
     "main": "The main rows",
     "ablations": "CRA-CNN, one part changed",
     "robust": "Guards and learning rates",
+    "modern": "Beyond the paper, at the same cost at test time",
     "cub": "Photographs: ten birds of CUB",
     "cars": "Photographs: 98 models of Stanford Cars",
     "instrument": "How the instrument was chosen",
@@ -116,6 +117,25 @@ def _change(name: str, title: str, question: str, **changes: Any) -> Row:
     group = "robust" if any(k.startswith("art.") for k in dotted) else "ablations"
     more = (*("quickstart", "", {**BIRDS, **dotted}, 3), ("baseline", "cra"))
     return Row(name, group, title, question, *more)
+
+
+def _modern(name: str, word: str, **changes: Any) -> list[Row]:
+    """The same change to the baseline and to CRA-CNN."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return [
+        Row(
+            f"{kind}-{name}",
+            "modern",
+            f"{title}, {word}",
+            "What does it add, at the same cost at test time?",
+            *("quickstart", variant, {**BIRDS, **dotted}, 3),
+            (kind,) if kind == "baseline" else ("cra", f"baseline-{name}"),
+        )
+        for kind, variant, title in (
+            ("baseline", "baseline", "baseline"),
+            ("cra", "", "CRA-CNN"),
+        )
+    ]
 
 
 def _rate(kind: str, word: str, rate: float) -> Row:
@@ -314,6 +334,9 @@ ROWS = (
         for word, rate in (("low", 0.0167), ("high", 0.15))
         for kind in ("baseline", "cra")
     ),
+    *_modern("smooth", "labels smoothed by 0.1", loss__label_smoothing=0.1),
+    *_modern("cosine", "rate along a cosine", optim__schedule="cosine"),
+    *_modern("ema", "weights averaged (0.99)", optim__ema_decay=0.99),
     *_photographs("cub", "tuned", {"usual": (10, 6, 2), "long": (15, 9, 3)}),
     *_photographs("cub", "scratch", {"usual": (60, 36, 12), "long": (90, 54, 18)}),
     *_photographs("cars", "tuned", {"usual": (8, 4, 2), "long": (12, 6, 3)}),
