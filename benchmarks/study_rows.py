@@ -337,6 +337,8 @@ ROWS = (
     *_modern("smooth", "labels smoothed by 0.1", loss__label_smoothing=0.1),
     *_modern("cosine", "rate along a cosine", optim__schedule="cosine"),
     *_modern("ema", "weights averaged (0.99)", optim__ema_decay=0.99),
+    *_modern("cutmix", "CutMix", mix__kind="cutmix"),
+    *_modern("snapmix", "SnapMix", mix__kind="snapmix", mix__alpha=5.0),
     *_photographs("cub", "tuned", {"usual": (10, 6, 2), "long": (15, 9, 3)}),
     *_photographs("cub", "scratch", {"usual": (60, 36, 12), "long": (90, 54, 18)}),
     *_photographs("cars", "tuned", {"usual": (8, 4, 2), "long": (12, 6, 3)}),

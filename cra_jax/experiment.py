@@ -19,6 +19,7 @@ from cra_jax import (
     archives,
     attention,
     families,
+    mixing,
     model,
     optim,
     parallel,
@@ -323,6 +324,7 @@ def build_training(
         std=config.data.std,
         all_mean=parallel.all_mean,
         accumulate=config.train.accumulate,
+        mix=_mix(config, num_classes),
     )
     if options.freeze_period_epochs:
         step = variations.hold_by_turns(
@@ -357,4 +359,17 @@ def _learning_rate(config: Config, steps_per_epoch: int) -> Callable:
         period_epochs=options.period_epochs,
         factor=options.factor,
         **at,
+    )
+
+
+def _mix(config: Config, num_classes: int) -> mixing.Mix | None:
+    """What mixes pictures, where ``mix.kind`` names something."""
+    if not config.mix.kind:
+        return None
+    return mixing.make_mix(
+        config.mix.kind,
+        backbone(config, num_classes, training=True),
+        probability=config.mix.probability,
+        alpha=config.mix.alpha,
+        seed=config.seed,
     )

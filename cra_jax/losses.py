@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 DISTANCES = ("euclidean", "squared")
@@ -35,6 +36,36 @@ def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Ar
     if not smoothing:
         return right
     return (1 - smoothing) * right - smoothing * log_probability.mean(-1)
+
+
+@struct.dataclass
+class MixedLabels:
+    """Labels of pictures that hold a part of another; see `mixing`.
+
+    Attributes:
+      own: int ``[b]``, of each picture.
+      other: int ``[b]``, of what was pasted in.
+      own_weight: ``[b]``.
+      other_weight: ``[b]``; 0 where nothing was. The two need not sum to 1.
+    """
+
+    own: Array
+    other: Array
+    own_weight: Array
+    other_weight: Array
+
+    def heavier(self) -> Array:
+        """The label that weighs more: ``[b]``."""
+        return jnp.where(self.other_weight > self.own_weight, self.other, self.own)
+
+
+def mixed_cross_entropy(
+    logits: Array, labels: MixedLabels, *, smoothing: float = 0.0
+) -> Array:
+    """Cross-entropies against both labels, weighted and summed: ``[b, k] -> [b]``."""
+    own = cross_entropy(logits, labels.own, smoothing=smoothing)
+    other = cross_entropy(logits, labels.other, smoothing=smoothing)
+    return labels.own_weight * own + labels.other_weight * other
 
 
 def restriction_loss(

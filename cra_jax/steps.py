@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array
 
 from cra_jax import losses, model
+from cra_jax.losses import MixedLabels
 
 Batch = Mapping[str, Any]
 Terms = dict[str, Array]
@@ -130,6 +131,9 @@ def make_loss(
 ) -> Callable[..., tuple[Array, tuple[Any, Terms]]]:
     """Eq. (9) as a function of ``(params, batch_stats, images, labels, step)``.
 
+    The labels are int ``[b]`` or `losses.MixedLabels`, of which the heavier counts as
+    the right one for the share of right answers.
+
     Args:
       network: of `model.create`.
       restriction_weight: step -> weight of L_res, from `schedule`.
@@ -159,10 +163,16 @@ def make_loss(
         )
     draw_pairs = losses.neighbour_pairs if pairs == "random" else losses.all_pairs
 
-    def classification_loss(logits: Array, labels: Array) -> Array:
-        return losses.cross_entropy(logits, labels, smoothing=label_smoothing).mean()
+    def classification_loss(logits: Array, labels: Array | MixedLabels) -> Array:
+        if isinstance(labels, MixedLabels):
+            each = losses.mixed_cross_entropy(logits, labels, smoothing=label_smoothing)
+        else:
+            each = losses.cross_entropy(logits, labels, smoothing=label_smoothing)
+        return each.mean()
 
     def loss_function(params, batch_stats, images, labels, step):
+        is_mixed = isinstance(labels, MixedLabels)
+        right = labels.heavier() if is_mixed else labels
         out, updated = network.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -170,15 +180,17 @@ def make_loss(
             mutable=["batch_stats"],
         )
         assert isinstance(out, model.Outputs)
-        correct = out.logits.argmax(-1) == labels
+        correct = out.logits.argmax(-1) == right
         terms: Terms = {
             "loss_cls1": classification_loss(out.logits, labels),
             "top1": correct.mean(),
         }
+        if is_mixed:
+            terms["mixed"] = labels.other_weight.mean()
         loss = terms["loss_cls1"]
         if out.attention_logits is not None:
             attended = classification_loss(out.attention_logits, labels)
-            correct = out.attention_logits.argmax(-1) == labels
+            correct = out.attention_logits.argmax(-1) == right
             terms |= {"loss_cls2": attended, "attention_top1": correct.mean()}
             loss += weights["cls2"] * attended
         if out.gamma is not None and out.gamma_res is not None:
@@ -190,7 +202,7 @@ def make_loss(
             loss += weights["res"] * on * outside
             terms |= _describe_gamma(out.gamma, out.gamma_res, network)
         if out.redundancy_logits is not None and weights["cntr"]:
-            m, n = draw_pairs(len(labels))
+            m, n = draw_pairs(len(images))
             attention, redundancy = out.attention_logits, out.redundancy_logits
             assert attention is not None
             if normalize_features:
@@ -225,6 +237,7 @@ def make_train_step(
     std: Sequence[float],
     all_mean: Callable[[Any], Any] = lambda tree: tree,
     accumulate: int = 1,
+    mix: Callable[[TrainState, Array, Batch], tuple[Array, MixedLabels]] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
     """One update.
 
@@ -241,10 +254,12 @@ def make_train_step(
         is the whole batch's wherever pictures of different micro-batches do not meet.
         They do in BatchNorm, unless its groups divide a micro-batch, and in Eq. (8)
         over all pairs.
+      mix: of `mixing`, for normalised pictures; None: each is left as it is.
 
     Returns:
       ``(state, batch) -> (state, terms)``. A batch has ``image`` uint8
-      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``.
+      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``; to mix, also
+      ``index`` int ``[b]``, the picture's place in the split.
     """
 
     def differentiate(state: TrainState, batch: Batch) -> tuple[Any, tuple[Any, Terms]]:
@@ -252,9 +267,11 @@ def make_train_step(
         images = jnp.where(
             batch["flip"][:, None, None, None], images[:, :, ::-1], images
         )
-        images = normalize(images, mean=mean, std=std)
+        images, labels = normalize(images, mean=mean, std=std), batch["label"]
+        if mix:
+            images, labels = mix(state, images, batch)
         return jax.grad(loss_function, has_aux=True)(
-            state.params, state.batch_stats, images, batch["label"], state.step
+            state.params, state.batch_stats, images, labels, state.step
         )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:

@@ -198,8 +198,7 @@ class Run:
     def _resume(self, checkpoints: Checkpoints, step: int) -> None:
         """Takes up a checkpoint."""
         check_average(self._config, checkpoints, step)
-        abstract = jax.eval_shape(lambda: self._state)
-        self._state = checkpoints.restore(step, abstract)
+        self._state = checkpoints.restore(step, jax.eval_shape(lambda: self._state))
         self._window_before = checkpoints.meta(step)["window"]
 
     def _agree(self) -> None:
@@ -219,8 +218,7 @@ class Run:
                 stack.enter_context(
                     provenance.recorded(self._workdir, devices=devices, **steps_left)
                 )
-            mute = not hosts.is_first()
-            log = run_folder.Log(self._workdir, mute=mute, **steps_left)
+            log = run_folder.Log(self._workdir, mute=not hosts.is_first(), **steps_left)
             stack.enter_context(log)
             for note in self._notes:
                 log.say(note)
@@ -291,10 +289,13 @@ class Run:
                 clock.restart()
 
     def _device_batch(self, step: int) -> dict[str, Any]:
+        mixes = ("index",) if self._config.mix.kind else ()
         if self._resident:
-            return self._resident.batch(self._batches.plan(step))
+            plan = self._batches.plan(step)
+            index = parallel.split({k: plan[k] for k in mixes})
+            return self._resident.batch(plan) | index
         batch = self._batches.batch(step)
-        return parallel.split({k: batch[k] for k in ("image", "flip", "label")})
+        return parallel.split({k: batch[k] for k in ("image", "flip", "label", *mixes)})
 
     def _log_window(
         self, log: run_folder.Log, step: int, clock: progress.Clock

@@ -1,4 +1,4 @@
-"""`released`: what the authors' code does where the paper says something else."""
+"""The variants `released` and `modern`: what each changes, and nothing else."""
 
 import pytest
 
@@ -71,7 +71,31 @@ def test_the_quickstart_takes_released_in_its_own_proportions():
     experiment.check(config)
 
 
+@pytest.mark.parametrize("module", [cub, cars])
+def test_modern_adds_what_costs_nothing_at_test_time(module):
+    assert _changed(module, "modern") == {
+        "optim.schedule": "cosine",
+        "optim.warmup_epochs": 5,
+        "optim.ema_decay": 0.999,
+        "loss.label_smoothing": 0.1,
+        "mix.kind": "snapmix",
+        "mix.alpha": 5.0,
+    }
+    experiment.check(module.get_config("baseline,modern"))
+
+
+def test_modern_from_scratch_mixes_less():
+    assert _changed(quickstart, "modern") == {
+        "optim.schedule": "cosine",
+        "optim.ema_decay": 0.999,
+        "loss.label_smoothing": 0.1,
+        "mix.kind": "snapmix",
+        "mix.probability": 0.5,
+    }
+    experiment.check(quickstart.get_config("modern,stn"))
+
+
 def test_an_unknown_variant_is_named_with_those_there_are():
     for module in (cub, cars, quickstart):
-        with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released"):
+        with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released, modern"):
             module.get_config("baseline,relaesd")
