@@ -339,6 +339,14 @@ ROWS = (
     *_modern("ema", "weights averaged (0.99)", optim__ema_decay=0.99),
     *_modern("cutmix", "CutMix", mix__kind="cutmix"),
     *_modern("snapmix", "SnapMix", mix__kind="snapmix", mix__alpha=5.0),
+    Row(
+        "inner",
+        "modern",
+        "CRA-CNN, attention at two scales",
+        "Does N_ar learn more from a closer look as well?",
+        *("quickstart", "", {**BIRDS, "art.inner_scale": 0.5}, 3),
+        ("baseline", "cra"),
+    ),
     *_photographs("cub", "tuned", {"usual": (10, 6, 2), "long": (15, 9, 3)}),
     *_photographs("cub", "scratch", {"usual": (60, 36, 12), "long": (90, 54, 18)}),
     *_photographs("cars", "tuned", {"usual": (8, 4, 2), "long": (12, 6, 3)}),
@@ -416,6 +424,7 @@ _OF_ATTENTION += ("loss.res", "loss.cntr", "optim.attention_lr_scale")
 # did before them. A line made before and a run made after are then of one fingerprint.
 _YOUNGER: Settings = {
     "art.gradient_share": 1.0,
+    "art.inner_scale": 0.0,
     "loss.label_smoothing": 0.0,
     "optim.freeze_first_epochs": 0,
     "optim.freeze_period_epochs": 0,

@@ -84,6 +84,9 @@ def get_config(variant: str = "") -> Any:
     art.normalize_head = True  # Gamma from features of length 1; False: raw
     art.inside = True  # bound the place, so that no padding is seen; False: Eq. 6 alone
     art.guard = 0.95  # share of its bound beyond which Gamma is held; 0: never
+    # N_ar also sees an inner attention, of this share of the first one's scale, and
+    # L_cls2 is the mean of both; 0: off, as in the paper.
+    art.inner_scale = 0.0
 
     restriction = config.restriction = ConfigDict()
     restriction.expectation = (0.0, 0.0, 0.5, 0.0)  # E (Eq. 7, Sec. 4.1)

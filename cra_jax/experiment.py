@@ -256,6 +256,7 @@ def build_network(config: Config, num_classes: int) -> model.CRACNN:
         inside=art.inside,
         guard=art.guard,
         ar_passes=config.model.ar_passes,
+        inner_scale=art.inner_scale,
     )
 
 

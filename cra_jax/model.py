@@ -36,6 +36,7 @@ class Outputs:
       attention_logits: ``[b, k]`` scores of the regularization stream for the
         attention.
       redundancy_logits: ``[b, k]`` and for the redundancy.
+      inner_logits: ``[b, k]`` and for the inner attention.
     """
 
     logits: Array
@@ -43,6 +44,7 @@ class Outputs:
     gamma_res: Array | None = None
     attention_logits: Array | None = None
     redundancy_logits: Array | None = None
+    inner_logits: Array | None = None
 
 
 class CRACNN(nn.Module):
@@ -59,7 +61,8 @@ class CRACNN(nn.Module):
       redundancy: "hard", Eq. (5), or "soft".
       softness: width of the soft edge, in units of the frame.
       gradient_clip: limit on the gradient of one picture's loss to each entry of the
-        affine matrix, as in the authors' released code; 0: none.
+        affine matrix, as in the authors' released code; 0: none. An inner attention
+        has no matrix of its own: both attentions' gradient to the one is clipped.
       gradient_share: of the gradient that goes from Gamma back to N_cls, how much gets
         there; 1: all of it, as in the paper. The head itself always learns from all.
       normalize_head: whether the attention head sees pooled features of length 1.
@@ -68,8 +71,12 @@ class CRACNN(nn.Module):
       inside: whether the attention stays in the picture, see `geometry.restrict`.
       guard: beyond which share of its bound (a tanh) place and scale are held, see
         `hold_inside`; 0: unguarded, as in the paper.
-      ar_passes: 1: attention and redundancy go through N_ar as one batch; 2: one after
-        the other, each with BatchNorm statistics of its own.
+      ar_passes: 1: all that N_ar sees goes through it as one batch; 2: attention,
+        redundancy and inner attention go through it one after the other, each with
+        BatchNorm statistics of its own.
+      inner_scale: N_ar sees a second, inner attention as well, of the same place and
+        angle, whose scale is this share of the first one's; 0: it sees none, as in the
+        paper. CRA-CNN's alone.
     """
 
     kind: str
@@ -87,6 +94,7 @@ class CRACNN(nn.Module):
     inside: bool
     guard: float
     ar_passes: int
+    inner_scale: float
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Outputs:
@@ -109,7 +117,7 @@ class CRACNN(nn.Module):
             name="attention_head",
         )(pooled)
         if self.kind == "stn":
-            attention = self._attend(images, gamma.reshape(-1, 2, 3))
+            attention = self._attend(images, self._clip(gamma.reshape(-1, 2, 3)))
             regularized = self.regularization_stream(attention, train)
             return Outputs(
                 classified.logits, gamma, attention_logits=regularized.logits
@@ -120,19 +128,18 @@ class CRACNN(nn.Module):
             alpha_s=self.alpha_s,
             inside=self.inside,
         )
-        attention = self._attend(images, geometry.attention_matrix(gamma_res))
-        redundancy = self._leave_out(images, gamma_res)
+        matrix = self._clip(geometry.attention_matrix(gamma_res))
+        parts = [self._attend(images, matrix), self._leave_out(images, gamma_res)]
+        if self.inner_scale:
+            # Eq. (4) with a share of the scale, which is in all but the last column.
+            shares = jnp.array([self.inner_scale, self.inner_scale, 1.0], matrix.dtype)
+            parts.append(self._attend(images, shares * matrix))
         if self.ar_passes == 1:
-            both = self.regularization_stream(
-                jnp.concatenate([attention, redundancy]), train
-            ).logits
-            attention_logits, redundancy_logits = jnp.split(both, 2)
+            together = self.regularization_stream(jnp.concatenate(parts), train).logits
+            logits = jnp.split(together, len(parts))
         else:
-            attention_logits = self.regularization_stream(attention, train).logits
-            redundancy_logits = self.regularization_stream(redundancy, train).logits
-        return Outputs(
-            classified.logits, gamma, gamma_res, attention_logits, redundancy_logits
-        )
+            logits = [self.regularization_stream(part, train).logits for part in parts]
+        return Outputs(classified.logits, gamma, gamma_res, *logits)
 
     def _start(self) -> list[float]:
         """The attention head's bias, such that training starts at `start`."""
@@ -143,12 +150,16 @@ class CRACNN(nn.Module):
         p, s = _place_bound(self.start, self.alpha_p, self.inside), self.alpha_s
         return [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s), angle_rad]
 
+    def _clip(self, matrix: Array) -> Array:
+        """The matrices ``[b, 2, 3]`` themselves; their gradient is clipped."""
+        if not self.gradient_clip:
+            return matrix
+        # The loss is a mean over the batch, so a picture's own gradient is b times what
+        # arrives here.
+        return clip_gradient(matrix, self.gradient_clip / len(matrix))
+
     def _attend(self, images: Array, matrix: Array) -> Array:
         """The attention ``[b, s, s, 3]`` that ``[b, 2, 3]`` matrices cut out."""
-        if self.gradient_clip:
-            # The loss is a mean over the batch, so a picture's own gradient is b times
-            # what arrives here.
-            matrix = clip_gradient(matrix, self.gradient_clip / len(images))
         grid = geometry.affine_grid(matrix, (self.art_size_px, self.art_size_px))
         return geometry.bilinear_sample(images, grid)
 
@@ -232,6 +243,7 @@ def create(
     inside: bool = False,
     guard: float = 0.95,
     ar_passes: int = 1,
+    inner_scale: float = 0.0,
 ) -> CRACNN:
     """The network to train; the arguments are `CRACNN`'s attributes.
 
@@ -250,6 +262,7 @@ def create(
       inside: needs an `alpha_s` of at most ``1 / sqrt 2``.
       guard: in [0, 1).
       ar_passes: 1 or 2.
+      inner_scale: in [0, 1).
 
     Raises:
       ValueError: an argument is unknown or out of range.
@@ -282,6 +295,16 @@ def create(
         raise ValueError(f"art.guard must be in [0, 1), not {guard}")
     if not 0 <= gradient_share <= 1:
         raise ValueError(f"art.gradient_share must be in [0, 1], not {gradient_share}")
+    if not 0 <= inner_scale < 1:
+        raise ValueError(
+            f"art.inner_scale={inner_scale} must be in [0, 1): a share of the "
+            "attention's own scale, such as 0.5, or 0 for no inner attention"
+        )
+    if inner_scale and kind != "cra":
+        raise ValueError(
+            f"art.inner_scale={inner_scale} is a second attention of CRA-CNN's, and "
+            f"model.kind={kind!r} has none: set it to 0"
+        )
     if gradient_clip < 0 or softness <= 0 or art_size_px < 1:
         raise ValueError(
             f"art.gradient_clip={gradient_clip} must be 0 or more, "
@@ -303,6 +326,7 @@ def create(
         inside=inside,
         guard=guard,
         ar_passes=ar_passes,
+        inner_scale=inner_scale,
     )
 
 

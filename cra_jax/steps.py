@@ -191,6 +191,11 @@ def make_loss(
         if out.attention_logits is not None:
             attended = classification_loss(out.attention_logits, labels)
             correct = out.attention_logits.argmax(-1) == right
+            if out.inner_logits is not None:
+                # Their mean: L_cls2 weighs what it weighs without an inner attention.
+                attended += classification_loss(out.inner_logits, labels)
+                attended /= 2
+                terms["inner_top1"] = (out.inner_logits.argmax(-1) == right).mean()
             terms |= {"loss_cls2": attended, "attention_top1": correct.mean()}
             loss += weights["cls2"] * attended
         if out.gamma is not None and out.gamma_res is not None:
