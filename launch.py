@@ -57,7 +57,7 @@ def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
     from cra_jax import experiment, parallel, signals, store
 
-    parallel.keep_compiled(store.default_cache_dir(None) / "compiled")
+    parallel.keep(store.default_cache_dir(None) / "compiled")
     mode, config = values.mode, values.config
     baseline = values.baseline and Path(values.baseline)
     if mode in _OF_A_RUN and not any(re.match("--?config(=|$)", a) for a in sys.argv):

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step")
     options = parser.parse_args()
+    parallel.keep_memory()
     images, labels = _pictures(options)
     actions, flops = {}, {}
     for kind in KINDS:

@@ -1,5 +1,9 @@
 """Batches over eight fake devices, and the errors of those that cannot be shared."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,3 +49,30 @@ def test_eval_step_keeps_the_order_of_the_batch():
     x = np.arange(32.0).reshape(16, 2)
     np.testing.assert_array_equal(run(jnp.float32(3), {"x": x})["y"], 3 * x)
     assert len(jax.devices()) == parallel.device_count() == 8
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_memory_that_is_kept_is_not_cleared_again():
+    """In a process of its own; how many pages Linux had to give it, and to clear."""
+    code = """
+import resource, threading
+from cra_jax import parallel
+
+{call}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(b"x") * 200_000_000
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+found = []
+for _ in range(2):
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+print(found[1])
+"""
+    again = [
+        int(subprocess.check_output([sys.executable, "-c", code.format(call=call)]))
+        for call in ("", "parallel.keep_memory()")
+    ]
+    assert again[0] > 20 * again[1]
