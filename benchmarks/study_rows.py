@@ -119,7 +119,7 @@ def _change(name: str, title: str, question: str, **changes: Any) -> Row:
     return Row(name, group, title, question, *more)
 
 
-def _modern(name: str, word: str, **changes: Any) -> list[Row]:
+def _modern(name: str, word: str, seeds: int = 3, **changes: Any) -> list[Row]:
     """The same change to the baseline and to CRA-CNN."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     return [
@@ -128,7 +128,7 @@ def _modern(name: str, word: str, **changes: Any) -> list[Row]:
             "modern",
             f"{title}, {word}",
             "What does it add, at the same cost at test time?",
-            *("quickstart", variant, {**BIRDS, **dotted}, 3),
+            *("quickstart", variant, {**BIRDS, **dotted}, seeds),
             (kind,) if kind == "baseline" else ("cra", f"baseline-{name}"),
         )
         for kind, variant, title in (
@@ -350,7 +350,15 @@ ROWS = (
         for word, rate in (("low", 0.0167), ("high", 0.15))
         for kind in ("baseline", "cra")
     ),
-    *_modern("smooth", "labels smoothed by 0.1", loss__label_smoothing=0.1),
+    *_modern("smooth", "labels smoothed by 0.1", seeds=5, loss__label_smoothing=0.1),
+    Row(
+        "baseline-smooth-long",
+        "modern",
+        "baseline, labels smoothed by 0.1, 1.5 times the epochs",
+        "What does smoothing add, with CRA-CNN's compute?",
+        *("quickstart", "baseline", {**_BIRDS_LONG, "loss.label_smoothing": 0.1}, 5),
+        ("baseline-long", "baseline-smooth", "cra-smooth"),
+    ),
     *_modern("cosine", "rate along a cosine", optim__schedule="cosine"),
     *_modern("ema", "weights averaged (0.99)", optim__ema_decay=0.99),
     *_modern("cutmix", "CutMix", mix__kind="cutmix"),
