@@ -107,7 +107,7 @@ def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
 
 def ask_compiler(step: Step, device: Any) -> int:
     """Bytes at the peak of the compiled step, as its compiler says."""
-    where = NamedSharding(Mesh([device], ("devices",)), PartitionSpec())
+    where = place(device)
     found: Any = (
         jax.jit(step.run, donate_argnums=0, in_shardings=where, out_shardings=where)
         .lower(step.state, step.batch)
@@ -120,6 +120,11 @@ def ask_compiler(step: Step, device: Any) -> int:
         - found.alias_size_in_bytes
         + found.temp_size_in_bytes
     )
+
+
+def place(device: Any) -> NamedSharding:
+    """All of every array on one device."""
+    return NamedSharding(Mesh([device], ("devices",)), PartitionSpec())
 
 
 def find_device(topology: str) -> Any:

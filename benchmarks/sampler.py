@@ -1,13 +1,19 @@
 """The sampler against torch's `grid_sample` and SciPy's `map_coordinates` in JAX.
 
     python -m benchmarks.sampler
+    python -m benchmarks.sampler --batch 64 --topology v5p:1x1x1    # on paper
 
 Pictures of 448 to attentions of 224, in float32: forward, and forward with the
 gradient to the grid, as a training step wants it.
+
+With --topology, nothing runs: a TPU's compiler says what both ways to gather would take
+there (`pip install libtpu`; no TPU is needed).
 """
 
 import argparse
+import os
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +22,7 @@ import torch
 from jax.scipy.ndimage import map_coordinates
 from torch.nn.functional import grid_sample
 
-from benchmarks import timing
+from benchmarks import memory, timing
 from cra_jax import geometry
 
 
@@ -31,7 +37,10 @@ def main() -> None:
         action="store_true",
         help="processor time, not the wall's: for a machine that does other work, too",
     )
+    parser.add_argument("--topology", default="", help="of a TPU, such as v5p:1x1x1")
     options = parser.parse_args()
+    if options.topology:
+        return _ask_compiler(options)
     actions = {
         f"{peer}, {what}": action
         for peer, make in (
@@ -51,6 +60,43 @@ def main() -> None:
         peer = times[f"grid_sample, {name.partition(', ')[2]}"]
         rows.append([name, timing.summary(taken), f"{timing.ratio(taken, peer):.2f}"])
     print(timing.table([size, unit, "times grid_sample's"], rows))
+
+
+def _ask_compiler(options: argparse.Namespace) -> None:
+    """Memory and traffic of the attention and its gradient in a TPU's program."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    where = memory.place(memory.find_device(options.topology))
+    side = (options.attention_px, options.attention_px)
+
+    def attend(gamma_res, images, kernel):
+        """With what stands around it in a training step, which chooses layouts, too."""
+        images = (images.astype(jnp.float32) - 120) / 60
+        grid = geometry.attention_grid(gamma_res, side)
+        attention = geometry.bilinear_sample(images, grid)
+        return jax.lax.conv(
+            attention.transpose(0, 3, 1, 2), kernel, (2, 2), "SAME"
+        ).var()
+
+    picture = (options.batch, options.picture_px, options.picture_px, 3)
+    shapes = (
+        jax.ShapeDtypeStruct((options.batch, 4), jnp.float32),
+        jax.ShapeDtypeStruct(picture, jnp.uint8),
+        jax.ShapeDtypeStruct((64, 3, 7, 7), jnp.float32),
+    )
+    rows = []
+    for name in ("_gather_from_planes", "_gather_squares"):
+        with mock.patch.object(
+            geometry, "_gather_from_planes", getattr(geometry, name)
+        ):
+            step = jax.jit(jax.grad(attend), in_shardings=where, out_shardings=where)
+            program = step.lower(*shapes).compile()
+        found, cost = program.memory_analysis(), program.cost_analysis() or {}
+        sizes = (getattr(found, "temp_size_in_bytes", 0), cost.get("bytes accessed", 0))
+        rows.append([name.strip("_"), *(f"{size / 1e9:.1f}" for size in sizes)])
+        jax.clear_caches()
+    print(timing.machine())
+    size = f"{options.batch} x {options.picture_px} to {options.attention_px}"
+    print(timing.table([size, "temporaries, GB", "traffic, GB"], rows))
 
 
 def _inputs(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -248,24 +248,48 @@ def _neighbours(image: Array, grid: Array) -> tuple[list[Array], Array, Array]:
       picture; then how far the point is across and down from the first to the last,
       ``[b, h, w, 1]`` each, in 0..1.
     """
-    _, height, width, channels = image.shape
+    _, height, width, _ = image.shape
     # Two pixels outside is as good as infinitely far.
     x = jnp.clip((grid[..., 0] + 1) * (0.5 * (width - 1)), -2, width + 1)
     y = jnp.clip((grid[..., 1] + 1) * (0.5 * (height - 1)), -2, height + 1)
     left, top = jnp.floor(x), jnp.floor(y)
-    # A frame of zeros, where even the points farthest out find all four; and one gather
-    # of squares of 2 x 2, not four of pixels.
+    # A frame of zeros, where even the points farthest out find all four.
     framed = jnp.pad(image, ((0, 0), (2, 3), (2, 3), (0, 0)))
-    picture = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
     corner = [(edge + 2).astype(jnp.int32) for edge in (top, left)]
+    pixels = jax.lax.platform_dependent(
+        framed, *corner, tpu=_gather_from_planes, default=_gather_squares
+    )
+    pixels = [pixel.astype(grid.dtype) for pixel in pixels]
+    return pixels, (x - left)[..., None], (y - top)[..., None]
+
+
+def _gather_squares(image: Array, top: Array, left: Array) -> list[Array]:
+    """The 2 x 2 pixels at ``[b, h, w]`` corners: four times ``[b, h, w, c]``."""
+    picture = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
     squares = jax.lax.gather(
-        framed,
-        jnp.stack([picture, *corner], -1),
+        image,
+        jnp.stack([picture, top, left], -1),
         jax.lax.GatherDimensionNumbers(
             offset_dims=(3, 4, 5), collapsed_slice_dims=(0,), start_index_map=(0, 1, 2)
         ),
-        slice_sizes=(1, 2, 2, channels),
+        slice_sizes=(1, 2, 2, image.shape[-1]),
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    ).astype(grid.dtype)
-    pixels = [squares[..., row, column, :] for row in (0, 1) for column in (0, 1)]
-    return pixels, (x - left)[..., None], (y - top)[..., None]
+    )
+    return [squares[..., row, column, :] for row in (0, 1) for column in (0, 1)]
+
+
+def _gather_from_planes(image: Array, top: Array, left: Array) -> list[Array]:
+    """The same pixels, from a plane for each channel.
+
+    Of squares, a TPU pads the three channels to 128: its compiler says 17 times the
+    memory and 12 times the traffic (`python -m benchmarks.sampler --topology ...`).
+    """
+    b, _, width, channels = image.shape
+    planes = image.transpose(0, 3, 1, 2).reshape(b, channels, -1)
+    first = (top * width + left).reshape(b, 1, -1)
+    return [
+        jnp.take_along_axis(planes, first + after, -1, mode="promise_in_bounds")
+        .reshape(b, channels, *top.shape[1:])
+        .transpose(0, 2, 3, 1)
+        for after in (0, 1, width, width + 1)
+    ]

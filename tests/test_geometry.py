@@ -545,6 +545,30 @@ def test_training_gradient_holds_no_scatter():
     assert scatters(jax.grad(total, 1), gammas, image)
 
 
+def test_a_tpu_gathers_the_same_pixels_from_planes():
+    rng = np.random.default_rng(5)
+    image = jnp.asarray(rng.normal(size=(2, 9, 11, 3)))
+    top, left = (jnp.asarray(rng.integers(0, n, (2, 5, 4))) for n in (8, 10))
+    ways = geometry._gather_squares, geometry._gather_from_planes
+    squares, planes = (way(image, top, left) for way in ways)
+    for i, (row, column) in enumerate(np.ndindex(2, 2)):
+        want = np.stack([image[b, top[b] + row, left[b] + column] for b in (0, 1)])
+        assert_array_equal(squares[i], want)
+        assert_array_equal(planes[i], want)
+
+
+def test_each_platform_gathers_as_it_likes():
+    image, grid = jnp.ones((2, 9, 11, 3)), jnp.zeros((2, 5, 4, 2))
+    traced = jax.jit(bilinear_sample).trace(image, grid)
+
+    def gathered(platform):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r"gather.*?slice_sizes = array<i64: ([\d, ]+)>", text)
+
+    assert gathered("tpu") == ["1, 3, 1"]  # of a function that is called four times
+    assert gathered("cpu") == gathered("cuda") == ["1, 2, 2, 3"]
+
+
 def test_no_nan_at_the_traps():
     gammas = jnp.asarray(GAMMAS, jnp.float32)
     image = jnp.ones((len(gammas), 6, 7, 1))
