@@ -87,7 +87,7 @@ class Backbone(Protocol):
 
         Raises:
             ValueError: if the shape or dtype of an argument is wrong, if `extent_px` is
-                given in training, or as `layers.BatchNorm`.
+                given in training, or as `batch_norm.BatchNorm`.
         """
         ...
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cra_jax.batch_norm import BatchNorm
 from cra_jax.layers import (
-    BatchNorm,
     Conv,
     Outputs,
     check_common_options,

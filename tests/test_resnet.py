@@ -10,6 +10,7 @@ from flax import traverse_util
 from oracles.torch_resnet import LAYERS, TorchResNet, linen_path, randomize, to_linen
 
 from cra_jax import layers, pooling, resnet
+from cra_jax.batch_norm import BatchNorm
 
 PARAMETER_COUNTS = {
     "resnet18": 11_689_512,
@@ -215,9 +216,7 @@ def test_initial_weights_follow_torchvision():
         assert 0.9 * limit < jnp.abs(value).max() <= limit
         assert abs(value.mean()) < 0.2 * limit
 
-    norm = layers.BatchNorm().init(
-        jax.random.key(0), jnp.ones((1, 1, 1, 2)), train=False
-    )
+    norm = BatchNorm().init(jax.random.key(0), jnp.ones((1, 1, 1, 2)), train=False)
     expected = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
     assert {path[-1]: value.tolist() for path, value in flat(norm).items()} == {
         name: [value] * 2 for name, value in expected.items()
@@ -241,11 +240,9 @@ def norm_variables(channels):
 def test_norm_groups_are_normalised_apart():
     x = pictures(6, 3, 2, 4) * 2 + np.arange(6, dtype=np.float32)[:, None, None, None]
     variables = norm_variables(4)
-    y, state = layers.BatchNorm(2).apply(
-        variables, x, train=True, mutable=["batch_stats"]
-    )
+    y, state = BatchNorm(2).apply(variables, x, train=True, mutable=["batch_stats"])
     alone = [
-        layers.BatchNorm().apply(variables, part, train=True, mutable=["batch_stats"])
+        BatchNorm().apply(variables, part, train=True, mutable=["batch_stats"])
         for part in (x[:2], x[2:4], x[4:])
     ]
     np.testing.assert_allclose(
@@ -271,13 +268,13 @@ def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
         grads, aux = jax.grad(loss, (0, 1), has_aux=True)(x, variables["params"])
         return grads, *aux
 
-    whole = jax.jit(partial(run, layers.BatchNorm()))
+    whole = jax.jit(partial(run, BatchNorm()))
     (x_grad, grads), y, state = whole(x, cotangent)
 
     def all_mean(v):
         return jax.lax.pmean(v, "replica")
 
-    synchronised = layers.BatchNorm(all_mean=all_mean, num_replicas=3)
+    synchronised = BatchNorm(all_mean=all_mean, num_replicas=3)
     shared = jax.jit(jax.vmap(partial(run, synchronised), axis_name="replica"))
     (x_grad_r, grads_r), y_r, state_r = shared(
         x.reshape(3, 2, 3, 2, 4), cotangent.reshape(3, 2, 3, 2, 4)
@@ -294,7 +291,7 @@ def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
 def test_norm_variance_survives_a_large_mean():
     x = pictures(4, 8, 8, 1, dtype=np.float64) + 3000
     variables = norm_variables(1)
-    y, _ = layers.BatchNorm().apply(
+    y, _ = BatchNorm().apply(
         variables, x.astype(np.float32), train=True, mutable=["batch_stats"]
     )
     scale, bias = variables["params"]["scale"], variables["params"]["bias"]
@@ -305,7 +302,7 @@ def test_norm_variance_survives_a_large_mean():
 def test_norm_statistics_of_bfloat16_are_those_of_float32():
     x = jnp.asarray(pictures(4, 8, 8, 3) + 20, jnp.bfloat16)
     norm = partial(
-        layers.BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
+        BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
     )
     y, state = norm(x)
     exact, exact_state = norm(x.astype(jnp.float32))
@@ -340,9 +337,7 @@ def test_network_synchronises_every_norm():
 
 
 def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh():
-    norm = layers.BatchNorm(
-        all_mean=lambda x: jax.lax.pmean(x, "absent"), num_replicas=2
-    )
+    norm = BatchNorm(all_mean=lambda x: jax.lax.pmean(x, "absent"), num_replicas=2)
     variables: Any = norm.init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), train=True)
     assert (variables["batch_stats"]["mean"] == 0).all()
 
@@ -491,7 +486,7 @@ def test_wrong_inputs_are_refused(shape, dtype, options, message):
 def test_training_on_one_value_per_channel_is_refused():
     x = np.zeros((1, 1, 1, 4), np.float32)
     with pytest.raises(ValueError, match=r"one value per channel.*larger"):
-        layers.BatchNorm().init(jax.random.key(0), x, train=True)
+        BatchNorm().init(jax.random.key(0), x, train=True)
 
 
 # --- gradients written out -----------------------------------------------------------
