@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import study_lines, study_page, study_rows
+from benchmarks import study_cars, study_lines, study_page, study_rows
 from benchmarks.study_lines import Line, Lines
 from benchmarks.study_rows import BY_NAME, GROUPS, ROWS, Row
 from cra_jax import provenance, run_folder, summary
@@ -344,6 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not paths[name]:
                 print(f"the rows on {name} are left out: --{name} DIR runs them")
                 rows = [row for row in rows if row.config != name]
+        few = study_cars.file_in(arguments.root)
+        paths["cars"] = str(few)
         jobs = jobs_in_order(
             rows, seeds=arguments.seeds, root=arguments.root, paths=paths
         )
@@ -354,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{len(missing)} of {len(jobs)} runs are missing")
             return 0
         with run_folder.locked(arguments.root), contextlib.ExitStack() as stack:
+            if any(row.config == "cars" for row in rows):
+                study_cars.write(Path(arguments.cars), few)
             stack.callback(study_page.write, lines, arguments.docs)
             runner = Runner(
                 lines, threads=arguments.threads, leak=not arguments.no_leak

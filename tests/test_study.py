@@ -12,10 +12,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 from made_runs import make, write_start
+from PIL import Image
 
-from benchmarks import study, study_lines, study_page, study_rows
+from benchmarks import study, study_cars, study_lines, study_page, study_rows
 from benchmarks.study_rows import BY_NAME, GROUPS, ROWS
-from cra_jax import attention, run_folder, synthetic, uncertainty
+from cra_jax import attention, run_folder, sources, synthetic, uncertainty
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -414,6 +415,39 @@ def test_what_n_ar_makes_of_noise_is_added_once(tmp_path, monkeypatch):
     kept = lines.get(job.key)
     assert kept is not None
     assert kept["leak_top1"] == 0.5
+
+
+def test_half_of_the_pictures_of_the_first_cars_are_for_testing(tmp_path):
+    """With their boxes, in pixels; from a folder with another around it."""
+    boxes = []
+    for i in range(9):
+        split, model = ("train", "test")[i == 8], f"Car {'CAB'[i % 3]}"
+        file = tmp_path / "cars" / "car_data" / split / model / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + i, 30)).save(file)
+        boxes.append((split, f"{i}.jpg", 3, 2, 30 + i, 20, "BCA".index(model[-1]) + 1))
+    for split in ("train", "test"):
+        rows = [",".join(map(str, box[1:])) for box in boxes if box[0] == split]
+        (tmp_path / "cars" / f"anno_{split}.csv").write_text("\n".join(rows) + "\n")
+    file = study_cars.file_in(tmp_path / "runs")
+    study_cars.write(tmp_path / "cars", file, models=2)
+    study_cars.write(tmp_path / "cars", file, models=2)  # and again
+    data = sources.load("csv", file)
+    assert data.class_names == ("Car A", "Car B")
+    chosen = {
+        split: [(Path(r.name).name, r.label) for r in records]
+        for split, records in data.splits.items()
+    }
+    # Of A: 1, 4, 7; of B: 8 (from test), 2, 5, by their names.
+    assert chosen == {
+        "train": [("1.jpg", 0), ("7.jpg", 0), ("8.jpg", 1), ("5.jpg", 1)],
+        "test": [("4.jpg", 0), ("2.jpg", 1)],
+    }
+    assert data.splits["train"][0].box == pytest.approx(
+        (2 / 41, 1 / 30, 31 / 41, 2 / 3)
+    )
+    with pytest.raises(ValueError, match="3 models, and the study takes 16"):
+        study_cars.write(tmp_path / "cars", file)
 
 
 def test_a_dry_run_lists_what_is_missing_and_leaves_nothing(tmp_path, capsys):
