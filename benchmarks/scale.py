@@ -61,7 +61,7 @@ STORE_GB, TRAIN_GB = {"cub": 13.0, "cars": 24.7}, {"cub": 6.6, "cars": 12.4}
 # Counted: `python -m benchmarks.memory --dtypes bfloat16`, GB on one device: the state,
 # and what the backward pass keeps of 64 pictures, without and with model.remat.
 STATE_GB = {"resnet50": 0.6, "resnet101": 1.1}
-KEPT_GB = {"resnet50": (53.4, 8.7), "resnet101": (79.0, 11.3)}
+KEPT_GB = {"resnet50": (27.2, 6.3), "resnet101": (41.1, 8.9)}
 FREE = 0.2  # of a device's memory, for work in progress, as docs/devices.md advises
 
 

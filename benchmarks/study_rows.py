@@ -218,17 +218,26 @@ def _photographs(data: str, start: str, epochs: Mapping[str, tuple]) -> list[Row
     return rows
 
 
-def _modern_photographs(name: str, word: str, **changes: Any) -> Row:
-    """One change to the fine-tuned baseline on ten birds of CUB."""
+def _changed_photographs(
+    kind: str,
+    name: str,
+    word: str,
+    question: str = "What does it add, at the same cost at test time?",
+    **changes: Any,
+) -> Row:
+    """One change to what is fine-tuned on ten birds of CUB."""
+    variant, title, _ = _KINDS[kind]
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    usual = f"cub-tuned-{kind}"
+    references = (f"cub-tuned-baseline-{name}",) if kind != "baseline" else ()
     return Row(
-        f"cub-tuned-baseline-{name}",
+        f"{usual}-{name}",
         "cub",
-        f"baseline, {word} (fine-tuned EfficientNet-Lite0)",
-        "What does it add, at the same cost at test time?",
-        *("cub", "efficientnet_lite0,baseline"),
+        f"{title}, {word} (fine-tuned EfficientNet-Lite0)",
+        question,
+        *("cub", ",".join(filter(None, ("efficientnet_lite0", variant)))),
         {**_SMALL, **_TUNED, **_phases(*_PHOTO_TUNED["usual"]), **dotted},
-        *(3, ("cub-tuned-baseline",)),
+        *(3, (*references, usual)),
     )
 
 
@@ -376,10 +385,29 @@ ROWS = (
         ("baseline", "cra"),
     ),
     *_photographs("cub", "tuned", _PHOTO_TUNED),
-    _modern_photographs("smooth", "labels smoothed by 0.1", loss__label_smoothing=0.1),
-    _modern_photographs("cosine", "rate along a cosine", optim__schedule="cosine"),
-    _modern_photographs("ema", "weights averaged (0.99)", optim__ema_decay=0.99),
-    _modern_photographs("snapmix", "SnapMix", mix__kind="snapmix", mix__alpha=5.0),
+    _changed_photographs(
+        "baseline", "smooth", "labels smoothed by 0.1", loss__label_smoothing=0.1
+    ),
+    _changed_photographs(
+        "baseline", "cosine", "rate along a cosine", optim__schedule="cosine"
+    ),
+    _changed_photographs(
+        "baseline", "ema", "weights averaged (0.99)", optim__ema_decay=0.99
+    ),
+    _changed_photographs(
+        "baseline", "snapmix", "SnapMix", mix__kind="snapmix", mix__alpha=5.0
+    ),
+    *(
+        _changed_photographs(
+            kind,
+            f"rate-{word}",
+            f"learning rate {rate:g}",
+            "Does it depend on the rate?",
+            optim__base_lr=rate,
+        )
+        for word, rate in (("low", 0.0017), ("high", 0.015))
+        for kind in ("baseline", "cra")
+    ),
     *_photographs("cub", "scratch", _PHOTO_SCRATCH),
     *_photographs("cars", "tuned", _PHOTO_TUNED),
     *_photographs("cars", "scratch", _PHOTO_SCRATCH),
