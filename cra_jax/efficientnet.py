@@ -33,6 +33,7 @@ from cra_jax.layers import (
     check_common_options,
     check_images,
     pad_same,
+    relu,
     run_block,
     shrink,
     symmetric_uniform,
@@ -111,10 +112,10 @@ class Block(nn.Module):
         y = x
         if self.expansion != 1:
             y = Conv(channels * self.expansion, 1, name="expand_conv")(y)
-            y = nn.relu6(self.norm(name="bn0")(y, train=train))
+            y = relu(self.norm(name="bn0")(y, train=train), 6)
         y = pad_same(y, self.size, self.stride, extent_px)
         y = DepthwiseConv(self.size, self.stride, name="depthwise_conv")(y)
-        y = nn.relu6(self.norm(name="bn1")(y, train=train))
+        y = relu(self.norm(name="bn1")(y, train=train), 6)
         y = Conv(self.features, 1, name="project_conv")(y)
         y = self.norm(name="bn2")(y, train=train)
         return x + y if (self.stride, channels) == (1, self.features) else y
@@ -205,12 +206,12 @@ class EfficientNet(nn.Module):
         is_float64 = images.dtype == jnp.float64
         x = images.astype(jnp.float64 if is_float64 else self.dtype)
         x = self.conv_stem(pad_same(x, 3, self.conv_stem.stride, extent_px))
-        x = nn.relu6(self.bn0(x, train=train))
+        x = relu(self.bn0(x, train=train), 6)
         extent_px = shrink(extent_px, self.conv_stem.stride)
         for block in self.blocks:
             x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)
             extent_px = shrink(extent_px, block.stride)
-        return nn.relu6(self.bn1(self.conv_head(x), train=train))
+        return relu(self.bn1(self.conv_head(x), train=train), 6)
 
     def classify(self, pooled: jax.Array) -> jax.Array:
         """Scores `[..., k]`, at least float32, of pooled features `[..., c]`."""

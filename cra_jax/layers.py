@@ -180,6 +180,34 @@ depthwise.defvjp(
 )
 
 
+def relu(x: jax.Array, ceiling: float = math.inf) -> jax.Array:
+    """`x` between 0 and a ceiling; no gradient at either or beyond, as in torch.
+
+    The backward pass reads the output, which the next convolution keeps in any case;
+    `jax.nn.relu` keeps a mask beside it.
+    """
+    clipped: Any = _clip(x, ceiling)
+    return clipped
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _clip(x: jax.Array, ceiling: float) -> jax.Array:
+    return jnp.clip(x, 0, ceiling)
+
+
+def _clip_forward(x: jax.Array, ceiling: float):
+    y = jnp.clip(x, 0, ceiling)
+    return y, y
+
+
+def _clip_backward(ceiling: float, y: jax.Array, cotangent: jax.Array):
+    passes = (y > 0) & (y < ceiling)
+    return (jnp.where(passes, cotangent, jnp.zeros((), cotangent.dtype)),)
+
+
+_clip.defvjp(_clip_forward, _clip_backward)
+
+
 def run_block(
     block: nn.Module,
     x: jax.Array,

@@ -31,6 +31,7 @@ from cra_jax.layers import (
     check_common_options,
     check_images,
     mask,
+    relu,
     run_block,
     shrink,
     symmetric_uniform,
@@ -110,7 +111,7 @@ class Block(nn.Module):
         layers = enumerate(narrow if self.bottleneck else plain, start=1)
         for i, (size, features, stride) in layers:
             if i > 1:
-                y = nn.relu(y)
+                y = relu(y)
             if size > 1:
                 y = mask(y, extent_px)
             y = Conv(features, size, stride, name=f"conv{i}")(y)
@@ -119,7 +120,7 @@ class Block(nn.Module):
         if x.shape[-1] != wide:  # true wherever a block strides, too
             x = Conv(wide, 1, self.stride, name="downsample_conv")(x)
             x = self.norm(name="downsample_bn")(x, train=train)
-        return nn.relu(y + x)
+        return relu(y + x)
 
 
 class ResNet(nn.Module):
@@ -193,7 +194,7 @@ class ResNet(nn.Module):
         check_images(images, train, extent_px)
         is_float64 = images.dtype == jnp.float64
         x = mask(images.astype(jnp.float64 if is_float64 else self.dtype), extent_px)
-        x = nn.relu(self.bn1(self.conv1(x), train=train))
+        x = relu(self.bn1(self.conv1(x), train=train))
         extent_px = shrink(extent_px, self.conv1.stride)
         if self.stem == "imagenet":
             # 0 is as good as -inf beyond the picture's edge: nothing here is negative.

@@ -293,6 +293,19 @@ def test_norm_keeps_its_input_as_it_came():
     assert [(v.size, v.dtype) for v in large] == [(x.size, jnp.bfloat16)]
 
 
+@pytest.mark.parametrize("ceiling", [np.inf, 2.0])
+def test_relu_passes_gradient_on_where_torch_does_and_keeps_its_output_alone(ceiling):
+    x = np.array([-3, -0.5, 0, 0.5, 1.5, 2, 7], np.float32)
+    weights = np.arange(1, 8, dtype=np.float32)
+    y, back = jax.vjp(lambda x: layers.relu(x, ceiling), x)
+    leaf: Any = torch.tensor(x, requires_grad=True)
+    expected = torch.nn.functional.hardtanh(leaf, 0.0, ceiling)
+    expected.backward(torch.tensor(weights))
+    np.testing.assert_array_equal(y, expected.detach())
+    np.testing.assert_array_equal(back(weights)[0], leaf.grad)
+    assert [v.shape for v in jax.tree.leaves(back)] == [x.shape]
+
+
 def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
     """Values, running statistics and gradients, with means that differ a lot."""
     x = pictures(6, 3, 2, 4) + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
