@@ -49,9 +49,9 @@ LATENCY_S = 20e-6
 MATTERS = 0.10
 
 # Measured: `python -m benchmarks.step --batch 8`, 224 px, ResNet-50, 2 CPU cores,
-# commit 3145ffc; the last is its share of the cores' own product of two matrices.
-CPU_STEP_S, CPU_BATCH, CPU_CROP_PX = {"baseline": 2.041, "cra": 3.026}, 8, 224
-CPU_SHARE = 0.39
+# commit 6370ae9; the last is its share of the cores' own product of two matrices.
+CPU_STEP_S, CPU_BATCH, CPU_CROP_PX = {"baseline": 2.027, "cra": 3.227}, 8, 224
+CPU_SHARE = 0.42
 # Measured: `python -m benchmarks.input`, commit cdcc84b: median, lowest, highest.
 STORE_RATE, STORE_CORES = (1045, 733, 1810), 2
 # Measured: `python -m benchmarks.input --disk`, mean of 294 pictures of each set; then
