@@ -308,12 +308,31 @@ ROWS = (
         "Are random pairs enough?",
         contrast__pairs="all",
     ),
+    *(
+        Row(
+            f"{kind}-bn-4",
+            "ablations",
+            f"{title}, BatchNorm over 4",
+            "Does what BatchNorm over 4 pictures adds need CRA-CNN?",
+            *("quickstart", "baseline", {**changes, "bn.group_size": 4}, 3),
+            references,
+        )
+        for kind, title, changes, references in (
+            ("baseline", "baseline", BIRDS, ("baseline",)),
+            (
+                "baseline-long",
+                "baseline, 1.5 times the epochs",
+                _BIRDS_LONG,
+                ("baseline-long", "baseline-bn-4"),
+            ),
+        )
+    ),
     _change(
         "bn-4",
         "BatchNorm over 4",
         "Does BatchNorm over 4 pictures help, as in the released code?",
         bn__group_size=4,
-    ),
+    )._replace(references=("baseline", "cra", "baseline-bn-4", "baseline-long-bn-4")),
     _change(
         "outside",
         "attention may leave the picture",
