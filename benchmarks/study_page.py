@@ -140,6 +140,31 @@ def answer(found: Found) -> Iterable[str]:
             f"{_sure(spread, 'of IoU with its box', scale=1, least=_MOVED)} It begins "
             f"at {start:.2f} and ends at {start + spread.mean:.2f}."
         )
+    yield from _photographs(found)
+
+
+def _photographs(found: Found) -> Iterable[str]:
+    """CRA-CNN on each set of photographs, from each start, beside its baselines."""
+    body = []
+    for row in ROWS:
+        if row.group not in ("cub", "cars") or not row.name.endswith("-cra"):
+            continue
+        less = [difference(found, row.name, name, _TEST) for name in row.references]
+        if any(less):
+            body.append(
+                [
+                    GROUPS[row.group].partition(": ")[2],
+                    row.title.partition("(")[2].rstrip(")"),
+                    str(min(one.spread.count for one in less if one)),
+                    _mean(values(found[row.name], _TEST)),
+                    *(_interval(one.spread) if one else _NONE for one in less),
+                ]
+            )
+    if body:
+        yield from ("", "On photographs, top-1 on `test`:", "")
+        head = ["photographs", "start", "seeds", "CRA-CNN"]
+        head += ["less the baseline", "less the baseline given the same compute"]
+        yield page.markdown_table(head, body)
 
 
 def _verdict(found: Found, reference: str, key: Key, unit: str) -> str:

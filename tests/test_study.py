@@ -226,6 +226,18 @@ def test_a_sure_trifle_is_no_move_onto_the_bird(moved, word):
     assert word in said
 
 
+def test_photographs_stand_beside_both_baselines():
+    lines = []
+    for seed, ours in enumerate((0.6, 0.7, 0.65)):
+        for name, top1 in (("cra", ours), ("baseline", 0.6), ("baseline-long", 0.8)):
+            lines.append(_line(f"cars-tuned-{name}", seed, test=top1))
+    (said,) = [x for x in _verdict(lines).splitlines() if "Stanford Cars" in x]
+    cells = [cell.strip() for cell in said.strip("|").split("|")]
+    assert cells[1:4] == ["fine-tuned EfficientNet-Lite0", "3", "65.0 ± 5.0"]
+    assert cells[4].startswith("+5.0 (")
+    assert cells[5].startswith("−15.0 (")
+
+
 def test_without_runs_nothing_is_claimed(tmp_path):
     study_page.write([], tmp_path)
     text = (tmp_path / "study.md").read_text()
