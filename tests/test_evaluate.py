@@ -1,5 +1,7 @@
 """Both protocols, picture by picture, on any batch size; the strongest activation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from oracles import equations
 
 from cra_jax import attention, evaluate, experiment, metrics, pipeline, resnet, steps
 from cra_jax.sources import Record
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = 32
@@ -25,7 +29,9 @@ def _pictures(shapes, seed=0):
 def network():
     """A ResNet with statistics that are not the initial ones, and its variables."""
     backbone = resnet.create("resnet10", 5, width=8, stem="small")
-    variables = backbone.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables: Any = jax.jit(backbone.init)(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
     keys = iter(jax.random.split(jax.random.key(1), 100))
     stats = jax.tree.map(
         lambda x: x + jax.random.uniform(next(keys), x.shape), variables["batch_stats"]

@@ -252,7 +252,7 @@ def test_weights_are_named_before_the_data(tmp_path, capsys):
     config = tiny.config(tmp_path)
     network = experiment.backbone(config, 5)
     images = np.zeros((1, 32, 32, 3), np.float32)
-    weights.save_torch(file, network.init(jax.random.key(0), images))
+    weights.save_torch(file, jax.jit(network.init)(jax.random.key(0), images))
     time.sleep(0.01)  # so that it is older than the run by any clock
     lines = run(tmp_path, capsys, **{"model.pretrained": str(file)})
     megabytes = file.stat().st_size / 1e6

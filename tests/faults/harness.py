@@ -43,7 +43,8 @@ class Run:
 
     def __init__(self, compiled: Path, *arguments: object, **environment: str):
         plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment = {**plain, "XDG_CACHE_HOME": str(compiled), **environment}
+        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XDG_CACHE_HOME": str(compiled)}
+        environment = {**plain, **quick, **environment}
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
