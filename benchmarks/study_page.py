@@ -45,19 +45,32 @@ def in_short(line: Line) -> str:
 def write(lines: Iterable[Line], docs: Path) -> None:
     """Writes `study.md` and a figure for each group that has runs."""
     docs.mkdir(parents=True, exist_ok=True)
-    found, others = collect(lines)
-    figures = {}
-    for group in GROUPS:
-        rows = [row for row in ROWS if row.group == group and found[row.name]]
-        if rows:
-            figures[group] = f"study-{group}.png"
-            figure = draw(rows, found)
-            figure.savefig(docs / figures[group], dpi=_DPI, metadata={"Software": None})
-    text = "\n".join(_page(found, others, figures))
-    run_folder.write_atomically(docs / "study.md", text)
+    lines = list(lines)
+    found, _ = collect(lines)
+    for group, rows in _with_runs(found).items():
+        figure, path = draw(rows, found), docs / _figure_of(group)
+        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    run_folder.write_atomically(docs / "study.md", text_of(lines))
 
 
-def _page(found: Found, others: Sequence[Line], figures: Mapping[str, str]):
+def text_of(lines: Iterable[Line]) -> str:
+    """`study.md`, which is made of the lines and of nothing else."""
+    return "\n".join(_page(*collect(lines)))
+
+
+def _figure_of(group: str) -> str:
+    return f"study-{group}.png"
+
+
+def _with_runs(found: Found) -> dict[str, list[Row]]:
+    """The groups that have runs, and their rows that have."""
+    rows = {group: [row for row in ROWS if row.group == group] for group in GROUPS}
+    run = {group: [x for x in rows[group] if found[x.name]] for group in GROUPS}
+    return {group: some for group, some in run.items() if some}
+
+
+def _page(found: Found, others: Sequence[Line]) -> Iterable[str]:
+    with_runs = _with_runs(found)
     yield from ("# Does contrastive reinforcement help?", "")
     yield from answer(found)
     yield from ("", *_method(found, others))
@@ -69,8 +82,8 @@ def _page(found: Found, others: Sequence[Line], figures: Mapping[str, str]):
         if missing:
             how = f" (`--{group} DIR`)" if group in ("cub", "cars") else ""
             yield from (f"{missing} of {total} runs are missing{how}.", "")
-        rows = [row for row in rows if found[row.name]]
-        if rows:
+        if group in with_runs:
+            rows = with_runs[group]
             if group == "instrument":
                 yield from (_instrument_table(rows, found), "")
             else:
@@ -78,7 +91,7 @@ def _page(found: Found, others: Sequence[Line], figures: Mapping[str, str]):
                 yield from _difference_table(rows, found)
                 yield from _looks_table(rows, found)
                 yield from _leak_table(rows, found)
-            yield f"![A dot for each run of a row]({figures[group]})"
+            yield f"![A dot for each run of a row]({_figure_of(group)})"
     yield ""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_photographs_stand_beside_both_baselines():
     assert cells[1:4] == ["fine-tuned EfficientNet-Lite0", "3", "65.0 ± 5.0"]
     assert cells[4].startswith("+5.0 (")
     assert cells[5].startswith("−15.0 (")
+
+
+def test_the_page_in_the_repository_is_what_its_lines_say():
+    docs = ROOT / "docs"
+    said = (docs / "study.md").read_text()
+    assert said == study_page.text_of(study_lines.Lines(docs / "study.jsonl"))
+
+
+def test_the_readme_says_what_the_page_does():
+    page = (ROOT / "docs" / "study.md").read_text()
+    said = (ROOT / "README.md").read_text().split("## Does it help?")[1]
+    found = re.findall(r"\d+\.\d ± \d+\.\d", said.split("\n## ")[0])
+    assert len(found) > 9
+    assert [one for one in found if one not in page] == []
 
 
 def test_without_runs_nothing_is_claimed(tmp_path):
