@@ -47,9 +47,10 @@ def write(lines: Iterable[Line], docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     lines = list(lines)
     found, _ = collect(lines)
-    for group, rows in _with_runs(found).items():
-        figure, path = draw(rows, found), docs / _figure_of(group)
-        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    for group in GROUPS:
+        if rows := _with_runs(group, found):
+            figure, path = draw(rows, found), docs / _figure_of(group)
+            figure.savefig(path, dpi=_DPI, metadata={"Software": None})
     run_folder.write_atomically(docs / "study.md", text_of(lines))
 
 
@@ -62,15 +63,12 @@ def _figure_of(group: str) -> str:
     return f"study-{group}.png"
 
 
-def _with_runs(found: Found) -> dict[str, list[Row]]:
-    """The groups that have runs, and their rows that have."""
-    rows = {group: [row for row in ROWS if row.group == group] for group in GROUPS}
-    run = {group: [x for x in rows[group] if found[x.name]] for group in GROUPS}
-    return {group: some for group, some in run.items() if some}
+def _with_runs(group: str, found: Found) -> list[Row]:
+    """The rows of a group that have runs."""
+    return [row for row in ROWS if row.group == group and found[row.name]]
 
 
 def _page(found: Found, others: Sequence[Line]) -> Iterable[str]:
-    with_runs = _with_runs(found)
     yield from ("# Does contrastive reinforcement help?", "")
     yield from answer(found)
     yield from ("", *_method(found, others))
@@ -82,8 +80,7 @@ def _page(found: Found, others: Sequence[Line]) -> Iterable[str]:
         if missing:
             how = f" (`--{group} DIR`)" if group in ("cub", "cars") else ""
             yield from (f"{missing} of {total} runs are missing{how}.", "")
-        if group in with_runs:
-            rows = with_runs[group]
+        if rows := _with_runs(group, found):
             if group == "instrument":
                 yield from (_instrument_table(rows, found), "")
             else:
