@@ -447,7 +447,8 @@ def draw(rows: Sequence[Row], found: Found) -> Figure:
         )
         if any(values(found[row.name], key) for row in rows)
     ]
-    row_in, top_in, bottom_in, panel_in = 0.21, 0.1, 0.5, 1.35
+    row_in, top_in, bottom_in = 0.21, 0.1, 0.5
+    panel_in = max(1.35, 3.6 / len(panels))  # a panel alone has room
     name_in = 0.2 + 0.056 * max(len(row.title) for row in rows)
     height = top_in + bottom_in + row_in * len(rows)
     width = name_in + (panel_in + 0.12) * len(panels)
