@@ -239,7 +239,7 @@ def _photographs(data: str, name: str) -> list[Row]:
                 f"{title} ({start.where})",
                 "Does what is seen on drawings hold for photographs?",
                 *(data, ",".join(filter(None, (start.backbone, variant))), changes),
-                5 if (data, name) == ("cub", "tuned") else 3,
+                3 if name == "tuned-40" else 5,
                 tuple(f"{data}-{name}-{x}" for x in references),
             )
         )
