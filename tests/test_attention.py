@@ -16,8 +16,6 @@ from cra_jax import attention, efficientnet, geometry, model, resnet
 
 CROP = 64
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def network():

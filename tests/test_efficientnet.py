@@ -27,7 +27,6 @@ from cra_jax.efficientnet import Architecture, Stage
 
 LITE0 = "efficientnet_lite0"
 ALBATROSS = 146  # of ImageNet's classes
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # --- a plain PyTorch EfficientNet-Lite, with the published names ---------------------

@@ -14,8 +14,6 @@ from oracles import equations
 from cra_jax import attention, evaluate, experiment, metrics, pipeline, resnet, steps
 from cra_jax.sources import Record
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = 32
 

@@ -220,7 +220,7 @@ def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
 
 
 def test_an_export_scores_photographs_as_an_independent_network_does(
-    shared_data, tmp_path, quick_compilation
+    shared_data, tmp_path
 ):
     """Pictures and weights both go their own way, from the file to the scores."""
     net = randomize(TorchResNet("resnet18", photographs.SPECIES), seed=0).eval()

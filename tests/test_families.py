@@ -28,9 +28,6 @@ from cra_jax import (
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.efficientnet import Architecture, Stage
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # --- where a feature looks ----------------------------------------------------------
 
 

@@ -27,8 +27,6 @@ from cra_jax import (
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.run_folder import Result
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: Any):
     """A run folder as training leaves it, without training; returns its config."""

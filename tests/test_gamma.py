@@ -12,8 +12,6 @@ from numpy.testing import assert_allclose
 from benchmarks import gamma
 from cra_jax import experiment, geometry, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 AT = [0, 2]
 
 

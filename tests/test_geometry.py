@@ -14,6 +14,8 @@ from oracles import equations
 
 from cra_jax import geometry
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Compiled: as training runs them, and op by op they would take minutes here. One test
 # below compares the two ways.
 affine_grid = jax.jit(geometry.affine_grid, static_argnums=1)

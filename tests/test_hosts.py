@@ -12,8 +12,6 @@ from numpy.testing import assert_array_equal
 
 from cra_jax import evaluate, hosts, parallel, run_folder, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TESTS = Path(__file__).resolve().parent
 
 

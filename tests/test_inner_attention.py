@@ -16,8 +16,6 @@ from oracles import equations
 
 from cra_jax import experiment, losses, model, optim, resnet, schedule, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = 6
 SHARE = 0.6
 IMAGES = np.random.default_rng(0).normal(size=(4, 10, 12, 3))

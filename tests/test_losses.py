@@ -14,6 +14,8 @@ from oracles import equations
 
 from cra_jax import losses
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Compiled, as in training, by the name of the distance.
 contrast = {
     name: jax.jit(

@@ -6,8 +6,6 @@ import tiny
 
 from benchmarks import memory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _step(tmp_path, **changes):
     return memory.one_device_step(tiny.config(tmp_path, **changes), num_classes=5)

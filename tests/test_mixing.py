@@ -24,8 +24,6 @@ from cra_jax import (
 )
 from cra_jax.restore import restore
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = (24, 20)
 BOXES = np.array(  # top, bottom, left, right: small, large, cut off, thin, none
     [[3, 9, 4, 12], [0, 24, 0, 20], [18, 24, 0, 5], [7, 8, 2, 19], [5, 5, 3, 9]]

@@ -24,7 +24,7 @@ from cra_jax import pictures as pictures_room
 from cra_jax import pipeline, resnet, steps, weights
 from cra_jax.restore import restore
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 INSTALL = "pip install --no-deps torchvision timm transformers regex tokenizers"
 ROOT = Path(__file__).resolve().parents[1]

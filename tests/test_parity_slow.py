@@ -15,7 +15,7 @@ from oracles.torch_resnet import LAYERS, TorchResNet, randomize, to_linen
 
 from cra_jax import optim, resnet
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIDES_PX = (224, 225, 448)

@@ -66,7 +66,6 @@ def trained(tmp_path_factory):
     return config, folder / "run"
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_leaves_a_page_that_needs_nothing_else(trained):
     _, workdir = trained
     found = _read(workdir)

@@ -126,7 +126,6 @@ def test_free_memory_of_a_host_is_shared_by_its_devices(monkeypatch):
     assert 0.001 * has < parallel._available_bytes() <= has
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_training_is_the_same_to_the_bit(tmp_path):
     """Both runs log the same numbers, and say where the pictures are."""
     logged = []

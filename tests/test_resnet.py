@@ -21,14 +21,6 @@ PARAMETER_COUNTS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """The same arithmetic, compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def tiny_bottleneck(monkeypatch):
     """`tiny50`: the least network of bottlenecks, for what needs no depth."""

@@ -13,8 +13,6 @@ from cra_jax import experiment, origins, steps
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.restore import classification_variables, restore, restore_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = tuple("abcde")
 
 

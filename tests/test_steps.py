@@ -22,8 +22,6 @@ from cra_jax import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 ON = partial(schedule.restriction_weight, steps_per_epoch=10)
@@ -319,7 +317,8 @@ def test_nothing_is_nan_where_distances_are_zero():
 
 def _picture_scatters(function, *arguments):
     """Scatters into the pictures in their frame of zeros, in the compiled program."""
-    hlo = jax.jit(function).lower(*arguments).compile().as_text() or ""
+    users = {"xla_cpu_use_fusion_emitters": True}  # conftest.py: another way to fuse
+    hlo = jax.jit(function).lower(*arguments).compile(users).as_text() or ""
     pixels = f"[6,{SIZE + 5},{SIZE + 5},3]"
     return [x for x in hlo.splitlines() if " scatter(" in x and pixels in x]
 

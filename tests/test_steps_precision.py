@@ -13,8 +13,6 @@ from numpy.testing import assert_allclose
 from cra_jax import experiment, parallel, run_folder, steps, train
 from cra_jax.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BACKBONES = ("resnet10", "efficientnet_lite0")
 
 

@@ -25,8 +25,6 @@ from cra_jax import (
 from cra_jax.checkpoint import Checkpoints
 from cra_jax.restore import restore, restore_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):

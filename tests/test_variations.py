@@ -23,8 +23,6 @@ from cra_jax import (
     watch,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _batch():
     rng = np.random.default_rng(0)

@@ -26,14 +26,6 @@ from cra_jax.checkpoint import Checkpoints
 FORMATS = ("zip.pth", "legacy.pth", "safetensors")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """The same arithmetic, compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def network(arch="resnet10", classes=5, width=4, stem="imagenet", seed=0):
     return randomize(TorchResNet(arch, classes, width, stem), seed).eval()
 

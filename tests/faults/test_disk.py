@@ -16,7 +16,6 @@ from cra_jax import run_folder, train
 from cra_jax.checkpoint import Checkpoints
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # orbax's and tensorboard's threads, which met the full disk, too
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -11,7 +11,6 @@ from numpy.testing import assert_array_equal
 
 from cra_jax import experiment, pipeline, replay, run_folder, train, watch
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BAD = 5
 
 
