@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 Numbers = Mapping[str, float]
@@ -280,6 +279,9 @@ class Log:
             ]
             if path.exists():
                 write_atomically(path, _json_lines(kept))
+        # Here alone: it loads PyTorch, where there is one, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1
         )

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # its `stats` come on first use: a second that training does not need
 
 LEVEL = 0.95
 """Confidence of every interval that this project prints."""
@@ -75,7 +76,7 @@ def wilson(successes: float, count: int, *, level: float = LEVEL) -> Interval:
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"{successes} of {count} is no proportion")
-    z = float(stats.norm.isf((1 - level) / 2))
+    z = NormalDist().inv_cdf((1 + level) / 2)
     share, weight = successes / count, z * z / count
     middle = (share + weight / 2) / (1 + weight)
     half = (
@@ -99,7 +100,7 @@ def spread(values: Sequence[float], *, level: float = LEVEL) -> Spread:
     if count == 1:
         return Spread(mean, None, 1, None)
     sd = float(np.std(values, ddof=1))
-    half = float(stats.t.isf((1 - level) / 2, count - 1)) * sd / math.sqrt(count)
+    half = float(scipy.stats.t.isf((1 - level) / 2, count - 1)) * sd / math.sqrt(count)
     return Spread(mean, sd, count, Interval(mean - half, mean + half))
 
 
@@ -126,7 +127,7 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
     only_first = int((first & ~second).sum())
     only_second = int((~first & second).sum())
     differ = only_first + only_second
-    p = float(stats.binomtest(only_first, differ).pvalue) if differ else 1.0
+    p = float(scipy.stats.binomtest(only_first, differ).pvalue) if differ else 1.0
     both = int((first & second).sum())
     return Paired(both, only_first, only_second, first.size - both - differ, p)
 
