@@ -318,7 +318,8 @@ def test_nothing_is_nan_where_distances_are_zero():
 def _picture_scatters(function, *arguments):
     """Scatters into the pictures in their frame of zeros, in the compiled program."""
     users = {"xla_cpu_use_fusion_emitters": True}  # conftest.py: another way to fuse
-    hlo = jax.jit(function).lower(*arguments).compile(users).as_text() or ""
+    jitted = jax.jit(function, compiler_options=users)
+    hlo = jitted.lower(*arguments).compile().as_text() or ""
     pixels = f"[6,{SIZE + 5},{SIZE + 5},3]"
     return [x for x in hlo.splitlines() if " scatter(" in x and pixels in x]
 
