@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Eight devices; and XLA's older way to fuse, which compiles in 40 % less time. The
-# programs that tests start drop both, and run as users run them.
-_FLAGS = {
-    "--xla_force_host_platform_device_count": "8",
-    "--xla_cpu_use_fusion_emitters": "false",
-}
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
 
 if "jax" in sys.modules:
     raise RuntimeError(
@@ -24,10 +19,12 @@ if "jax" in sys.modules:
     )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The same arithmetic, compiled in half the time, run more slowly; programs that tests
-# start are compiled so, too. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# start inherit it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users have it.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    # XLA's older way to fuse compiles these sooner (optimized ones later).
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 _given = os.environ.get("XLA_FLAGS", "")
-_ours = [f"{name}={value}" for name, value in _FLAGS.items() if name not in _given]
+_ours = [flag for flag in _FLAGS if flag.partition("=")[0] not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_ours]).strip()
 
 import jax  # noqa: E402
@@ -74,7 +71,7 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Compiled as users' programs are, not as quickly as other tests'."""
+    """With the optimizations of users' programs, but for the way to fuse (above)."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
