@@ -6,7 +6,7 @@
 # make scale  writes docs/scale.md: what the paper's tables take on which machine
 # make faults  every fault on purpose; writes docs/faults.md
 # make soak  MINUTES=60: training with random kills, memory and files watched
-# make check  ruff (lint, format) and pyright
+# make check  ruff (lint, format), pyright, and the import rule
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +42,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -12,14 +12,26 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 _DEFAULT = str(Path(__file__).resolve().parent / "configs" / "quickstart.py")
-_ROOMS = {"eval": "evaluate", "data": "preview", "weights": "preview"}
 _OF_A_RUN = ("eval", "export", "predict", "demo", "figures", "report")
-_MODES = ("train", "prepare", "data", "weights", *_OF_A_RUN, "compare")
+MODES = {
+    "train": "training.train",
+    "prepare": "training.prepare",
+    "data": "training.preview",
+    "weights": "training.preview",
+    "eval": "inference.evaluate",
+    "export": "inference.export",
+    "predict": "inference.predict",
+    "demo": "inference.demo",
+    "figures": "reports.figures",
+    "report": "reports.report",
+    "compare": "reports.compare",
+}
+"""The module whose `run` does what each mode says."""
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake in them ends in one line."""
-    flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
+    flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
     flags.DEFINE_string("workdir", "", "Run folder; empty: runs/<name of the config>.")
     flags.DEFINE_bool("allow_config_change", False, "Go on under another config.")
     flags.DEFINE_multi_string("images", [], "predict: files, folders, patterns, or -.")
@@ -55,15 +67,16 @@ def _main(argv: list[str]) -> None:
 
 def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from cra_jax import experiment, parallel, signals, store
+    from cra_jax.input import store
+    from cra_jax.runtime import devices, run_folder, signals
 
-    parallel.keep(store.default_cache_dir(None) / "compiled")
+    devices.keep(store.default_cache_dir(None) / "compiled")
     mode, config = values.mode, values.config
     baseline = values.baseline and Path(values.baseline)
     if mode in _OF_A_RUN and not any(re.match("--?config(=|$)", a) for a in sys.argv):
         changes = config_flags.get_override_values(values["config"])
         must = mode not in ("predict", "demo")  # which take exports, too
-        config = experiment.of_run(workdir, config, changes, must=must)
+        config = run_folder.of_run(workdir, config, changes, must=must)
     more = {
         "train": {"allow_change": values.allow_config_change},
         **{look: {"what": look} for look in ("data", "weights")},
@@ -73,7 +86,7 @@ def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         "compare": {"runs": [Path(run) for run in rest]},
     }.get(mode, {})
     with signals.in_one_line():
-        import_module(f"cra_jax.{_ROOMS.get(mode, mode)}").run(config, workdir, **more)
+        import_module(f"cra_jax.{MODES[mode]}").run(config, workdir, **more)
 
 
 if __name__ == "__main__":

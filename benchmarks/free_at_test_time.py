@@ -19,9 +19,11 @@ import numpy as np
 from absl import logging
 
 from configs.cub import get_config
-from cra_jax import experiment, export, weights
-from cra_jax.checkpoint import Checkpoints
-from cra_jax.restore import restore
+from cra_jax.backbones import weights
+from cra_jax.inference import export
+from cra_jax.inference.restore import restore
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import build
 
 
 class Cost(NamedTuple):
@@ -40,7 +42,7 @@ class Cost(NamedTuple):
 
 def save_untrained(config: Any, workdir: Path, class_names: list[str]) -> int:
     """Saves a checkpoint of the config's network; returns its parameters."""
-    network = experiment.build_network(config, len(class_names))
+    network = build.build_network(config, len(class_names))
     side = config.data.crop_px
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     shapes: Any = jax.eval_shape(network.init, jax.random.key(0), images)

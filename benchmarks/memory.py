@@ -27,7 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import timing
 from configs.cub import get_config
-from cra_jax import experiment, steps
+from cra_jax import train_step
+from cra_jax.training import build
 
 
 class Step(NamedTuple):
@@ -44,10 +45,10 @@ def one_device_step(
     config: Any, num_classes: int, *, all_mean: Any = lambda tree: tree
 ) -> Step:
     """The step that training runs on each device; by default as if there was one."""
-    training = experiment.build_training(config, num_classes, steps_per_epoch=100)
-    loss = experiment.build_loss(config, training.network, steps_per_epoch=100)
+    training = build.build_training(config, num_classes, steps_per_epoch=100)
+    loss = build.build_loss(config, training.network, steps_per_epoch=100)
     accumulate = config.train.accumulate
-    run = steps.make_train_step(
+    run = train_step.make_train_step(
         loss,
         training.optimizer,
         learning_rate=lambda step: jnp.float32(config.optim.base_lr),
@@ -58,7 +59,7 @@ def one_device_step(
     )
     side, b = config.data.crop_px, config.train.batch_size
     state = jax.eval_shape(
-        lambda key: steps.create_state(
+        lambda key: train_step.create_state(
             key, training.network, training.optimizer, crop_px=side
         ),
         jax.random.key(0),

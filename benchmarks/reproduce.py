@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cra_jax import page, paper, run_folder, summary, uncertainty
+from cra_jax.reports import html_page, paper_results, run_summary, uncertainty
+from cra_jax.runtime import files, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 140  # train.epochs of configs/cub.py
@@ -55,7 +56,7 @@ class Cell(NamedTuple):
         return 1e9 * CRA_GFLOP[self.backbone] * share * pictures
 
 
-CELLS = [Cell(*row[1:4]) for row in paper.ROWS if row.table == "Table 1"]
+CELLS = [Cell(*row[1:4]) for row in paper_results.ROWS if row.table == "Table 1"]
 
 
 def commands(
@@ -95,7 +96,7 @@ def run_cell(workdir: Path, cell_commands: Sequence[Sequence[str]]) -> bool:
         if subprocess.run(command, cwd=ROOT).returncode:
             print(f"{workdir.name}: failed; the same command tries again", flush=True)
             return False
-    run_folder.write_atomically(finished, json.dumps(wanted, indent=2) + "\n")
+    files.write_atomically(finished, json.dumps(wanted, indent=2) + "\n")
     return True
 
 
@@ -108,11 +109,11 @@ def accuracies(
         if not (workdir / "reproduced.json").is_file():
             continue
         settings = run_folder.read_config(workdir)
-        for line in summary.newest(run_folder.read_metrics(workdir)):
+        for line in run_summary.newest(run_folder.read_metrics(workdir)):
             if (line["split"], line["protocol"]) != ("test", protocol):
                 continue
             found.append(line["top1"])
-            pictures = paper.TEST_PICTURES.get(settings["data"]["source"])
+            pictures = paper_results.TEST_PICTURES.get(settings["data"]["source"])
             epochs = settings["train"]["epochs"]
             if line["count"] != pictures or epochs != EPOCHS:
                 remarks.append(
@@ -134,7 +135,7 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
     """
     rows = []
     remarks: list[str] = []
-    for row in paper.ROWS:
+    for row in paper_results.ROWS:
         cell = Cell(*row[1:4])
         folders = _folders(root, cell, seeds)
         found, said = accuracies(folders, row.protocol)
@@ -143,15 +144,21 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
         ours = "not finished" if begun else "not run"
         if found:
             spread = uncertainty.spread(found)
-            ours = page.percent(spread.mean)
-            ours += f" ± {page.percent(spread.sd)}" if spread.sd is not None else ""
+            ours = html_page.percent(spread.mean)
+            ours += (
+                f" ± {html_page.percent(spread.sd)}" if spread.sd is not None else ""
+            )
             ours += " *" if said else ""
         hours = cell.flop / (tflops * 1e12) / 3600
         cost = f"{hours:.1f}" if row.table == "Table 1" else "as in Table 1"
         rows.append(
             (
-                *(row.table, paper.NAMES[row.data], row.backbone),
-                *(summary.KINDS[row.kind], row.protocol, page.percent(row.top1)),
+                *(row.table, paper_results.NAMES[row.data], row.backbone),
+                *(
+                    run_summary.KINDS[row.kind],
+                    row.protocol,
+                    html_page.percent(row.top1),
+                ),
                 *(ours, str(len(found)), cost),
             )
         )
@@ -159,7 +166,7 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
     head += ("ours, %", "runs", "hours of a run, by arithmetic")
     total = sum(cell.flop for cell in CELLS)
     lines = [
-        page.markdown_table(head, rows),
+        html_page.markdown_table(head, rows),
         "",
         "The last column is arithmetic, not a measurement: GFLOP of a step for a "
         f"picture ({CRA_GFLOP['resnet50']} and {CRA_GFLOP['resnet101']} for CRA-CNN, "
@@ -237,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{text}")
     if not arguments.dry_run:
         arguments.root.mkdir(parents=True, exist_ok=True)
-        run_folder.write_atomically(arguments.root / "table.md", text)
+        files.write_atomically(arguments.root / "table.md", text)
         print(f"written: {arguments.root / 'table.md'}")
     if failed:
         print(f"not finished: {', '.join(failed)}")

@@ -30,7 +30,8 @@ from benchmarks.reproduce import (
     Cell,
 )
 from configs.cub import get_config
-from cra_jax import paper, run_folder, summary
+from cra_jax.reports import paper_results, run_summary
+from cra_jax.runtime import files
 
 # The paper's, as configs/cub.py has them.
 BATCH, CROP_PX, SHORT_SIDE_PX = 64, 448, 512
@@ -48,14 +49,14 @@ LATENCY_S = 20e-6
 # Assumed: the share of an all-reduce in a step at which it begins to matter.
 MATTERS = 0.10
 
-# Measured: `python -m benchmarks.step --batch 8`, 224 px, ResNet-50, 2 CPU cores,
-# commit 6370ae9; the last is its share of the cores' own product of two matrices.
+# Measured: `python -m benchmarks.train_step_speed --batch 8`, 224 px, ResNet-50, 2 CPU
+# cores, commit 6370ae9; the last is its share of the cores' own product of matrices.
 CPU_STEP_S, CPU_BATCH, CPU_CROP_PX = {"baseline": 2.027, "cra": 3.227}, 8, 224
 CPU_SHARE = 0.42
-# Measured: `python -m benchmarks.input`, commit cdcc84b: median, lowest, highest.
+# Measured: `python -m benchmarks.input_speed`, commit cdcc84b: median, lowest, highest.
 STORE_RATE, STORE_CORES = (1045, 733, 1810), 2
-# Measured: `python -m benchmarks.input --disk`, mean of 294 pictures of each set; then
-# of all of a set, and of what trains.
+# Measured: `python -m benchmarks.input_speed --disk`, mean of 294 pictures of each set;
+# then of all of a set, and of what trains.
 PICTURE_MB = {"cub": 1.11, "cars": 1.53}
 STORE_GB, TRAIN_GB = {"cub": 13.0, "cars": 24.7}, {"cub": 6.6, "cars": 12.4}
 # Counted: `python -m benchmarks.memory --dtypes bfloat16`, GB on one device: the state,
@@ -196,7 +197,7 @@ def eval_flop(cell: Cell) -> tuple[float, float]:
     pictures, whose longer side is padded by half of `BUCKET_PX` on average.
     """
     forward = 1e9 * gflop(cell.backbone, "baseline") / 3
-    pictures = paper.TEST_PICTURES[cell.data]
+    pictures = paper_results.TEST_PICTURES[cell.data]
     center = forward * pictures * (EPOCHS // EVAL_EVERY + 1)
     longer_px = 1e6 * PICTURE_MB[cell.data] / 3 / SHORT_SIDE_PX
     area = SHORT_SIDE_PX * (longer_px + BUCKET_PX / 2) / CROP_PX**2
@@ -280,11 +281,12 @@ def _introduction() -> str:
                 [
                     (
                         "the share of peak",
-                        "`python -m benchmarks.step --crop_px 448 --batch 64`",
+                        "`python -m benchmarks.train_step_speed --crop_px 448 "
+                        "--batch 64`",
                     ),
                     (
                         "what an all-reduce costs, and what of it is hidden",
-                        "`python -m benchmarks.scaling --crop_px 448 --batch 64 "
+                        "`python -m benchmarks.device_scaling --crop_px 448 --batch 64 "
                         "--backbone resnet50`",
                     ),
                     (
@@ -294,7 +296,7 @@ def _introduction() -> str:
                     ),
                     (
                         "images/s from the store, by cores",
-                        "`python -m benchmarks.input --data CUB_200_2011`",
+                        "`python -m benchmarks.input_speed --data CUB_200_2011`",
                     ),
                     (
                         "memory of a device",
@@ -349,7 +351,7 @@ def _all_cells() -> str:
 def _by_cell() -> str:
     rows = [
         (
-            f"{paper.NAMES[c.data]}, {c.backbone}, {summary.KINDS[c.kind]}",
+            f"{paper_results.NAMES[c.data]}, {c.backbone}, {run_summary.KINDS[c.kind]}",
             f"{gflop(c.backbone, c.kind):.0f}",
             f"{steps(c.data):,}",
             *(f"{hours(c, m):.2f}" for m in MACHINES),
@@ -360,7 +362,7 @@ def _by_cell() -> str:
     kinds = dict.fromkeys((c.backbone, c.kind) for c in CELLS)
     times = [
         (
-            f"{backbone}, {summary.KINDS[kind]}",
+            f"{backbone}, {run_summary.KINDS[kind]}",
             *(
                 " + ".join(
                     f"{1000 * x:.1f}"
@@ -539,7 +541,7 @@ def _all_reduce() -> str:
 def _memory() -> str:
     rate = A100.flops(SHARE) / 1e9 / gflop("resnet50", "cra")
     head = ["CRA-CNN, batch of 64", "GB a device", "ResNet-50", "ResNet-101"]
-    head += [f"ResNet-101, {paper.NAMES[k]} `on_device`" for k in TRAIN_GB]
+    head += [f"ResNet-101, {paper_results.NAMES[k]} `on_device`" for k in TRAIN_GB]
     rows = [
         (
             m.name,
@@ -644,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--write={target}: there is no folder {target.parent}")
     text = page()
     if target:
-        run_folder.write_atomically(target, text)
+        files.write_atomically(target, text)
     print(f"written: {target}" if target else text)
     return 0
 

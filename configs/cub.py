@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cra_jax import families, hub
+from cra_jax.backbones import families, hub
 from cra_jax.model import KINDS
 
 

@@ -282,7 +282,7 @@ def _gather_from_planes(image: Array, top: Array, left: Array) -> list[Array]:
     """The same pixels, from a plane for each channel.
 
     Of squares, a TPU pads the three channels to 128: its compiler says 17 times the
-    memory and 12 times the traffic (`python -m benchmarks.sampler --topology ...`).
+    memory and 12 times the traffic (`benchmarks.sampler_speed --topology ...`).
     """
     b, _, width, channels = image.shape
     planes = image.transpose(0, 3, 1, 2).reshape(b, channels, -1)

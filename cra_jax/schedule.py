@@ -4,8 +4,6 @@ All are functions of the step alone, on Python numbers or on traced arrays, so t
 resumed run is in the right phase without remembering anything.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 import optax
 
@@ -39,8 +37,8 @@ def learning_rate(
 
     Source: Sec. 4.1.
     """
-    phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
-    rate = base * jnp.power(factor, phase.astype(jnp.float32))
+    number = phase(step, steps_per_epoch, first_epochs, period_epochs)
+    rate = base * jnp.power(factor, number.astype(jnp.float32))
     return _warmed(rate, step, steps_per_epoch, warmup_epochs)
 
 
@@ -89,48 +87,8 @@ def restriction_weight(
 
     Source: Sec. 4.1.
     """
-    phase = _phase(step, steps_per_epoch, first_epochs, period_epochs)
-    return jnp.where(phase % 2 == 0, 1.0, 0.0)
-
-
-def is_held(step, *, steps_per_epoch: int, first_epochs: int, period_epochs: int):
-    """Whether N_cls is held as it is: not at first, then by turns, beginning with held.
-
-    Args:
-      step: steps already taken, from 0.
-      steps_per_epoch: batches an epoch.
-      first_epochs: length of the first phase, in which N_cls trains.
-      period_epochs: length of each later phase; 0: the first never ends.
-
-    Returns:
-      A scalar, True or False.
-
-    Source: the authors' released script; the paper has no such thing.
-    """
-    return _phase(step, steps_per_epoch, first_epochs, period_epochs) % 2 == 1
-
-
-def dispatches(
-    first_step: int, total_steps: int, *, most: int, ends: Sequence[int]
-) -> list[range]:
-    """Steps, from 0, in runs that a device works through without being asked.
-
-    A run ends at multiples of `most`, counted from step 0, so that a resumed run has
-    the same ones, and wherever the loop has something else to do.
-
-    Args:
-      first_step: steps already taken.
-      total_steps: of the training.
-      most: steps in a run.
-      ends: a run ends at multiples of each of these, too; 0: no such end.
-    """
-    multiples = [n for n in (most, *ends) if n]
-    runs, step = [], first_step
-    while step < total_steps:
-        stop = min(total_steps, *((step // n + 1) * n for n in multiples))
-        runs.append(range(step, stop))
-        step = stop
-    return runs
+    number = phase(step, steps_per_epoch, first_epochs, period_epochs)
+    return jnp.where(number % 2 == 0, 1.0, 0.0)
 
 
 def _warmed(rate, step, steps_per_epoch: int, warmup_epochs: int):
@@ -140,7 +98,7 @@ def _warmed(rate, step, steps_per_epoch: int, warmup_epochs: int):
     return rate * jnp.minimum(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
 
 
-def _phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):
+def phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):
     """0 in the first phase, then 1, 2, ...: in whole steps, so it is exact."""
     step = jnp.asarray(step, jnp.int32)
     if not period_epochs:

@@ -3,7 +3,9 @@
 import pytest
 
 from configs import cars, cub, quickstart
-from cra_jax import experiment, run_folder, schedule
+from cra_jax import schedule
+from cra_jax.runtime import run_folder
+from cra_jax.training import check_config, step_wrappers
 
 
 def _changed(module, variant):
@@ -31,7 +33,7 @@ def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
     assert _changed(module, "released") == changed
     config = module.get_config("released,resnet101")
     assert config.model.backbone == "resnet101"
-    experiment.check(config)
+    check_config.check(config)
 
     options, restriction = config.optim, config.restriction
     rates, on, held = [], [], []
@@ -41,7 +43,7 @@ def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
         lengths = restriction.first_epochs, restriction.period_epochs
         on.append(_at(schedule.restriction_weight, epoch, *lengths))
         lengths = options.freeze_first_epochs, options.freeze_period_epochs
-        held.append(_at(schedule.is_held, epoch, *lengths))
+        held.append(_at(step_wrappers.is_held, epoch, *lengths))
     assert rates == pytest.approx([1e-3] * 50 + [1e-4] * 90 + [1e-5] * 60)
     assert on == [1] * 140 + [0] * 60
     assert held == [0] * 50 + [1] * 45 + [0] * 45 + [1] * 45 + [0] * 15
@@ -68,7 +70,7 @@ def test_the_quickstart_takes_released_in_its_own_proportions():
     assert (options.first_epochs, options.period_epochs) == (12, 6)
     assert (restriction.first_epochs, restriction.period_epochs) == (18, 8)
     assert (options.freeze_first_epochs, options.freeze_period_epochs) == (12, 3)
-    experiment.check(config)
+    check_config.check(config)
 
 
 @pytest.mark.parametrize("module", [cub, cars])
@@ -77,7 +79,7 @@ def test_modern_adds_what_costs_nothing_at_test_time(module):
         "optim.ema_decay": 0.999,
         "loss.label_smoothing": 0.1,
     }
-    experiment.check(module.get_config("baseline,modern"))
+    check_config.check(module.get_config("baseline,modern"))
 
 
 def test_modern_from_scratch_averages_over_fewer_steps():
@@ -85,7 +87,7 @@ def test_modern_from_scratch_averages_over_fewer_steps():
         "optim.ema_decay": 0.99,
         "loss.label_smoothing": 0.1,
     }
-    experiment.check(quickstart.get_config("modern,stn"))
+    check_config.check(quickstart.get_config("modern,stn"))
 
 
 def test_an_unknown_variant_is_named_with_those_there_are():

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from numpy.testing import assert_array_equal
 
-from cra_jax.checkpoint import Checkpoints
-from cra_jax.run_folder import flatten, read_metrics
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.runtime.run_folder import flatten, read_metrics
+from cra_jax.training import check_config
+from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,8 +53,8 @@ def _launch(cache, *arguments, cwd):
 
 def _overrides(**changes):
     """The tiny config as flags over the quickstart's."""
-    tiny_values = flatten(tiny.config(Path("cache"), **changes).to_dict())
-    plain = flatten(tiny.get_config().to_dict())
+    tiny_values = flatten(tiny_config.config(Path("cache"), **changes).to_dict())
+    plain = flatten(tiny_config.get_config().to_dict())
     return [
         f"--config.{key}={value}"
         for key, value in tiny_values.items()
@@ -142,13 +143,12 @@ def test_a_mistake_ends_in_one_message(cache, tmp_path, arguments, message):
 
 def test_every_config_and_variant_builds():
     from configs import cars, cub, quickstart
-    from cra_jax import experiment
 
     for module in (cub, cars, quickstart):
         for variant in ("", "resnet101", "baseline", "resnet18,stn", "stn,resnet34"):
             config = module.get_config(variant)
             config.train.batch_size = 64
-            experiment.check(config)
+            check_config.check(config)
             for name in variant.split(","):
                 kind = name in ("baseline", "stn")
                 assert not name or name == (
@@ -180,14 +180,15 @@ def test_the_papers_numbers_are_the_defaults():
 def test_the_papers_config_takes_steps_at_its_size():
     """ResNet-50, 448 px, 200 classes; two pictures, which a CPU can hold."""
     from configs.cub import get_config
-    from cra_jax import experiment, optim, steps
+    from cra_jax import train_step
+    from cra_jax.training import build, optimizer
 
     config = get_config()
-    network = experiment.build_network(config, 200)
-    optimizer = optim.make_optimizer(lambda step: jnp.float32(config.optim.base_lr))
+    network = build.build_network(config, 200)
+    optimizer = optimizer.make_optimizer(lambda step: jnp.float32(config.optim.base_lr))
     step = jax.jit(
-        steps.make_train_step(
-            experiment.build_loss(config, network, steps_per_epoch=93),
+        train_step.make_train_step(
+            build.build_loss(config, network, steps_per_epoch=93),
             optimizer,
             learning_rate=lambda step: jnp.float32(config.optim.base_lr),
             mean=config.data.mean,
@@ -200,7 +201,7 @@ def test_the_papers_config_takes_steps_at_its_size():
         "flip": np.array([True, False]),
         "label": np.array([3, 7], np.int32),
     }
-    state = steps.create_state(jax.random.key(0), network, optimizer, crop_px=448)
+    state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=448)
     losses = []
     for _ in range(3):
         state, terms = step(state, batch)

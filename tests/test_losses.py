@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
-from oracles import equations
 
 from cra_jax import losses
+from tests.oracles import equations
 
 pytestmark = pytest.mark.usefixtures("optimized")
 

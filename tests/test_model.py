@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from echo import Echo
 from numpy.testing import assert_allclose, assert_array_equal
-from oracles import equations
 
 from cra_jax import model
-from cra_jax.resnet import Outputs
+from cra_jax.backbones.layers import Outputs
+from tests.helpers.echo_backbone import Echo
+from tests.oracles import equations
 
 SIZE = 8
 IMAGES = np.random.default_rng(0).normal(size=(2, 12, 12, 3))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import tiny
 from nbclient import NotebookClient
 
-from cra_jax.run_folder import flatten, read_metrics
+from cra_jax.runtime.run_folder import flatten, read_metrics
+from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cra_cnn_colab.ipynb"
@@ -37,8 +37,8 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.delenv("XLA_FLAGS")  # one device, as a user has
-    plain = flatten(tiny.get_config().to_dict())
-    short = flatten(tiny.config(tmp_path / "cache").to_dict())
+    plain = flatten(tiny_config.get_config().to_dict())
+    short = flatten(tiny_config.config(tmp_path / "cache").to_dict())
     changes = [f"--config.{k}={v}" for k, v in short.items() if plain[k] != v]
     changes = [text.replace(" ", "") for text in changes]
     notebook = _notebook(

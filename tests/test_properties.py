@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.io
-import test_sources
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -21,17 +20,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import save_file
 
-from cra_jax import (
-    csv_list,
-    folders,
-    geometry,
-    losses,
-    matlab,
-    run_folder,
-    sources,
-    torch_files,
-    torch_names,
-)
+from cra_jax import geometry, losses
+from cra_jax.backbones import torch_files, torch_names
+from cra_jax.datasets import csv_file, listing, matlab_files, sources
+from cra_jax.runtime import run_folder
+from tests.helpers import dataset_folders
 
 few = settings(max_examples=25, deadline=None)
 many = settings(max_examples=200, deadline=None)
@@ -68,7 +61,7 @@ def test_a_csv_gives_back_what_was_written(labels, separator, line_end, marked):
         with open(root / "list.csv", "w", newline="", encoding=encoding) as file:
             writer = csv.writer(file, delimiter=separator, lineterminator=line_end)
             writer.writerows([["path", "label", "split"], *rows])
-        found = csv_list.csv_list(root / "list.csv")
+        found = csv_file.csv_list(root / "list.csv")
     numeric = all(label.isdecimal() for label in labels)
     wanted = [str(int(x)) if numeric else x for x in labels]
     entries = found.splits["train"]
@@ -83,7 +76,7 @@ def test_any_text_is_a_csv_of_files_below_it_or_an_error(text, header):
     with folder() as root:
         (root / "list.csv").write_text(header + text, encoding="utf-8", newline="")
         try:
-            found = csv_list.csv_list(root / "list.csv")
+            found = csv_file.csv_list(root / "list.csv")
         except ValueError as error:
             named, found = str(root / "list.csv") in str(error), None
         else:
@@ -103,17 +96,17 @@ def test_no_path_of_a_csv_leaves_its_folder(pattern, name):
         text = f'path,label\n"{pattern.format(name)}",auk\n'
         (root / "list.csv").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"leaves the CSV's folder"):
-            csv_list.csv_list(root / "list.csv")
+            csv_file.csv_list(root / "list.csv")
 
 
 @pytest.mark.parametrize("name", ["../../x.jpg", "../../../x.jpg", "{}/x.jpg"])
 def test_no_path_of_a_published_list_leaves_its_folder(name, tmp_path):
-    files = list(test_sources.CUB_FILES)
+    files = list(dataset_folders.CUB_FILES)
     files[1] = name.format(tmp_path)
     lines = "".join(f"{i} {file}\n" for i, file in enumerate(files, 1))
-    root = test_sources.cub_tree(tmp_path / "set", images=lines)
+    root = dataset_folders.cub_tree(tmp_path / "set", images=lines)
     for place in (tmp_path, root):  # it is there, so that only the check refuses it
-        test_sources.save_picture(place / "x.jpg")
+        dataset_folders.save_picture(place / "x.jpg")
     with pytest.raises(ValueError, match=r"its lists name .*x.jpg, which lies elsewh"):
         sources.load("cub", root)
 
@@ -124,7 +117,7 @@ def test_class_names_of_cub_are_kept(class_names):
     lines = "".join(f"{i} {name}\n" for i, name in enumerate(class_names, 1))
     labels = f"1 1\n2 1\n3 {len(class_names)}\n4 2\n"
     with folder() as root:
-        test_sources.cub_tree(root, classes=lines, image_class_labels=labels)
+        dataset_folders.cub_tree(root, classes=lines, image_class_labels=labels)
         if len(class_names) > 2:  # some without pictures, which is an error of its own
             with pytest.raises(ValueError, match="training picture"):
                 sources.load("cub", root)
@@ -136,8 +129,8 @@ def test_class_names_of_cub_are_kept(class_names):
 @given(st.lists(words))
 def test_natural_order_is_an_order(texts):
     normal = {unicodedata.normalize("NFC", text) for text in texts}
-    assert len({str(folders.natural_key(text)) for text in texts}) == len(normal)
-    assert sorted(["b10", "b2"], key=folders.natural_key) == ["b2", "b10"]
+    assert len({str(listing.natural_key(text)) for text in texts}) == len(normal)
+    assert sorted(["b10", "b2"], key=listing.natural_key) == ["b2", "b10"]
 
 
 # --- a run folder's files ----------------------------------------------------------
@@ -257,7 +250,7 @@ def test_a_list_of_matlabs_is_read_as_it_was_written(written, compressed):
         path = root / "x.mat"
         variables = {"annotations": array, "names": cells, "labels": labels}
         scipy.io.savemat(path, variables, do_compression=compressed)
-        found = matlab.read(path)
+        found = matlab_files.read(path)
     assert found.keys() == variables.keys()
     assert [(x["fname"], x["class"].item()) for x in found["annotations"]] == written
     assert found["names"] == [name for name, _ in written]
@@ -270,7 +263,7 @@ def test_a_mat_file_that_unfolds_to_too_much_is_refused(tmp_path):
     scipy.io.savemat(path, {"labels": zeros}, do_compression=True)
     assert path.stat().st_size < 10**6
     with pytest.raises(ValueError, match="unfolds to more than 256 MB"):
-        matlab.read(path)
+        matlab_files.read(path)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +276,7 @@ def test_a_mat_file_that_unfolds_to_too_much_is_refused(tmp_path):
 def test_other_files_of_matlabs_are_refused(variables, options, message, tmp_path):
     scipy.io.savemat(tmp_path / "x.mat", variables, **options)
     with pytest.raises(ValueError, match=message):
-        matlab.read(tmp_path / "x.mat")
+        matlab_files.read(tmp_path / "x.mat")
 
 
 # --- the geometry ------------------------------------------------------------------

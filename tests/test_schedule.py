@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from oracles import equations
 
 from cra_jax import schedule
+from cra_jax.training import step_wrappers, train
+from tests.oracles import equations
 
 EPOCHS = range(240)  # past the fifth change of both
 SHORT = {"first_epochs": 3, "period_epochs": 2}
@@ -68,7 +69,7 @@ def test_other_lengths_and_factors():
 
 
 @pytest.mark.parametrize(
-    "door", [schedule.learning_rate, schedule.restriction_weight, schedule.is_held]
+    "door", [schedule.learning_rate, schedule.restriction_weight, step_wrappers.is_held]
 )
 @pytest.mark.parametrize("step", [0, 14, 15, 24, 25, 400])
 def test_a_number_and_a_traced_step_agree(door, step):
@@ -115,7 +116,7 @@ def test_period_zero_keeps_the_restriction_on():
 
 def test_runs_end_where_the_loop_has_something_to_do():
     def stops(first, total, most, *ends):
-        runs = schedule.dispatches(first, total, most=most, ends=ends)
+        runs = train.dispatches(first, total, most=most, ends=ends)
         assert [step for run in runs for step in run] == list(range(first, total))
         return [run.stop for run in runs]
 
@@ -128,7 +129,10 @@ def test_runs_end_where_the_loop_has_something_to_do():
 
 def test_n_cls_is_held_by_turns_after_a_first_phase():
     epochs = [
-        [schedule.is_held(step, steps_per_epoch=5, **SHORT) for step in steps_of(e, 5)]
+        [
+            step_wrappers.is_held(step, steps_per_epoch=5, **SHORT)
+            for step in steps_of(e, 5)
+        ]
         for e in range(9)
     ]
     assert [held for held, _ in epochs] == [False] * 3 + [True, True, False, False] + [
@@ -138,7 +142,7 @@ def test_n_cls_is_held_by_turns_after_a_first_phase():
     assert all(first == last for first, last in epochs)
     never = {"first_epochs": 0, "period_epochs": 0}
     assert not any(
-        schedule.is_held(step, steps_per_epoch=5, **never) for step in (0, 99)
+        step_wrappers.is_held(step, steps_per_epoch=5, **never) for step in (0, 99)
     )
 
 

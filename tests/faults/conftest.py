@@ -12,9 +12,9 @@ import platform
 from pathlib import Path
 
 import pytest
-import soak
 
-from cra_jax import provenance
+from cra_jax.runtime import provenance
+from tests.faults import soak
 
 _HEAD = """# Faults, and what they come to
 

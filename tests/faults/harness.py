@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tiny
 from numpy.testing import assert_array_equal
 
-from cra_jax import run_folder
-from cra_jax.checkpoint import Checkpoints
-from cra_jax.run_folder import flatten
+from cra_jax.runtime import run_folder
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.runtime.run_folder import flatten
+from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {"images_per_second", "eta_seconds"}
@@ -25,8 +25,8 @@ SECONDS = {"images_per_second", "eta_seconds"}
 
 def options(home: Path, **changes: Any) -> list[str]:
     """The tiny config, as flags over the quickstart's; its pictures in `home`."""
-    values = flatten(tiny.config(home / "pictures", **changes).to_dict())
-    plain = flatten(tiny.get_config().to_dict())
+    values = flatten(tiny_config.config(home / "pictures", **changes).to_dict())
+    plain = flatten(tiny_config.get_config().to_dict())
     return [
         f"--config={ROOT}/configs/quickstart.py",
         *(f"--config.{k}={v}" for k, v in values.items() if plain[k] != v),

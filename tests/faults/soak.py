@@ -23,11 +23,9 @@ from statistics import median
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import harness
-
-from cra_jax import provenance
+from cra_jax.runtime import provenance
+from tests.faults import harness
 
 TITLE = "\n## Soak\n"
 _SECTION = """

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny_run
 
-from cra_jax import evaluate, export, restore
-from cra_jax.checkpoint import Checkpoints, DamagedError
+from cra_jax.inference import evaluate, export, restore
+from cra_jax.runtime.checkpoint import Checkpoints, DamagedError
+from tests.helpers import tiny_run
 
 # Reads of tensorstore's that were under way when another failed end after their loop.
 pytestmark = pytest.mark.filterwarnings(

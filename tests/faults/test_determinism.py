@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-import tiny
-from harness import Run, assert_same_run, options
 
-from cra_jax import experiment
+from cra_jax.training import build
+from tests.faults.harness import Run, assert_same_run, options
+from tests.helpers import tiny_config
 
 FLAG = "--xla_gpu_deterministic_ops=true"
 
@@ -39,9 +39,9 @@ def test_no_step_holds_what_the_flag_cannot_do(tmp_path, backbone):
     The gradient of max-pooling would be one, were it not written out.
     """
     changes = {"model.backbone": backbone, "model.width": 64}
-    config = tiny.config(tmp_path, **changes, **{"model.stem": "imagenet"})
-    network = experiment.build_network(config, 3)
-    loss = experiment.build_loss(config, network, steps_per_epoch=6)
+    config = tiny_config.config(tmp_path, **changes, **{"model.stem": "imagenet"})
+    network = build.build_network(config, 3)
+    loss = build.build_loss(config, network, steps_per_epoch=6)
     images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
     labels = jax.ShapeDtypeStruct((4,), jnp.int32)
     variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x), images)

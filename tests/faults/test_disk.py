@@ -9,11 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 from numpy.testing import assert_array_equal
 
-from cra_jax import run_folder, train
-from cra_jax.checkpoint import Checkpoints
+from cra_jax.datasets import sources
+from cra_jax.input import splits
+from cra_jax.runtime import run_folder
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import train
+from tests.helpers import tiny_config
 
 pytestmark = [
     # orbax's and tensorboard's threads, which met the full disk, too
@@ -36,7 +39,7 @@ def mounted(folder: Path, options: str):
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
-    config = tiny.config(
+    config = tiny_config.config(
         tmp_path / "pictures",
         **{"model.kind": "baseline", "train.epochs": 2, "checkpoint.every_steps": 1},
     )
@@ -100,12 +103,12 @@ def test_the_pictures_are_gone(tmp_path, note):
             Image.new("RGB", (40, 40), (i, 0, 0)).save(folder / f"{i}.png")
     changes = {"data.source": "folder", "data.path": str(tmp_path / "set")}
     changes |= {"data.prepare": False, "train.epochs": 1, "model.kind": "baseline"}
-    config = tiny.config(tmp_path / "cache", **changes)
-    listed = train.experiment.load_data(config)
+    config = tiny_config.config(tmp_path / "cache", **changes)
+    listed = sources.load_data(config)
     shutil.rmtree(tmp_path / "set")
     with pytest.raises(ValueError, match="there is no such folder"):
         train.run(config, tmp_path / "run")
-    streamed = train.experiment.open_split(config, listed, "train")
+    streamed = splits.open_split(config, listed, "train")
     with pytest.raises(ValueError, match=r"unreadable picture: .*0.png"):
         streamed.pictures[0]
     note("the data folder is gone", "an error that names the folder, or the picture")

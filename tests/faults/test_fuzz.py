@@ -15,24 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_sources
-import test_store
 import torch
-from oracles.torch_resnet import TorchResNet
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cra_jax import (
-    archives,
-    csv_list,
-    pictures,
-    provenance,
-    run_folder,
-    sources,
-    torch_files,
-    trained,
-    watch,
-)
+from cra_jax.backbones import torch_files
+from cra_jax.datasets import archives, csv_file, sources
+from cra_jax.inference import trained
+from cra_jax.input import pictures
+from cra_jax.runtime import provenance, run_folder
+from cra_jax.training import monitor
+from tests.helpers import dataset_folders
+from tests.input import test_store
+from tests.oracles.torch_resnet import TorchResNet
 
 _NASTY = [b"\x00", b"\xff", b"\n", b'"', b"{", b"[", b"-1", b"1e999", b"NaN", b"null"]
 _NASTY += [b"../", b",", b"\x80\x04.", b"9" * 30, b"\xff\xff\xff\x7f", "ä".encode()]
@@ -169,21 +164,21 @@ def _load(source: str, root: Path) -> None:
 
 
 _KIT, _DATA = "devkit", "fgvc-aircraft-2013b/data"
-_DOG = f"{test_sources.DOGS[0]}/train_1"
+_DOG = f"{dataset_folders.DOGS[0]}/train_1"
 
 # name of the file -> what writes it, and what reads it
 READERS = {
     "weights.pth": (lambda p: _pth(p, zipped=True), torch_files.read),
     "legacy.pth": (lambda p: _pth(p, zipped=False), torch_files.read),
     "w.safetensors": (lambda p: save_file(_arrays(), p), torch_files.read),
-    "list.csv": (_csv, csv_list.csv_list),
+    "list.csv": (_csv, csv_file.csv_list),
     "set.tgz": (_tar, _unpack),
     **{
         f"picture.{x}": (_picture, lambda p: pictures.read(p, 16))
         for x in ("jpg", "png", "gif")
     },
     "metrics.jsonl": (_lines, lambda p: run_folder.read_metrics(p.parent)),
-    "bad_steps.jsonl": (_lines, lambda p: watch.read_bad_steps(p.parent)),
+    "bad_steps.jsonl": (_lines, lambda p: monitor.read_bad_steps(p.parent)),
     "results/test-center.csv": (
         _results,
         lambda p: run_folder.read_results(p.parent.parent, "test", "center"),
@@ -193,30 +188,30 @@ READERS = {
     "export/config.json": (_export, lambda p: trained.of_export(p.parent)),
     **_within(
         "cub",
-        test_sources.cub_tree,
+        dataset_folders.cub_tree,
         "images.txt",
         "image_class_labels.txt",
         "train_test_split.txt",
         "classes.txt",
         "bounding_boxes.txt",
     ),
-    **_within("nabirds", test_sources.nabirds_tree, "classes.txt"),
+    **_within("nabirds", dataset_folders.nabirds_tree, "classes.txt"),
     **_within(
         "aircraft",
-        test_sources.aircraft_tree,
+        dataset_folders.aircraft_tree,
         f"{_DATA}/variants.txt",
         f"{_DATA}/images_variant_trainval.txt",
         f"{_DATA}/images_box.txt",
     ),
     **_within(
         "cars",
-        test_sources.devkit_tree,
+        dataset_folders.devkit_tree,
         f"{_KIT}/cars_meta.mat",
         f"{_KIT}/cars_train_annos.mat",
     ),
     **_within(
         "dogs",
-        test_sources.dogs_tree,
+        dataset_folders.dogs_tree,
         "lists/train_list.mat",
         f"Annotation/{_DOG}",
     ),

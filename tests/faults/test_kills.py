@@ -7,9 +7,10 @@ import subprocess
 import sys
 import textwrap
 
-import harness
 import pytest
-from harness import Run, assert_same_run, options
+
+from tests.faults import harness
+from tests.faults.harness import Run, assert_same_run, options
 
 CHANGES = {"train.epochs": 3, "checkpoint.every_steps": 4}
 SAME = "the same command goes on; arrays, numbers and results are the same bits"
@@ -105,7 +106,7 @@ def _ask_to_stop(compiled, folder, number, note):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     code = """
         import os, signal, time
-        from cra_jax import signals
+        from cra_jax.runtime import signals
         with signals.heard("it is written down") as asked:
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked.number == signal.SIGTERM
@@ -122,7 +123,7 @@ def test_it_is_heard_after_jax_has_joined_a_cluster():
     code = """
         import os, signal, socket
         import jax
-        from cra_jax import signals
+        from cra_jax.runtime import signals
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -142,7 +143,7 @@ def test_it_is_heard_after_jax_has_joined_a_cluster():
 def test_other_work_ends_in_one_line(name, code, said):
     text = f"""
         import os, signal, sys, time
-        from cra_jax import signals
+        from cra_jax.runtime import signals
         with signals.in_one_line():
             try:
                 os.kill(os.getpid(), signal.{name})

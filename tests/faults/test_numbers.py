@@ -6,10 +6,14 @@ import math
 import jax
 import numpy as np
 import pytest
-import tiny
 from numpy.testing import assert_array_equal
 
-from cra_jax import experiment, pipeline, replay, run_folder, train, watch
+from cra_jax.datasets import sources
+from cra_jax.input import splits
+from cra_jax.input.batches import TrainBatches
+from cra_jax.runtime import run_folder
+from cra_jax.training import build, monitor, replay, step_wrappers, train
+from tests.helpers import tiny_config
 
 BAD = 5
 
@@ -20,7 +24,7 @@ def cache_dir(tmp_path_factory):
 
 
 def a_config(cache_dir, **changes):
-    return tiny.config(
+    return tiny_config.config(
         cache_dir,
         **{"model.kind": "baseline", "train.epochs": 1, "checkpoint.every_steps": 3},
         **changes,
@@ -30,7 +34,7 @@ def a_config(cache_dir, **changes):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Makes the loss of one step infinite, as a division by zero somewhere would."""
-    make_loss = experiment.build_loss
+    make_loss = build.build_loss
 
     def build_loss(*arguments, **keywords):
         loss_function = make_loss(*arguments, **keywords)
@@ -44,7 +48,7 @@ def poisoned(monkeypatch):
 
         return poisoned
 
-    monkeypatch.setattr(experiment, "build_loss", build_loss)
+    monkeypatch.setattr(build, "build_loss", build_loss)
 
 
 def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
@@ -54,14 +58,14 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     with pytest.raises(ValueError, match=r"step 5 went wrong .* loss inf") as caught:
         train.run(config, tmp_path)
     assert "lower optim.base_lr (now 0.05)" in str(caught.value)
-    assert f"`python -m cra_jax.replay {tmp_path}`" in str(caught.value)
-    (line,) = watch.read_bad_steps(tmp_path)
+    assert f"`python -m cra_jax.training.replay {tmp_path}`" in str(caught.value)
+    (line,) = monitor.read_bad_steps(tmp_path)
     assert line["step"] == BAD
     assert line["terms"]["loss"] == "inf"
     assert math.isfinite(line["terms"]["loss_cls1"])
-    dataset = experiment.load_data(config)
-    split = experiment.open_split(config, dataset, "train")
-    batches = pipeline.TrainBatches(
+    dataset = sources.load_data(config)
+    split = splits.open_split(config, dataset, "train")
+    batches = TrainBatches(
         split.pictures, split.labels, batch_size=16, crop_px=32, seed=0
     )
     expected = batches.batch(BAD - 1)["index"].tolist()
@@ -78,7 +82,7 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     # The same command comes to the same step, and the file has it once.
     with pytest.raises(ValueError, match="step 5 went wrong"):
         train.run(config, tmp_path)
-    assert [x["step"] for x in watch.read_bad_steps(tmp_path)] == [BAD]
+    assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
     note(
         "the loss of a step is not finite",
         "stops with step, terms and pictures; one command computes the same numbers",
@@ -94,17 +98,17 @@ def test_a_few_may_be_left_out(cache_dir, tmp_path, poisoned, capsys, note):
     lines = run_folder.read_metrics(tmp_path)
     assert all(math.isfinite(x["loss"]) for x in lines)
     assert [x["step"] for x in lines if x["split"] == "train"] == [4, 6]
-    assert [x["step"] for x in watch.read_bad_steps(tmp_path)] == [BAD]
+    assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
     note("the same, with train.skip_bad_steps=1", "its update is left out; goes on")
 
 
 def test_a_refused_update_changes_nothing_but_the_count(cache_dir):
     config = a_config(cache_dir)
-    training = experiment.build_training(config, 8, steps_per_epoch=6)
-    from cra_jax import steps
+    training = build.build_training(config, 8, steps_per_epoch=6)
+    from cra_jax import train_step
 
     def start():
-        return steps.create_state(
+        return train_step.create_state(
             jax.random.key(0), training.network, training.optimizer, crop_px=32
         )
 
@@ -113,13 +117,13 @@ def test_a_refused_update_changes_nothing_but_the_count(cache_dir):
             after = jax.tree.map(lambda x: x + 1, state)
             return after, {"loss": jax.numpy.float32(1), "gradient_norm": norm}
 
-        return jax.jit(watch.keep_good(step))
+        return jax.jit(step_wrappers.keep_good(step))
 
     before = start()
     for norm, same in ((np.float32("nan"), True), (np.float32(3), False)):
         after, terms = step_with(norm)(start(), {})
         assert int(after.step) == 1
-        assert watch.is_good({k: float(v) for k, v in terms.items()}) != same
+        assert step_wrappers.is_good({k: float(v) for k, v in terms.items()}) != same
         for name in ("params", "batch_stats", "opt_state"):
             one, other = (
                 jax.tree.leaves(getattr(state, name)) for state in (before, after)
@@ -140,8 +144,8 @@ SIGNS = {
 @pytest.mark.parametrize("name", SIGNS)
 def test_signs_are_warned_of_once_with_the_cure(tmp_path, capsys, name, note):
     bad, good, cure = SIGNS[name]
-    settings = run_folder.flatten(tiny.config(tmp_path).to_dict())
-    watched = watch.Watch(tmp_path, settings, first_step=0, pictures=lambda step: {})
+    settings = run_folder.flatten(tiny_config.config(tmp_path).to_dict())
+    watched = monitor.Watch(tmp_path, settings, first_step=0, pictures=lambda step: {})
     watched.warn(10, {name: good}, begun=True)
     assert not capsys.readouterr().err
     watched.warn(20, {name: bad}, begun=True)
@@ -156,9 +160,9 @@ def test_signs_are_warned_of_once_with_the_cure(tmp_path, capsys, name, note):
 def test_numbers_of_steps_that_a_crash_lost_are_taken_out(tmp_path):
     for step in (3, 9):
         line = {"step": step, "terms": {}, "index": [], "name": []}
-        run_folder.append_lines(tmp_path / watch.BAD_STEPS, [line])
-    watch.Watch(tmp_path, {}, first_step=5, pictures=lambda step: {})
-    assert [x["step"] for x in watch.read_bad_steps(tmp_path)] == [3]
+        run_folder.append_lines(tmp_path / monitor.BAD_STEPS, [line])
+    monitor.Watch(tmp_path, {}, first_step=5, pictures=lambda step: {})
+    assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [3]
 
 
 def test_replay_says_what_is_missing(tmp_path, capsys):

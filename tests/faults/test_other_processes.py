@@ -4,13 +4,13 @@ import re
 import signal
 import time
 
-import harness
-import host_of_two
 import pytest
-from harness import Run, options
 
-from cra_jax import run_folder
-from cra_jax.checkpoint import Checkpoints
+from cra_jax.runtime import run_folder
+from cra_jax.runtime.checkpoint import Checkpoints
+from tests.faults import harness
+from tests.faults.harness import Run, options
+from tests.helpers import one_of_two_hosts
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_of_two_processes_on_one_run_folder_the_second_is_refused(tmp_path, note
 @pytest.mark.parametrize("heard_by", [(0, 1), (1,)])
 def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by, note):
     """Clusters tell all hosts to end; who stops one by hand tells one."""
-    both = host_of_two.begin("stop", tmp_path)
+    both = one_of_two_hosts.begin("stop", tmp_path)
     try:
         while not run_folder.read_metrics(tmp_path / "run") and not any(
             process.poll() for process in both
@@ -62,7 +62,7 @@ def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by, note):
     with Checkpoints(tmp_path / "run" / "checkpoints", writable=False) as checkpoints:
         assert checkpoints.latest_step() == int(said) < 24
         checkpoints.verify(int(said))
-    (*_, error), _ = host_of_two.start("stop", tmp_path)
+    (*_, error), _ = one_of_two_hosts.start("stop", tmp_path)
     assert f"goes on from step {said}\n" in error
     lines = run_folder.read_metrics(tmp_path / "run")
     assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 25))

@@ -1,7 +1,8 @@
 """The soak, in short: the long form is `make soak`."""
 
 import pytest
-import soak
+
+from tests.faults import soak
 
 FLAT = {"memory_mb": 500.0, "open_files": 60.0, "disk_mb": 9.0}
 

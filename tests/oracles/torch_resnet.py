@@ -1,4 +1,4 @@
-"""A plain PyTorch ResNet with torchvision's names, written apart from cra_jax.resnet.
+"""A plain PyTorch ResNet with torchvision's names, written apart from our own.
 
 Also the map between its `state_dict` names and the linen variables' paths.
 """

@@ -1,0 +1,120 @@
+"""The training step on 1, 2, 4, 8 devices: the same batch a device, and the same batch.
+
+    python -m benchmarks.device_scaling    # 8 fake devices of a CPU
+    python -m benchmarks.device_scaling --crop_px 448 --batch 64 --backbone resnet50
+
+Weak scaling gives each device the batch that one has alone; ideal is as many times the
+images/s as there are devices. Strong scaling shares one batch; ideal is the same.
+"no all-reduce" is the same step, in which devices do not tell each other anything: what
+is missing to it is what the all-reduce costs.
+
+Fake devices of a CPU share its cores, so there the ideal is the images/s of one, and
+what is lost is the cost of dividing the work.
+"""
+
+import argparse
+import os
+import statistics
+from typing import Any
+
+BATCHES = ("weak", "strong")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Scaling over devices, as a table.")
+    parser.add_argument("--backbone", default="resnet10")
+    parser.add_argument("--kind", default="cra")
+    parser.add_argument("--crop_px", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--most", type=int, default=8, help="devices")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    # Before JAX starts. It counts for a CPU alone.
+    fake = f" --xla_force_host_platform_device_count={options.most}"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + fake
+
+    import jax
+
+    from benchmarks import timing
+
+    devices = jax.local_devices()
+    counts = [n for n in (1, 2, 4, 8) if n <= min(len(devices), options.most)]
+    actions = {}
+    for batch in BATCHES:
+        for n in counts:
+            size = options.batch * (n if batch == "weak" else 1)
+            if size < 2 * n:
+                raise SystemExit(f"--batch={options.batch} leaves {n} devices no pair")
+            for told in (True, False):
+                actions[f"{batch}, {n}, {told}"] = _action(
+                    options, devices[:n], size, told
+                )
+    times = timing.by_turns(actions, repeats=options.repeats)
+    print(timing.machine())
+    print(
+        f"{options.backbone}, {options.kind}, {options.crop_px} px, batch "
+        f"{options.batch} on each device (weak) or on all (strong)"
+    )
+    rows = []
+    for batch in BATCHES:
+        for n in counts:
+            size = options.batch * (n if batch == "weak" else 1)
+            taken = times[f"{batch}, {n}, True"]
+            silent = times[f"{batch}, {n}, False"]
+            gain = timing.ratio(times[f"{batch}, 1, True"], taken)
+            rows.append(
+                [
+                    batch,
+                    str(n),
+                    timing.summary(taken),
+                    f"{1000 * size / statistics.median(taken):.1f}",
+                    f"{gain * n if batch == 'weak' else gain:.2f}",
+                    f"{100 * (1 - timing.ratio(silent, taken)):.0f} %",
+                ]
+            )
+    header = ["scaling", "devices", "ms a step", "images/s", "times one device's"]
+    print(timing.table([*header, "all-reduce, of the step"], rows))
+
+
+def _action(options: argparse.Namespace, devices: Any, size: int, told: bool):
+    """A step on these devices, on a batch of that size."""
+    import jax
+    import numpy as np
+
+    from benchmarks.memory import one_device_step
+    from configs.cub import get_config
+    from cra_jax import train_step
+    from cra_jax.runtime import devices
+    from cra_jax.training import build
+
+    config = get_config(f"{options.backbone},{options.kind}")
+    config.model.pretrained = ""
+    config.data.crop_px, config.art.size_px = options.crop_px, options.crop_px // 2
+    config.train.batch_size = size
+    run = one_device_step(
+        config, 200, all_mean=devices.all_mean if told else lambda tree: tree
+    ).run
+    training = build.build_training(config, 200, steps_per_epoch=1000)
+    step = devices.train_step(run, devices=devices)
+    state = train_step.create_state(
+        jax.random.key(0), training.network, training.optimizer, crop_px=options.crop_px
+    )
+    held = [devices.on_each_device(state, devices=devices)]
+    rng = np.random.default_rng(0)
+    shape = (size, options.crop_px, options.crop_px, 3)
+    batch = {
+        "image": rng.integers(0, 256, shape, dtype=np.uint8),
+        "label": rng.integers(0, 200, size, dtype=np.int32),
+        "flip": np.zeros(size, bool),
+    }
+    batch = devices.split(batch, len(devices))
+
+    def action() -> None:
+        held[0], terms = step(held[0], batch)
+        jax.block_until_ready((held[0], terms))
+
+    return action
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Both protocols of testing, here and in PyTorch, by turns.
+
+    python -m benchmarks.evaluation_speed    # a CPU: 224 px
+    python -m benchmarks.evaluation_speed --crop_px 448 --pictures 256 --batch 64
+
+"center" scores centre crops in batches. "full" scores whole pictures, no two of which
+need have the same size: here they are padded to buckets and share batches; the peer, as
+one would write it there, takes them one at a time. Both have the same weights and
+pictures, and the largest difference between their scores is printed: else the times
+would mean nothing. "first pass" is with compilation.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarks import timing
+from configs.cub import get_config
+from cra_jax.backbones import families
+from cra_jax.inference.evaluate import Evaluator
+from cra_jax.input import splits
+from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
+
+PROTOCOLS = ("center", "full")
+STRIDE_PX = 32  # of ResNet's last feature map
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Evaluation beside PyTorch's.")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--crop_px", type=int, default=224)
+    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--bucket_px", type=int, default=64)
+    parser.add_argument("--classes", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    peer = randomize(TorchResNet(options.backbone, options.classes), 0).eval()
+    config = get_config(f"{options.backbone},baseline")
+    config.data.crop_px = options.crop_px
+    config.eval.batch_size = options.batch
+    config.eval.bucket_px = options.bucket_px
+    pictures = draw(options.pictures, short_side_px=options.crop_px * 8 // 7)
+    ours = Ours(config, peer, pictures, options.classes)
+    theirs = Theirs(config, peer, pictures)
+    actions, first, scores = {}, {}, {}
+    for protocol in PROTOCOLS:
+        for side, run in (("here", ours), ("PyTorch", theirs)):
+            name = f"{protocol}, {side}"
+            actions[name] = lambda run=run, protocol=protocol: run(protocol)
+            start = time.perf_counter()
+            scores[name] = actions[name]()
+            first[name] = time.perf_counter() - start
+    times = timing.by_turns(actions, repeats=options.repeats)
+    print(timing.machine())
+    print(
+        f"{options.backbone}, {options.pictures} pictures, centre crops of "
+        f"{options.crop_px} px, whole ones to {pictures_size(pictures)}, batches of "
+        f"{options.batch}, buckets of {options.bucket_px} px"
+    )
+    rows = []
+    for name, taken in times.items():
+        protocol = name.partition(",")[0]
+        between = timing.ratio(times[f"{protocol}, PyTorch"], taken)
+        rows.append(
+            [
+                name,
+                timing.summary(taken, digits=0),
+                f"{1000 * options.pictures / statistics.median(taken):.1f}",
+                f"{between:.2f}",
+                f"{first[name]:.1f}",
+            ]
+        )
+    header = ["protocol", "ms a pass", "images/s", "times PyTorch's speed"]
+    print(timing.table([*header, "first pass, s"], rows))
+    for protocol in PROTOCOLS:
+        mine, other = scores[f"{protocol}, here"], scores[f"{protocol}, PyTorch"]
+        apart = np.abs(mine - other).max() / np.abs(other).max()
+        print(f"{protocol}: scores differ by {apart:.1e} of the largest")
+
+
+def draw(count: int, *, short_side_px: int) -> list[np.ndarray]:
+    """Pictures of noise, as different in shape as photographs: up to 3 to 2."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(count):
+        sides = [short_side_px, round(short_side_px * rng.uniform(1, 1.5))]
+        height, width = sides if rng.random() < 0.75 else sides[::-1]
+        pictures.append(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return pictures
+
+
+def pictures_size(pictures: list[np.ndarray]) -> str:
+    """The largest sides, as "384 x 384"."""
+    return " x ".join(str(max(p.shape[axis] for p in pictures)) for axis in (0, 1))
+
+
+class Ours:
+    """``protocol -> logits``, as `--mode eval` computes them."""
+
+    def __init__(self, config: Any, peer: TorchResNet, pictures, num_classes: int):
+        backbone = families.backbone(config, num_classes)
+        self._variables = to_linen(peer.state_dict().items())
+        self._evaluator = Evaluator(backbone, config)
+        labels = np.zeros(len(pictures), np.int32)
+        self._split = splits.Split(pictures, labels, ())
+
+    def __call__(self, protocol: str) -> np.ndarray:
+        """Scores ``[n, k]`` of all pictures."""
+        found = self._evaluator.predict(self._variables, self._split, protocol)
+        return found.logits
+
+
+class Theirs:
+    """The same in PyTorch, from the same uint8 pictures."""
+
+    def __init__(self, config: Any, peer: TorchResNet, pictures: list[np.ndarray]):
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._network: Any = peer.to(self._device).to(  # pyright: ignore[reportCallIssue]
+            memory_format=torch.channels_last
+        )
+        self._pictures = pictures
+        self._crop_px, self._batch = config.data.crop_px, config.eval.batch_size
+        self._mean = torch.tensor(config.data.mean, device=self._device)
+        self._std = torch.tensor(config.data.std, device=self._device)
+
+    @torch.inference_mode()
+    def __call__(self, protocol: str) -> np.ndarray:
+        """Scores ``[n, k]`` of all pictures."""
+        run = self._center if protocol == "center" else self._full
+        return torch.cat(run()).cpu().numpy()
+
+    def _center(self) -> list[torch.Tensor]:
+        crops = [self._cut(picture) for picture in self._pictures]
+        return [
+            self._network(self._normalized(np.stack(crops[i : i + self._batch])))
+            for i in range(0, len(crops), self._batch)
+        ]
+
+    def _full(self) -> list[torch.Tensor]:
+        window = -(-self._crop_px // STRIDE_PX)
+        logits = []
+        for picture in self._pictures:
+            features = self._network.stages(self._normalized(picture[None]))["features"]
+            pooled = functional.avg_pool2d(features, window, stride=1)
+            scores = self._network.fc(pooled.permute(0, 2, 3, 1))
+            logits.append(scores.mean((1, 2)))
+        return logits
+
+    def _cut(self, picture: np.ndarray) -> np.ndarray:
+        side = self._crop_px
+        top, left = ((n - side) // 2 for n in picture.shape[:2])
+        return picture[top : top + side, left : left + side]
+
+    def _normalized(self, pictures: np.ndarray) -> torch.Tensor:
+        on_device = torch.from_numpy(pictures).to(self._device)
+        return ((on_device.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
+
+
+if __name__ == "__main__":
+    main()

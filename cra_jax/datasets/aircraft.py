@@ -1,0 +1,54 @@
+"""FGVC-Aircraft as published -> image files and their classes."""
+
+from pathlib import Path
+
+from cra_jax.datasets import listing
+from cra_jax.datasets.cub import LAYOUTS
+from cra_jax.datasets.listing import Corners, Entry, Listing, Splits
+
+BANNER_PX = 20
+"""Height of the copyright line at the foot of every picture of FGVC-Aircraft."""
+
+
+def aircraft(path: Path) -> Listing:
+    """Lists FGVC-Aircraft (its variants), whose folder `path` is or contains.
+
+    Training is on "trainval". The banner of copyright at the foot of every picture is
+    to be cut off, as the set's authors ask.
+
+    Raises:
+        ValueError: a list is missing, damaged or at odds with the others.
+    """
+    marker = "images_variant_trainval.txt"
+    root = listing.first_below(path, lambda folder: (folder / marker).is_file())
+    if root is None:
+        raise ValueError(f"{path}: no {marker} here; {LAYOUTS['aircraft']}")
+    names = [line for _, line in listing.numbered_lines(root / "variants.txt")]
+    position = {name: i for i, name in enumerate(names)}
+    boxes = {}
+    if (root / "images_box.txt").is_file():
+        boxes = listing.read_table(root / "images_box.txt")
+    splits: Splits = {}
+    for split, part in (("train", "trainval"), ("test", "test")):
+        splits[split] = []
+        for key, name in listing.read_table(
+            root / f"images_variant_{part}.txt"
+        ).items():
+            try:
+                label = position[name]
+                corners = _aircraft_box(boxes[key]) if boxes else None
+            except (KeyError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{root}: image {key} has variant {name!r}, box {boxes.get(key)!r}:"
+                    " the variant must be in variants.txt, the box four numbers; unpack"
+                    " the archive anew"
+                ) from error
+            picture = root / "images" / f"{key}.jpg"
+            splits[split].append(Entry(picture, label, corners))
+    notes = listing.unlisted(root / "images", splits)
+    notes += (f"the lowest {BANNER_PX} rows of every picture, a banner, are cut off",)
+    return Listing(root, tuple(names), splits, notes, BANNER_PX)
+
+
+def _aircraft_box(text: str) -> Corners:
+    return listing.from_one(*map(float, text.split()))

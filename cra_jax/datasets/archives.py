@@ -1,0 +1,183 @@
+"""Archives of data sets, unpacked safely, whole or not at all; CUB from the net."""
+
+import dataclasses
+import gzip
+import lzma
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from cra_jax.datasets.download import fetch
+from cra_jax.runtime.files import locked, writing
+from cra_jax.runtime.progress import Progress, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A published archive.
+
+    Attributes:
+        url: its address.
+        size: bytes.
+        sha256: hex digest of its content.
+        max_unpacked: bytes of its files that are believed.
+    """
+
+    url: str
+    size: int
+    sha256: str
+    max_unpacked: int
+
+
+CUB = Archive(
+    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+    1_150_585_339,
+    "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
+    3_000_000_000,
+)
+
+_MAX_MEMBERS = 1_000_000
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+def cub_200_2011(
+    folder: Path, *, archive: Archive = CUB, progress: bool = True
+) -> Path:
+    """Sees to it that CUB-200-2011 lies in a folder, fetching it where it does not.
+
+    Args:
+        folder: holds, or gets, `CUB_200_2011/`; the archive stays beside it.
+        archive: where to get it.
+        progress: report on standard error.
+
+    Returns:
+        The folder with `images.txt`.
+
+    Raises:
+        ValueError: it cannot be fetched or unpacked; says how to place it by hand.
+    """
+    folder = Path(folder).expanduser().absolute()
+    target = folder / "CUB_200_2011"
+    for found in (folder, target):
+        if (found / "images.txt").is_file():
+            return found
+    if target.exists():
+        raise ValueError(
+            f"{target} is there, but has no images.txt: remove it to have the set"
+            " fetched anew, or set data.path to where the set is"
+        )
+    file = fetch(
+        archive.url,
+        folder / "CUB_200_2011.tgz",
+        size=archive.size,
+        sha256=archive.sha256,
+        progress=progress,
+    )
+    unpack_tar(
+        file,
+        target,
+        inside="CUB_200_2011",
+        max_bytes=archive.max_unpacked,
+        progress=progress,
+    )
+    if progress:
+        say(f"{target} is ready; {file} may be removed")
+    return target
+
+
+def unpack_tar(
+    archive: Path,
+    target: Path,
+    *,
+    inside: str = "",
+    max_bytes: int,
+    progress: bool = True,
+) -> Path:
+    """Unpacks a tar archive, compressed or not, into a folder, unless that is there.
+
+    Nothing is written outside the folder, and only files and folders are: an archive
+    with links, devices, absolute names or names with `..` is refused as a whole. The
+    folder gets its name when all is on disk. A second process waits for the first.
+
+    Args:
+        archive: gzip, bzip2, xz or plain.
+        target: the folder, as it is to be called.
+        inside: the folder of the archive that becomes `target`; the rest is left out.
+        max_bytes: files that are larger, taken together, are refused.
+        progress: report on standard error.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError: the archive is damaged, unsafe or too large, or the disk is full.
+    """
+    if not archive.is_file():
+        raise ValueError(f"{archive}: there is no such archive; check the path")
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target, progress):
+            if target.exists():
+                return target
+            shutil.rmtree(partial, ignore_errors=True)  # of a kill
+            try:
+                _unpack(archive, partial, max_bytes, progress)
+                if not (partial / inside).is_dir():
+                    raise ValueError(f"{archive}: there is no folder {inside!r} in it")
+                os.sync()  # else the name may reach the disk before the files do
+                (partial / inside).rename(target)
+            except _DAMAGED as error:
+                reason = " ".join(str(error).split())  # some take several lines
+                raise ValueError(
+                    f"{archive} is damaged ({reason}): remove it and get it again"
+                ) from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None:
+    folder.mkdir()
+    total = 0
+    # An old Python 3.11 has no filter; the checks here do not rely on it.
+    data_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+    with (
+        archive.open("rb") as raw,
+        tarfile.open(fileobj=raw, mode="r:*") as tar,
+        Progress(
+            archive.stat().st_size, f"unpacking {archive.name}", unit="B", show=progress
+        ) as bar,
+    ):
+        read = 0
+        for number, member in enumerate(tar):
+            total += member.size
+            path = PurePosixPath(member.name)
+            if not (member.isreg() or member.isdir()):
+                problem = "is a link or a device"
+            elif path.is_absolute() or ".." in path.parts or "\0" in member.name:
+                problem = "would leave the folder"
+            elif total > max_bytes or number >= _MAX_MEMBERS:
+                problem = f"is beyond {max_bytes:,} bytes or {_MAX_MEMBERS:,} files"
+            else:
+                problem = ""
+            if problem:
+                raise ValueError(
+                    f"{archive}: {member.name!r} {problem}, so nothing is unpacked; get"
+                    " the archive from where it was published"
+                )
+            place = folder / data_filter(member, str(folder)).name
+            if member.isdir():
+                place.mkdir(parents=True, exist_ok=True)
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                content = tar.extractfile(member)
+                assert content is not None, "it is a file"
+                with content, place.open("xb") as file:
+                    shutil.copyfileobj(content, file, 1 << 20)
+            bar.advance(raw.tell() - read)
+            read = raw.tell()
+        assert tar.fileobj is not None, "the archive is open"
+        tar.fileobj.read(1 << 24)  # to the end, where gzip and its like have checksums

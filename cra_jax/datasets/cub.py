@@ -1,0 +1,105 @@
+"""The text lists of CUB, NABirds and FGVC-Aircraft -> files and their classes.
+
+No picture is opened.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from cra_jax.datasets.listing import (
+    Entry,
+    Listing,
+    Splits,
+    first_below,
+    natural_key,
+    read_table,
+    unlisted,
+)
+
+LAYOUTS = {
+    "cub": (
+        "expected the folder CUB_200_2011 as published (images.txt,"
+        " image_class_labels.txt, train_test_split.txt, classes.txt, images/), or its"
+        " parent; get CUB_200_2011.tgz (1.15 GB) from"
+        " https://data.caltech.edu/records/65de6-vp158 and unpack it"
+    ),
+    "nabirds": (
+        "expected the folder nabirds as published (images.txt, image_class_labels.txt,"
+        " train_test_split.txt, classes.txt, images/), or its parent; get"
+        " nabirds.tar.gz from https://dl.allaboutbirds.org/nabirds and unpack it"
+    ),
+    "aircraft": (
+        "expected the folder fgvc-aircraft-2013b as published (data/images/,"
+        " data/variants.txt, data/images_variant_trainval.txt,"
+        " data/images_variant_test.txt), or its parent; get fgvc-aircraft-2013b.tar.gz"
+        " (2.75 GB) from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft and"
+        " unpack it"
+    ),
+}
+"""What each source expects on disk, and where to get it; ends messages."""
+
+
+def cub(path: Path) -> Listing:
+    """Lists CUB-200-2011, whose folder `path` is or contains.
+
+    Raises:
+        ValueError: a list is missing, damaged or at odds with the others.
+    """
+    root = first_below(path, lambda folder: (folder / "images.txt").is_file())
+    if root is None:
+        raise ValueError(f"{path}: no images.txt here; {LAYOUTS['cub']}")
+    return _birds(root, read_table(root / "classes.txt"))
+
+
+def nabirds(path: Path) -> Listing:
+    """Lists NABirds, whose folder `path` is or contains.
+
+    Its classes.txt also names the groups of a hierarchy, which have no pictures of
+    their own: only the names that have some (555 as published) are classes.
+
+    Raises:
+        ValueError: a list is missing, damaged or at odds with the others.
+    """
+    root = first_below(path, lambda folder: (folder / "images.txt").is_file())
+    if root is None:
+        raise ValueError(f"{path}: no images.txt here; {LAYOUTS['nabirds']}")
+    named = read_table(root / "classes.txt")
+    used = set(read_table(root / "image_class_labels.txt").values())
+    classes = {key: name for key, name in named.items() if key in used}
+    listing = _birds(root, classes)
+    groups = len(named) - len(classes)
+    if not groups:
+        return listing
+    note = f"{groups} of {len(named)} names in classes.txt are groups without pictures"
+    return dataclasses.replace(listing, notes=(*listing.notes, note))
+
+
+def _birds(root: Path, classes: Mapping[str, str]) -> Listing:
+    """The lists that CUB and NABirds share: an id and what is known of it, a line."""
+    files = read_table(root / "images.txt")
+    labels = read_table(root / "image_class_labels.txt", files)
+    is_train = read_table(root / "train_test_split.txt", files)
+    has_boxes = (root / "bounding_boxes.txt").is_file()
+    boxes = read_table(root / "bounding_boxes.txt", files) if has_boxes else {}
+    position = {key: i for i, key in enumerate(sorted(classes, key=natural_key))}
+
+    splits: Splits = {"train": [], "test": []}
+    for key, file in files.items():
+        try:
+            label = position[labels[key]]
+            split = {"0": "test", "1": "train"}[is_train[key]]
+            corners = None
+            if has_boxes:
+                x, y, width, height = map(float, boxes[key].split())
+                corners = (x, y, x + width, y + height)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{root}: image {key} has class {labels[key]!r}, split"
+                f" {is_train[key]!r}, box {boxes.get(key)!r}: the class must be in"
+                " classes.txt, the split 0 or 1, the box four numbers; unpack the"
+                " archive anew"
+            ) from error
+        splits[split].append(Entry(root / "images" / file, label, corners))
+    names = tuple(classes[key] for key in position)
+    return Listing(root, names, splits, unlisted(root / "images", splits))

@@ -1,0 +1,324 @@
+"""Data sets -> records: what there is to read, before anything is read.
+
+A record names a picture, its class and how to read it. Loading opens no picture: labels
+come from the published lists or from folder names, and orders never depend on the file
+system. What is missing, doubled or out of range is an error that says how to mend it;
+files that are left out are counted in `Dataset.notes`.
+"""
+
+import collections
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cra_jax.datasets import (
+    aircraft,
+    archives,
+    class_folders,
+    csv_file,
+    cub,
+    stanford_cars,
+    stanford_dogs,
+    synthetic,
+    synthetic_drawing,
+    tfds_read,
+)
+from cra_jax.datasets.listing import Corners, Listing, name_below, some
+from cra_jax.input import pictures, store
+from cra_jax.input.records import Box, Dataset, Record
+from cra_jax.runtime.run_folder import Config
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "synthetic": ("num_species", "habitat_share", "train_size", "test_size"),
+    "cub": (),
+    "cars": (),
+    "dogs": (),
+    "aircraft": (),
+    "nabirds": (),
+    "folder": ("test_share",),
+    "csv": ("test_share",),
+    "tfds": ("name",),
+}
+"""The options of `load` that each source reads."""
+
+SOURCES = tuple(OPTIONS)
+
+_PUBLISHED = {
+    "cub": cub.cub,
+    "cars": stanford_cars.cars,
+    "dogs": stanford_dogs.dogs,
+    "aircraft": aircraft.aircraft,
+    "nabirds": cub.nabirds,
+}
+
+_LAYOUTS = {
+    **cub.LAYOUTS,
+    **stanford_cars.LAYOUTS,
+    "folder": class_folders.LAYOUT,
+    "csv": csv_file.LAYOUT,
+}
+
+
+def load(
+    source: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Dataset:
+    """Lists the records of a data set.
+
+    Args:
+        source: one of `SOURCES`.
+        path: the data set's folder, or the CSV file; empty or None for "synthetic".
+            For "tfds" where it keeps its sets; empty or None for its own default.
+        seed: of the drawings, or of the split that is drawn from folders of classes.
+        **options: those of the source in `OPTIONS`.
+            num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
+            of the drawn birds.
+            test_share (0.2): of each class, where folders or CSV hold no test split.
+            name (""): of the set in tfds, which must be built there as array_record.
+
+    Returns:
+        A data set whose every class has a training picture. A class may be missing from
+        a test split.
+
+    Raises:
+        ValueError: the source or an option is unknown, files are missing or damaged,
+            labels are out of range, names are doubled, a class has no training picture.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
+    unknown = sorted(set(options) - set(OPTIONS[source]))
+    if unknown:
+        known = ", ".join(OPTIONS[source]) or "none"
+        raise ValueError(
+            f"source {source!r} has no option {', '.join(unknown)}; it has: {known}"
+        )
+    if source == "synthetic":
+        if path:
+            raise ValueError(
+                f"path is {str(path)!r}, but source 'synthetic' reads no files: empty"
+                " the path, or choose another source"
+            )
+        return _check(_synthetic(seed, **options))
+    if source == "tfds":
+        return _check(_from_tfds(path, **options))
+    if not path:
+        raise ValueError(f"source {source!r} needs a path: {_LAYOUTS[source]}")
+    root = Path(path).expanduser().absolute()
+    kind = "file" if source == "csv" else "folder"
+    if not (root.is_file() if kind == "file" else root.is_dir()):
+        raise ValueError(f"{root}: there is no such {kind}; {_LAYOUTS[source]}")
+    try:
+        if source == "csv":
+            listing = csv_file.csv_list(root, seed=seed, **options)
+        elif source == "folder":
+            listing = class_folders.class_folders(root, seed=seed, **options)
+        else:
+            listing = _PUBLISHED[source](root)
+        return _check(_from_listing(source, listing))
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename}: {error.strerror}; make it readable, or leave it out"
+        ) from error
+
+
+def _synthetic(
+    seed: int,
+    *,
+    num_species: int = 8,
+    habitat_share: float = 0.7,
+    train_size: int = 4096,
+    test_size: int = 1024,
+) -> Dataset:
+    names = synthetic.class_names(num_species)
+    setting = {"seed": seed, "num_species": num_species, "habitat_share": habitat_share}
+    # Drawings change with the code that draws them.
+    files = [
+        Path(str(room.__file__)).read_bytes() for room in (synthetic_drawing, synthetic)
+    ]
+    code = hashlib.sha256(b"".join(files)).hexdigest()[:12]
+    stamp = " ".join(f"{key}={value}" for key, value in setting.items()) + f" {code}"
+    splits = {}
+    for split in synthetic.SPLITS:
+        size = train_size if split == "train" else test_size
+        splits[split] = tuple(
+            Record(
+                f"{split}/{index:06d}",
+                index % num_species,
+                functools.partial(_drawn_image, split, index, setting),
+                stamp,
+                functools.partial(_drawn_box, split, index, setting),
+            )
+            for index in range(size)
+        )
+    return Dataset("synthetic", names, splits)
+
+
+def _drawn_image(split: str, index: int, setting: dict, short_side_px: int):
+    return synthetic.draw(split, index, size_px=short_side_px, **setting).image
+
+
+def _drawn_box(split: str, index: int, setting: dict) -> Box:
+    return synthetic.draw(split, index, size_px=32, **setting).box
+
+
+def _from_listing(name: str, listing: Listing) -> Dataset:
+    root, cut_px, splits, missing = listing.root, listing.cut_bottom_px, {}, []
+    for split, entries in listing.splits.items():
+        records = []
+        for file, label, corners in entries:
+            if not file.is_relative_to(root) or ".." in file.relative_to(root).parts:
+                raise ValueError(
+                    f"{root}: its lists name {file}, which lies elsewhere: get the data"
+                    " set from where it was published"
+                )
+            try:
+                status = file.stat()
+            except FileNotFoundError:
+                missing.append(str(file))
+                continue
+            stamp = f"{status.st_size} bytes, mtime {status.st_mtime_ns // 10**6} ms"
+            read = functools.partial(pictures.read, str(file))
+            if cut_px:
+                stamp += f", {cut_px} px cut off"
+                read = functools.partial(_read_cut, str(file), cut_px)
+            locate = corners and functools.partial(
+                _fraction_box, str(file), corners, cut_px
+            )
+            records.append(
+                Record(
+                    name_below(file, root),
+                    label,
+                    read,
+                    stamp,
+                    locate,
+                    file.read_bytes,
+                )
+            )
+        splits[split] = tuple(records)
+    if missing:
+        raise ValueError(
+            f"{root}: {len(missing)} listed pictures are missing: {some(missing)};"
+            " unpack the archive anew"
+        )
+    return Dataset(name, listing.class_names, splits, root, listing.notes)
+
+
+def _from_tfds(path: str | os.PathLike[str] | None, *, name: str = "") -> Dataset:
+    found = tfds_read.read_set(name, path)
+    splits = {
+        split: tuple(
+            Record(
+                example.name,
+                example.label,
+                functools.partial(_read_content, example.content, example.name),
+                example.stamp,
+                example.box
+                and functools.partial(_content_box, example.content, example.box),
+                example.content,
+            )
+            for example in examples
+        )
+        for split, examples in found.splits.items()
+    }
+    return Dataset("tfds", found.class_names, splits, found.root, found.notes)
+
+
+def _read_content(content: Callable[[], bytes], name: str, short_side_px: int):
+    return pictures.read(content(), short_side_px, name=name)
+
+
+def _content_box(content: Callable[[], bytes], box: Box) -> Box:
+    header = pictures.read_header(content())
+    return _upright_box(header, np.array(box[::2]), np.array(box[1::2]))
+
+
+def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
+    """Reads a picture without the lowest rows, a banner."""
+    picture = pictures.decode(file)
+    if len(picture) <= cut_px:
+        raise pictures.PictureError(
+            f"{file}: {len(picture)} rows, of which the lowest {cut_px} are a banner to"
+            " be cut off; get it again"
+        )
+    return pictures.resize_short_side(picture[:-cut_px], short_side_px)
+
+
+def _fraction_box(
+    file: str, corners: Corners | Callable[[], Corners], cut_px: int
+) -> Box:
+    """Corners in pixels as stored -> fractions of the picture as it is read."""
+    if callable(corners):
+        corners = corners()
+    header = pictures.read_header(file)
+    x = np.array(corners[::2]) / header.width_px
+    y = np.array(corners[1::2]) / header.height_px
+    return _upright_box(header, x, y, cut_px)
+
+
+def _upright_box(
+    header: pictures.Header, x: np.ndarray, y: np.ndarray, cut_px: int = 0
+) -> Box:
+    """Fractions of the picture as stored -> of the picture as it is read."""
+    width, height = header.width_px, header.height_px
+    if header.orientation in (2, 3, 7, 8):
+        x = 1 - x
+    if header.orientation in (3, 4, 6, 7):
+        y = 1 - y
+    if header.orientation >= 5:
+        x, y, width, height = y, x, height, width
+    x, y = np.sort(x) * width, np.sort(y) * height
+    left, top, right, bottom = pictures.kept_region(width, height - cut_px)
+    x = np.clip((x - left) / (right - left), 0, 1)
+    y = np.clip((y - top) / (bottom - top), 0, 1)
+    return float(x[0]), float(y[0]), float(x[1]), float(y[1])
+
+
+def _check(dataset: Dataset) -> Dataset:
+    where = dataset.root or dataset.name
+    if len(dataset.class_names) < 2:
+        raise ValueError(
+            f"{where}: only the class {some(dataset.class_names)}; two are needed. The"
+            " path must be the folder that holds the folders of the classes"
+        )
+    for split, records in dataset.splits.items():
+        if not records:
+            raise ValueError(f"{where}: the split {split!r} has no pictures; add some")
+    trained = {record.label for record in dataset.splits["train"]}
+    idle = [name for i, name in enumerate(dataset.class_names) if i not in trained]
+    if idle:
+        raise ValueError(
+            f"{where}: {len(idle)} classes have no training picture: {some(idle)}; add"
+            " some, or remove the classes"
+        )
+    for what, names in {
+        "class names": dataset.class_names,
+        "pictures": [r.name for records in dataset.splits.values() for r in records],
+    }.items():
+        doubled = [n for n, count in collections.Counter(names).items() if count > 1]
+        if doubled:
+            raise ValueError(
+                f"{where}: {what} listed more than once: {some(doubled)}; rename or"
+                " remove them"
+            )
+    return dataset
+
+
+def load_data(config: Config) -> Dataset:
+    """Lists the records of the config's data set; opens no picture.
+
+    CUB-200-2011 is fetched where no path is given: it is the one set that can be.
+    """
+    data = config.data
+    path = data.path
+    if data.source == "cub" and not path:
+        path = archives.cub_200_2011(store.default_cache_dir(None) / "datasets")
+    options = {key: data[key] for key in OPTIONS.get(data.source, ())}
+    return load(data.source, path, seed=data.seed, **options)

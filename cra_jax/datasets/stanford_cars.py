@@ -1,0 +1,184 @@
+"""The MATLAB lists of Stanford Cars and Stanford Dogs -> files and their classes.
+
+Stanford Cars has lost its home, and is handed around in three layouts: all are read.
+No picture is opened.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cra_jax.datasets import class_folders, matlab_files
+from cra_jax.datasets.listing import (
+    Corners,
+    Entry,
+    Listing,
+    Splits,
+    first_below,
+    from_one,
+    unlisted,
+)
+
+LAYOUTS = {
+    "cars": (
+        "expected cars_train/, cars_test/, devkit/ with its .mat files and"
+        " cars_test_annos_withlabels.mat; or car_ims/ with cars_annos.mat; or train/"
+        " and test/ with one folder a class. The address at Stanford is dead; Kaggle"
+        " has copies in all three layouts (about 2 GB)"
+    ),
+    "dogs": (
+        "expected Images/ with one folder a breed, train_list.mat and test_list.mat"
+        " (here or in lists/) and, for boxes, Annotation/, as in images.tar, lists.tar"
+        " and annotation.tar from http://vision.stanford.edu/aditya86/ImageNetDogs"
+        " (816 MB)"
+    ),
+}
+"""What each source expects on disk, and where to get it; ends messages."""
+
+_KITS = ("", "devkit", "car_devkit/devkit", "car_devkit", "cars_devkit")
+
+
+def cars(path: Path) -> Listing:
+    """Lists Stanford Cars, in any of the three layouts that are handed around.
+
+    Raises:
+        ValueError: a list is missing or damaged, or a label is out of range.
+    """
+    markers = ("cars_train", "car_ims", "train")
+    root = first_below(path, lambda folder: any((folder / m).is_dir() for m in markers))
+    if root is None:
+        raise ValueError(f"{path}: no Stanford Cars here; {LAYOUTS['cars']}")
+    if (root / "cars_train").is_dir():
+        return _cars_devkit(root)
+    if (root / "car_ims").is_dir():
+        return _cars_one_folder(root)
+    return _cars_class_folders(root, path)
+
+
+def _cars_devkit(root: Path) -> Listing:
+    """`cars_train/`, `cars_test/`, and the lists of the devkit wherever they lie."""
+    names = _mat_names(_find_mat(root, "cars_meta.mat"))
+    lists = {
+        "train": _find_mat(root, "cars_train_annos.mat"),
+        "test": _find_mat(root, "cars_test_annos_withlabels.mat"),
+    }
+    splits: Splits = {}
+    notes = ()
+    for split, file in lists.items():
+        folder = root / f"cars_{split}"
+        if (folder / folder.name).is_dir():  # Kaggle packs each folder twice
+            folder = folder / folder.name
+        splits[split] = [
+            _mat_entry(folder / str(row["fname"]), row, file, names)
+            for row in _mat_rows(file, "fname", "class")
+        ]
+        notes += unlisted(folder, splits)
+    return Listing(root, names, splits, notes)
+
+
+def _cars_one_folder(root: Path) -> Listing:
+    """`car_ims/` and `cars_annos.mat`."""
+    file = _find_mat(root, "cars_annos.mat")
+    names = _mat_names(file)
+    splits: Splits = {"train": [], "test": []}
+    for row in _mat_rows(file, "relative_im_path", "class", "test"):
+        picture = root / "car_ims" / Path(str(row["relative_im_path"])).name
+        split = "test" if row["test"] else "train"
+        splits[split].append(_mat_entry(picture, row, file, names))
+    return Listing(root, names, splits, unlisted(root / "car_ims", splits))
+
+
+def _cars_class_folders(root: Path, path: Path) -> Listing:
+    """Class folders, and the boxes in Kaggle's `anno_*.csv`, somewhere above them."""
+    listing = class_folders.class_folders(root)
+    above = [root, *root.parents][: len(root.parts) - len(path.parts) + 1]
+    splits: Splits = {}
+    for split, entries in listing.splits.items():
+        lists = (folder / f"anno_{split}.csv" for folder in above)
+        file = next((file for file in lists if file.is_file()), None)
+        boxes = _csv_boxes(file) if file else {}
+        splits[split] = [e._replace(corners=boxes.get(e.file.name)) for e in entries]
+    return dataclasses.replace(listing, splits=splits)
+
+
+def _csv_boxes(file: Path) -> dict[str, Corners]:
+    """Lines of "file, x1, y1, x2, y2, class"."""
+    boxes = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        for row in csv.reader(lines):
+            try:
+                boxes[row[0]] = from_one(*map(float, row[1:5]))
+            except (IndexError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{file}: {','.join(row)!r} is not file, x1, y1, x2, y2, class; get"
+                    " the file anew, or remove it to go without boxes"
+                ) from error
+    return boxes
+
+
+def _mat_entry(
+    picture: Path, row: dict[str, Any], file: Path, names: Sequence[str]
+) -> Entry:
+    number = row["class"]
+    if not (1 <= number <= len(names) and number == int(number)):
+        raise ValueError(
+            f"{file}: class {number:g} is not one of the {len(names)} classes; get the"
+            " file anew"
+        )
+    sides = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+    corners = None
+    if set(sides) <= row.keys():
+        corners = from_one(*(float(row[side]) for side in sides))
+    return Entry(picture, int(number) - 1, corners)
+
+
+def _mat_names(file: Path) -> tuple[str, ...]:
+    return tuple(map(str, matlab_files.read_variable(file, "class_names", list)))
+
+
+def _mat_rows(file: Path, name: str, *numbers: str) -> list[dict[str, Any]]:
+    """The annotations: in each a file's name and, where they are known, numbers.
+
+    Args:
+        file: the list.
+        name: the column of the names.
+        numbers: columns that must be there.
+    """
+    rows = matlab_files.read_variable(file, "annotations", list)
+    for row in rows:
+        missing = {name, *numbers}.difference(row if isinstance(row, dict) else ())
+        if missing:
+            raise ValueError(
+                f"{file}: its annotations lack {', '.join(sorted(missing))}; is it"
+                " another list under this name?"
+            )
+    try:
+        return [
+            {k: str(v) if k == name else float(v.item()) for k, v in row.items()}
+            for row in rows
+        ]
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: its annotations are not names and numbers ({error}); get the file"
+            " anew"
+        ) from error
+
+
+def _find_mat(root: Path, name: str) -> Path:
+    file = matlab_files.find_below(root, _KITS, name)
+    if file:
+        return file
+    message = f"{root / name}: this file is missing; put it there or into devkit/"
+    if name == "cars_test_annos_withlabels.mat":
+        message += (
+            " (185,758 bytes; it came as a file of its own, beside the devkit, whose"
+            " cars_test_annos.mat has no labels)"
+        )
+    if (root / "cars_annos.mat").is_file():
+        message += (
+            ". cars_annos.mat cannot replace it: it numbers the files of car_ims/,"
+            " which are in another order"
+        )
+    raise ValueError(f"{message}. Layouts: {LAYOUTS['cars']}")

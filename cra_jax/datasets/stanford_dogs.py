@@ -1,0 +1,100 @@
+"""Stanford Dogs as published -> image files, classes and boxes."""
+
+import functools
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cra_jax.datasets import listing, matlab_files
+from cra_jax.datasets.listing import Corners, Entry, Listing, Splits
+from cra_jax.datasets.stanford_cars import LAYOUTS
+
+_DOG_PICTURES = ("Images", "images/Images", "images")
+_DOG_LISTS = ("", "lists", "splits")
+_DOG_BOXES = ("Annotation", "annotation/Annotation", "annotations/Annotation")
+_XML_SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def dogs(path: Path) -> Listing:
+    """Lists Stanford Dogs, whose folder `path` is or contains.
+
+    Where a picture shows several dogs, the box is the one round all of them.
+
+    Raises:
+        ValueError: a list is missing, damaged or at odds with itself.
+    """
+    root = listing.first_below(
+        path, lambda folder: bool(matlab_files.find_below(folder, _DOG_PICTURES))
+    )
+    pictures = root and matlab_files.find_below(root, _DOG_PICTURES)
+    if root is None or pictures is None:
+        raise ValueError(f"{path}: no Images/ here; {LAYOUTS['dogs']}")
+    breeds: dict[int, str] = {}
+    splits: Splits = {}
+    for split in ("train", "test"):
+        file = matlab_files.find_below(root, _DOG_LISTS, f"{split}_list.mat")
+        if file is None:
+            raise ValueError(
+                f"{root}: there is no {split}_list.mat; {LAYOUTS['dogs']}. Copies at"
+                " Kaggle leave out lists.tar (481,280 bytes)"
+            )
+        splits[split] = []
+        for name, label in _dog_rows(file):
+            breed = name.rpartition("/")[0]
+            if not breed or breeds.setdefault(label, breed) != breed:
+                raise ValueError(
+                    f"{file}: {name!r} has class {label}, which is"
+                    f" {breeds.get(label)!r} elsewhere; get the file anew"
+                )
+            splits[split].append(Entry(pictures / name, label, None))
+    position = {label: i for i, label in enumerate(sorted(breeds))}
+    boxes = matlab_files.find_below(root, _DOG_BOXES)
+    splits = {
+        split: [
+            Entry(e.file, position[e.label], boxes and _dog_box(boxes, e.file))
+            for e in entries
+        ]
+        for split, entries in splits.items()
+    }
+    names = tuple(breeds[label] for label in position)
+    notes = listing.unlisted(pictures, splits)
+    if boxes is None:
+        notes += (f"no boxes: {root / _DOG_BOXES[0]} is missing",)
+    return Listing(root, names, splits, notes)
+
+
+def _dog_rows(file: Path) -> list[tuple[str, int]]:
+    names = list(map(str, matlab_files.read_variable(file, "file_list", list)))
+    labels = matlab_files.read_variable(file, "labels", np.ndarray)
+    if not np.isfinite(labels).all():
+        raise ValueError(f"{file}: its labels are not whole numbers; get the file anew")
+    if len(names) != len(labels):
+        raise ValueError(
+            f"{file}: {len(names)} files, but {len(labels)} labels; get the file anew"
+        )
+    return [(name, int(label)) for name, label in zip(names, labels, strict=True)]
+
+
+def _dog_box(boxes: Path, picture: Path) -> Callable[[], Corners]:
+    return functools.partial(_round_all, boxes / picture.parent.name / picture.stem)
+
+
+def _round_all(file: Path) -> Corners:
+    """The box round all boxes of an annotation, an XML file without a suffix.
+
+    Read only when it is asked for: there are 20,580 of them.
+    """
+    try:
+        boxes = [
+            [float(box.findtext(side, "")) for side in _XML_SIDES]
+            for box in ElementTree.parse(file).iter("bndbox")
+        ]
+        left, top, right, bottom = zip(*boxes, strict=True)
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise ValueError(
+            f"{file}: no boxes can be read from it ({error}); unpack annotation.tar"
+            " anew, or remove Annotation/ to go without boxes"
+        ) from error
+    return min(left), min(top), max(right), max(bottom)

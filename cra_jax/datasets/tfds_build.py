@@ -1,0 +1,241 @@
+"""Sets of tfds, built where they are not: the one place where TensorFlow works.
+
+It does so in a process of its own, which sees no GPU and ends with the build.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from cra_jax.datasets import tfds_archives, tfds_read
+from cra_jax.runtime.files import waited_for
+from cra_jax.runtime.progress import LOG_EVERY_S, say
+
+_TIDYING_S = 10.0
+_UNFINISHED = "incomplete."  # how tfds begins the names of what it is writing
+
+
+def build(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    manual_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> bool:
+    """Sees to it that a set is built as array_record, downloading it if need be.
+
+    Safe to kill, and to call from several processes: one builds, the others wait.
+
+    Args:
+        name: as in tfds: `set`, `set/config`, `set:1.0.0`.
+        data_dir: where tfds keeps its sets; None or "" for tfds' own default.
+        manual_dir: a folder of archives that were placed by hand; None or "" for
+            `downloads/manual` below `data_dir`.
+        progress: report on standard error.
+
+    Returns:
+        Whether it was built now; False where it was there.
+
+    Raises:
+        ValueError: TensorFlow is not installed, tfds does not know the set, an archive
+            is missing, or the build failed. Says what to do.
+    """
+    folder = tfds_read.where_to_build(name, data_dir)
+    if folder is None:
+        return False
+    if doubt := tfds_archives.doubt(name):
+        raise ValueError(f"data.name is {name!r}: {doubt}")
+    manual = Path(manual_dir or folder / "downloads" / "manual").expanduser().absolute()
+    if manual_dir and not manual.is_dir():
+        raise ValueError(f"data.manual_dir is {manual}: there is no such folder")
+    _check_archives(name, folder, manual)
+    _check_modules(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = waited_for(
+            folder / f".{tfds_archives.set_of(name)}.lock", name, show=progress
+        )
+        with lock:
+            # Perhaps the process that we waited for has built it.
+            if tfds_read.where_to_build(name, data_dir) is None:
+                return False
+            _tell_leftovers(folder / tfds_archives.set_of(name), progress)
+            reason = _in_own_process(name, folder, manual, progress)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder} ({error}): make it a folder you can write to, or"
+            " set data.path to another"
+        ) from error
+    if reason:
+        raise ValueError(
+            f"tfds cannot build {name}: {reason}{tfds_archives.by_hand(name, manual)}"
+        )
+    if tfds_read.where_to_build(name, data_dir) is not None:
+        raise ValueError(
+            f"tfds has built {name}, but not in {folder}: name the set, or its config"
+            " and version, as tfds does"
+        )
+    return True
+
+
+def _check_modules(name: str) -> None:
+    """Refuses before anything is downloaded for nothing."""
+    missing = [m for m in tfds_archives.MODULES if not importlib.util.find_spec(m)]
+    if missing:
+        raise ValueError(
+            f"building {name} needs {' and '.join(missing)}, which this Python"
+            f" ({sys.executable}) does not have: {tfds_archives.INSTALL}. Neither is"
+            " needed to read the set: it may also be built on another machine, and"
+            " copied"
+        )
+
+
+def _check_archives(name: str, folder: Path, manual: Path) -> None:
+    """Refuses archives that tfds would find wrong, or seek in vain, in the end."""
+    wrong, missing = [], {}
+    for file, archive in tfds_archives.archives(name).items():
+        placed = manual / file
+        if placed.is_file():
+            size = placed.stat().st_size
+            if size != archive.size:
+                wrong.append(f"{file} has {size} bytes, not {archive.size}")
+        elif not _was_downloaded(name, folder, archive):
+            missing[file] = archive.urls
+    if missing and tfds_archives.set_of(name) in tfds_archives.DEAD:
+        wrong.append(f"not there: {', '.join(missing)}")
+    elif hosts := _unreachable(itertools.chain(*missing.values())):
+        wrong.append(f"not there: {', '.join(missing)}; no network ({hosts})")
+    if wrong:
+        raise ValueError(
+            f"{manual}: {'; '.join(wrong)}{tfds_archives.by_hand(name, manual)}"
+        )
+
+
+def _unreachable(urls: Iterable[str]) -> str:
+    """What is wrong with all the hosts; empty where one may do.
+
+    tfds would try them for five minutes.
+    """
+    hosts = {urllib.parse.urlsplit(url).hostname or "" for url in urls}
+    reasons = []
+    for host in sorted(hosts):
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            reasons.append(f"{host}: {error.strerror}")
+    # A proxy may know hosts that this machine does not.
+    return "; ".join(reasons) * (
+        len(reasons) == len(hosts) and not urllib.request.getproxies()
+    )
+
+
+def _was_downloaded(name: str, folder: Path, archive: tfds_archives.Archive) -> bool:
+    """Whether tfds has an archive among its downloads, of today or of years ago."""
+    from tensorflow_datasets.core.download import resource
+
+    downloads = folder / "downloads"
+    files = {resource.get_dl_fname(url, archive.sha256) for url in archive.urls}
+    places = downloads, downloads / tfds_archives.set_of(name)
+    return any((place / file).exists() for place in places for file in files)
+
+
+def _tell_leftovers(folder: Path, progress: bool) -> None:
+    for left in folder.rglob(f"{_UNFINISHED}*") if progress else ():
+        say(
+            f"{left}: left by a build that was killed, unless one is at work; remove it"
+        )
+
+
+def _in_own_process(name: str, folder: Path, manual: Path, progress: bool) -> str:
+    """Builds, and returns what went wrong; empty if nothing did."""
+    bars = progress and sys.stderr.isatty()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_build, args=(name, str(folder), str(manual), bars, sender)
+    )
+    begun = time.monotonic()
+    if progress:
+        say(f"building {name} in {folder}, once, in a process of its own")
+    process.start()
+    sender.close()  # so that the end of the process is seen
+    try:
+        while not receiver.poll(LOG_EVERY_S):
+            if progress and not bars:
+                minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+                say(
+                    f"building {name}: {minutes}:{seconds:02} min,"
+                    f" {_bytes_below(folder) / 1e6:,.0f} MB in {folder}"
+                )
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return (
+            f"its process ended with {process.exitcode} and said no more (-9: killed,"
+            " perhaps for want of memory)"
+        )
+    finally:
+        if sys.exception():  # Ctrl-C reaches it as well: time to tidy up
+            process.join(_TIDYING_S)
+            process.terminate()
+        process.join()
+
+
+def _build(name: str, folder: str, manual: str, bars: bool, sender: Connection) -> None:
+    """Runs in a process of its own, since TensorFlow takes what it sees."""
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "ROCR_VISIBLE_DEVICES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_ENABLE_ONEDNN_OPTS": "0",  # it would report that they are on
+    }
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    reason = ""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            import tensorflow_datasets as tfds
+
+            if not bars:
+                tfds.disable_progress_bar()
+            builder = tfds.builder(
+                name, data_dir=folder, file_format=tfds_read.FORMAT, try_gcs=False
+            )
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=manual, try_download_gcs=False
+                )
+            )
+    except KeyboardInterrupt:
+        reason = "it was interrupted"
+    # Whatever it is, it is a line for the user of the other process.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    sender.send(reason)
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for a build whose parent was killed, and the lock is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # of those that come and go
+                total += os.stat(os.path.join(parent, file)).st_size
+    return total

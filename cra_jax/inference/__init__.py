@@ -1,0 +1,1 @@
+"""Evaluation protocols, localization, prediction, export, the web demo."""

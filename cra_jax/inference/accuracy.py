@@ -1,0 +1,49 @@
+"""Scores that are exact on ragged batches: sums and counts, divided once at the end."""
+
+import numpy as np
+
+
+def classification_scores(
+    logits: np.ndarray, labels: np.ndarray
+) -> dict[str, float | int]:
+    """Accuracies of a whole split, each picture counted once.
+
+    Args:
+      logits: ``[n, k]`` scores.
+      labels: ``[n]`` classes.
+
+    Returns:
+      ``top1``, ``top5`` (top k where there are fewer classes), ``mean_per_class`` (over
+      the classes that are present), all as fractions, ``loss_cls1`` (mean
+      cross-entropy) and ``count``. Of equal scores the lower class comes first.
+
+    Raises:
+      ValueError: there is no picture, or a score is not finite.
+    """
+    logits = np.asarray(logits, np.float64)
+    labels = np.asarray(labels)
+    if not len(labels):
+        raise ValueError("there are no pictures to score: the split is empty")
+    if not np.isfinite(logits).all():
+        bad = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
+        raise ValueError(
+            f"the scores of picture {bad} of the split are not finite: the checkpoint "
+            "is of a run that diverged, or is damaged; evaluate an earlier one"
+        )
+    true_score = np.take_along_axis(logits, labels[:, None], 1)
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > true_score) | ((logits == true_score) & before)).sum(1)
+    correct = rank == 0
+    shifted = logits - logits.max(1, keepdims=True)
+    log_probability = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return {
+        "top1": float(correct.mean()),
+        "top5": float((rank < 5).mean()),
+        "mean_per_class": float(
+            np.mean([correct[labels == k].mean() for k in np.unique(labels)])
+        ),
+        "loss_cls1": -float(
+            np.take_along_axis(log_probability, labels[:, None], 1).mean()
+        ),
+        "count": len(labels),
+    }

@@ -1,0 +1,296 @@
+"""A web page on this machine: a picture in, the answer and where the network looked.
+
+Only this machine can reach it, and only its own page may ask it. What it is safe from
+is said in SECURITY.md.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import re
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cra_jax.inference import overlay, predict
+from cra_jax.inference.predictor import Prediction, Predictor
+from cra_jax.input import pictures
+from cra_jax.runtime import run_folder
+from cra_jax.runtime.progress import say
+
+LARGEST_BYTES = 20_000_000
+"""Of an upload."""
+LARGEST_PIXELS = 50_000_000
+"""Of a decoded picture: 150 MB as RGB, one at a time."""
+MOST_UPLOADS = 4
+"""At a time; one is worked on, the others wait with their bytes in memory."""
+MOST_CONNECTIONS = 32
+TIMEOUT_S = 20.0
+"""Without a byte, after which a connection is dropped."""
+
+_HOST = "127.0.0.1"
+_DRAINED_BYTES = 2 * LARGEST_BYTES  # of a refused upload, so that the answer arrives
+_KIND = "application/octet-stream"
+_NAME = "this file"  # the page knows its name; the server need not
+_SHOWN_LONG_SIDE_PX = 1280
+
+
+def run(config: run_folder.Config | None, workdir: Path, *, port: int = 8000) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+      config: as for `predict.run`.
+      workdir: as for `predict.run`.
+      port: on this machine; 0: any that is free.
+
+    Raises:
+      ValueError: there is no such network, or the port is taken.
+    """
+    predictor = predict.open_predictor(config, workdir)
+    say(f"{predictor.recipe.about}: warming up")
+    predictor.warm_up()
+    with make_server(predictor, port=port) as server:
+        print(f"http://{_HOST}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("\nended", file=sys.stderr)
+
+
+def make_server(predictor: Predictor, *, port: int) -> "Server":
+    """The server, bound and not yet serving.
+
+    Raises:
+      ValueError: the port is out of range or taken.
+    """
+    try:
+        return Server(predictor, port)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"port {port} cannot be used ({error}): choose another with --port, "
+            "or 0 for any that is free"
+        ) from error
+
+
+class Server(ThreadingHTTPServer):
+    """Connections and uploads are counted; one picture is worked on at a time."""
+
+    daemon_threads = True
+    request_queue_size = MOST_CONNECTIONS
+
+    def __init__(self, predictor: Predictor, port: int):
+        self.predictor = predictor
+        self.working = threading.Lock()
+        self.uploads = threading.BoundedSemaphore(MOST_UPLOADS)
+        self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__((_HOST, port), Handler)
+        names = (_HOST, "localhost")
+        self.hosts = {f"{name}:{self.server_port}" for name in names}
+        if self.server_port == 80:
+            self.hosts |= set(names)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Drops a connection where there are too many."""
+        if not self._connections.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._connections.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Handles a connection in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is no news; anything else is."""
+        error = sys.exception()
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            say(f"demo: {error!r}")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """`GET /` is the page, `GET /about` what it shows, `POST /predict` a picture."""
+
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "cra_jax", ""
+    timeout = TIMEOUT_S
+
+    def do_GET(self) -> None:  # noqa: D102 (the base class's name)
+        if not self._is_ours():
+            return
+        if self.path == "/":
+            self._send(200, page()[0], "text/html; charset=utf-8")
+        elif self.path == "/about":
+            recipe = self.server.predictor.recipe
+            self._send_json(
+                200,
+                {
+                    "about": recipe.about,
+                    "classes": len(recipe.class_names),
+                    "attention": recipe.head is not None,
+                    "largest_bytes": LARGEST_BYTES,
+                },
+            )
+        else:
+            self._refuse(404, "there is nothing here")
+
+    def do_POST(self) -> None:  # noqa: D102
+        if not self._is_ours():
+            return
+        if self.path != "/predict":
+            self._refuse(404, "there is nothing here")
+        elif self.headers.get("Content-Type") != _KIND:
+            # No form of another site can send this kind without asking first.
+            self._refuse(415, f"send the picture's bytes as {_KIND}")
+        elif not (length := self.headers.get("Content-Length", "")).isdecimal():
+            self._refuse(411, "the length of the picture must be told")
+        elif int(length) > LARGEST_BYTES:
+            limit = f"{LARGEST_BYTES / 1e6:.0f} MB"
+            self._refuse(413, f"the file is larger than {limit}; shrink the picture")
+        elif not self.server.uploads.acquire(blocking=False):
+            self._refuse(503, "too many pictures at once; try again in a moment")
+        else:
+            try:
+                self._answer(int(length))
+            finally:
+                self.server.uploads.release()
+
+    def _answer(self, length: int) -> None:
+        data = self.rfile.read(length)
+        if len(data) < length:
+            self.close_connection = True
+            return
+        predictor = self.server.predictor
+        with self.server.working:
+            try:
+                pixels = pictures.decode(data, name=_NAME, max_pixels=LARGEST_PIXELS)
+                (answer,) = predictor.each([pixels], keep=True)
+            except ValueError as error:
+                text = str(error).removeprefix(f"{_NAME}: ")
+                self._send_json(422, {"error": text})
+                return
+        assert isinstance(answer, Prediction)
+        self._send_json(200, describe(answer))
+
+    def _is_ours(self) -> bool:
+        """Whether the page itself asks, under an address of this machine.
+
+        Another site's page can reach a server on this machine, under the server's own
+        address or under a name of its own that it has made point here.
+        """
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        site = self.headers.get("Sec-Fetch-Site", "none")
+        if host not in self.server.hosts:
+            self._refuse(421, f"open http://{_HOST}:{self.server.server_port}/ instead")
+        elif origin not in (None, f"http://{host}") or (
+            self.command == "POST" and site not in ("none", "same-origin")
+        ):
+            self._refuse(403, "only the page of this server may ask")
+        else:
+            return True
+        return False
+
+    def _refuse(self, status: int, text: str) -> None:
+        """Answers without having read the body, which is then let go by."""
+        self.close_connection = True
+        self._send_json(status, {"error": text})
+        if self.command == "POST":
+            # Closed with bytes unread, the connection would be reset, answer and all.
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                left = _DRAINED_BYTES
+                while left > 0 and (data := self.rfile.read1(1 << 16)):
+                    left -= len(data)
+
+    def _send_json(self, status: int, value: Any) -> None:
+        self._send(status, json.dumps(value).encode(), "application/json")
+
+    def _send(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": page()[1],
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing: the page shows what went wrong."""
+
+
+def describe(answer: Prediction) -> dict[str, Any]:
+    """What the page shows of an answer; places are fractions of the shown picture."""
+    view = answer.view
+    assert view is not None
+    height, width = view.picture.shape[:2]
+    size = np.array([width, height], float)
+    shown = Image.fromarray(view.picture)
+    shown.thumbnail((_SHOWN_LONG_SIDE_PX, _SHOWN_LONG_SIDE_PX))
+    colours = Image.fromarray(overlay.heat(view.activation))
+    corners = view.attention_px
+    return {
+        "classes": [
+            {"name": name, "probability": probability}
+            for name, probability in zip(
+                answer.classes, answer.probabilities, strict=True
+            )
+        ],
+        "size_px": answer.size_px,
+        "shown_px": shown.size,
+        "picture": _data_url(shown, "JPEG"),
+        "heat": _data_url(colours, "PNG"),
+        "crop": (np.reshape(view.crop_box_px, (2, 2)) / size).ravel().tolist(),
+        "corners": None if corners is None else (corners / size).tolist(),
+    }
+
+
+@functools.cache
+def page() -> tuple[bytes, str]:
+    """The page, and the policy that lets nothing but its own script and style run."""
+    text = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")
+
+    def hashed(tag: str) -> str:
+        (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = hashlib.sha256(inline.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {hashed('script')}; "
+        f"style-src {hashed('style')}; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text.encode(), policy
+
+
+def _data_url(image: Image.Image, kind: str) -> str:
+    file = io.BytesIO()
+    image.save(file, kind, quality=90)
+    text = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{text}"

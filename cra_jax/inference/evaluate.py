@@ -1,0 +1,331 @@
+"""One exact pass over a split, with the classification stream alone.
+
+Two protocols, see `protocols.py`: "center" scores the centre crop, "full" the whole
+resized picture. Where several hosts score together, each makes its share of every batch
+and all get all predictions.
+"""
+
+import collections
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from tqdm import tqdm
+
+from cra_jax import art_module
+from cra_jax.backbones import class_activation
+from cra_jax.datasets import sources
+from cra_jax.inference import accuracy, localization
+from cra_jax.inference.protocols import make_center_step, make_full_step
+from cra_jax.inference.restore import restore
+from cra_jax.input.batches import Batches, center_batches, full_batches
+from cra_jax.input.splits import Split, describe_data, open_split
+from cra_jax.runtime import devices, hosts, prefetch, run_folder, training_log
+from cra_jax.training import check_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What the network says of a split, in the split's order.
+
+    Attributes:
+      logits: ``[n, k]``.
+      labels: ``[n]``.
+      activation: ``[n, h, w]``, class activation maps of the predicted class; None
+        under the protocol "full".
+      matrices: ``[n, 2, 3]``, where the attention is; None without attention head.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    activation: np.ndarray | None = None
+    matrices: np.ndarray | None = None
+
+
+def predict_split(
+    step: Callable,
+    variables: Any,
+    batches: Batches,
+    count: int,
+    *,
+    workers: int = 2,
+    description: str = "",
+    shared: bool = False,
+) -> Predictions:
+    """Runs a step over a split, each picture exactly once.
+
+    Args:
+      step: of `make_center_step` or `make_full_step`.
+      variables: of the plain backbone.
+      batches: of `pipeline`.
+      count: pictures in the split.
+      workers: threads that make batches.
+      description: of the progress bar; empty: none.
+      shared: whether the batches are this host's share of the rows, and all hosts call
+        this together.
+
+    Returns:
+      Predictions in the split's order.
+    """
+    variables = devices.on_each_device(variables)  # once, and not for each batch
+    found: dict[str, np.ndarray] = {}
+    labels = np.zeros(count, np.int32)
+    times_seen = np.zeros(count, int)
+    ahead: Iterable = prefetch.prefetch(
+        lambda i: batches[i], 0, len(batches), workers=workers
+    )
+    if description:
+        ahead = tqdm(
+            ahead,
+            total=len(batches),
+            desc=description,
+            unit="batch",
+            leave=False,
+            disable=not (sys.stderr.isatty() and hosts.is_first()),
+        )
+    for batch in ahead:
+        valid, index = batch["valid"], batch["index"][batch["valid"]]
+        inputs = {k: batch[k] for k in ("image", "extent_px") if k in batch}
+        for name, values in step(variables, inputs).items():
+            rows = found.setdefault(name, np.zeros((count, *values.shape[1:])))
+            rows[index] = values[valid]
+        labels[index] = batch["label"][valid]
+        times_seen[index] += 1
+    if shared:  # what another host has seen is 0 here
+        found, labels, times_seen = hosts.sum_over_hosts((found, labels, times_seen))
+    assert (times_seen == 1).all(), "a picture was missed or counted twice"
+    return Predictions(labels=labels, **found)
+
+
+class Evaluator:
+    """Scores splits under both protocols; compiles each step once.
+
+    Args:
+      backbone: the plain network.
+      config: of the run; reads ``data`` and ``eval``.
+      shard: which share of each batch is this host's, where all score together; by
+        default it works alone.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: run_folder.Config,
+        *,
+        shard: tuple[int, int] = (0, 1),
+    ):
+        data = config.data
+        self._backbone = backbone
+        self._crop_px = data.crop_px
+        self._workers = data.workers
+        self._shard = shard
+        self._batch_size = devices.round_up(config.eval.batch_size, hosts=shard[1])
+        self._bucket_px = config.eval.bucket_px
+        normalization = {"mean": tuple(data.mean), "std": tuple(data.std)}
+        self._center_step = make_center_step(backbone, **normalization)
+        self._full_step = make_full_step(
+            backbone,
+            crop_px=data.crop_px,
+            masked=self._bucket_px > 0,
+            **normalization,
+        )
+
+    def center(
+        self,
+        variables: Any,
+        split: Split,
+        *,
+        head: art_module.AttentionHead | None = None,
+    ) -> Predictions:
+        """Protocol "center"; with a head, where the attention is, too."""
+        batches = center_batches(
+            split.pictures,
+            split.labels,
+            batch_size=self._batch_size,
+            crop_px=self._crop_px,
+            shard=self._shard,
+        )
+        if head:
+            variables = {**variables, "head": head}
+        return self._run(self._center_step, variables, batches, split)
+
+    def full(self, variables: Any, split: Split) -> Predictions:
+        """Protocol "full"."""
+        batches = full_batches(
+            split.pictures,
+            split.labels,
+            batch_size=self._batch_size,
+            bucket_px=self._bucket_px,
+            shard=self._shard,
+        )
+        return self._run(self._full_step, variables, batches, split)
+
+    def predict(
+        self,
+        variables: Any,
+        split: Split,
+        protocol: str,
+        *,
+        head: art_module.AttentionHead | None = None,
+    ) -> Predictions:
+        """Under the protocol of that name; the head is for "center" alone."""
+        if protocol == "full":
+            return self.full(variables, split)
+        return self.center(variables, split, head=head)
+
+    def scores(self, found: Predictions, split: Split, protocol: str) -> dict[str, Any]:
+        """Accuracies of a split, and how well the network looks at the object.
+
+        Returns:
+          What `accuracy.classification_scores` gives, ``loss`` (Eq. 9 without the
+          terms of the stream that testing leaves out), ``protocol``, and where records
+          have boxes and the protocol is "center", means over the ``box_count`` pictures
+          that have one: ``pointing`` (whether the strongest activation of the predicted
+          class lies in the box), ``activation_in_box`` (`localization.share_inside`),
+          ``box_share`` (of the crop's area, which is what a map of no meaning scores in
+          both), and with matrices ``attention_iou`` (`localization.iou`). Of a box
+          counts what the crop shows.
+        """
+        scores: dict[str, Any] = {"protocol": protocol}
+        scores |= accuracy.classification_scores(found.logits, found.labels)
+        scores["loss"] = scores["loss_cls1"]
+        if found.activation is not None:
+            scores |= self._attention_scores(found, found.activation, split)
+        return scores
+
+    def _run(self, step, variables, batches, split) -> Predictions:
+        return predict_split(
+            step,
+            variables,
+            batches,
+            len(split.labels),
+            workers=self._workers,
+            description="evaluate",
+            shared=self._shard[1] > 1,
+        )
+
+    def _attention_scores(
+        self, found: Predictions, activation: np.ndarray, split: Split
+    ) -> dict[str, Any]:
+        crop_px = self._crop_px
+        boxes = split.boxes_px(crop_px)
+        if not boxes:
+            return {}
+        rows_px, columns_px = class_activation.places_px(
+            self._backbone, activation.shape[1:], crop_px
+        )
+        peaks = class_activation.peak_px(activation, rows_px, columns_px)
+        measured = collections.defaultdict(list)
+        for i, (x_min, y_min, x_max, y_max) in boxes.items():
+            box, (x, y) = boxes[i], peaks[i]
+            inside = x_min <= x <= x_max and y_min <= y <= y_max
+            measured["pointing"].append(inside)
+            measured["activation_in_box"].append(
+                localization.share_inside(
+                    activation[i],
+                    box,
+                    rows_px=rows_px,
+                    columns_px=columns_px,
+                    crop_px=crop_px,
+                )
+            )
+            measured["box_share"].append((x_max - x_min) * (y_max - y_min) / crop_px**2)
+            if found.matrices is not None:
+                corners = art_module.corners_px(found.matrices[i], crop_px)
+                measured["attention_iou"].append(localization.iou(corners, box))
+        means = {name: float(np.mean(values)) for name, values in measured.items()}
+        return means | {"box_count": len(boxes)}
+
+
+def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.Result]:
+    """What a checkpoint says of each picture, for `run_folder.write_results`."""
+    shifted = found.logits - found.logits.max(1, keepdims=True)
+    confidence = 1 / np.exp(shifted).sum(1)  # softmax of the highest score
+    predicted = found.logits.argmax(1)
+    return [
+        run_folder.Result(
+            index=i,
+            name=record.name,
+            label=int(found.labels[i]),
+            predicted=int(predicted[i]),
+            confidence=float(confidence[i]),
+            step=step,
+        )
+        for i, record in enumerate(split.records)
+    ]
+
+
+def run(config: run_folder.Config, workdir: Path) -> None:
+    """Restores a checkpoint's classification stream, scores the test splits, prints.
+
+    The numbers are added to the run folder's `metrics.jsonl`, and what is said of each
+    picture is written to `results/<split>-<protocol>.csv`.
+
+    Args:
+      config: the run's, or one that reads other data with the same classes;
+        ``eval.checkpoint`` says which checkpoint.
+      workdir: the run folder.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it is of another model.
+    """
+    hosts.start(**config.hosts)
+    check_config.check(config)
+    with hosts.all_or_none():
+        restored = restore(config, workdir)
+        dataset = sources.load_data(config)
+        check_classes(dataset.class_names, restored.class_names, workdir)
+        splits = {
+            name: open_split(config, dataset, name)
+            for name in dataset.splits
+            if name != "train"
+        }
+    hosts.check_same(describe_data(splits), "their data")
+    evaluator = Evaluator(restored.backbone, config, shard=hosts.shard())
+    chosen = config.eval.protocol
+    step, epoch = restored.step, restored.epoch
+    if hosts.is_first():
+        print(f"checkpoint {step} (epoch {epoch}) of {workdir}")
+    for name, split in splits.items():
+        for protocol in ("full", "center") if chosen == "both" else (chosen,):
+            found = evaluator.predict(restored.variables, split, protocol)
+            if not hosts.is_first():
+                continue
+            scores = evaluator.scores(found, split, protocol)
+            run_folder.write_results(
+                workdir, name, protocol, results(found, split, step=step)
+            )
+            print(f"{name}, {protocol}: {training_log.describe_scores(scores)}")
+            line = {"step": step, "epoch": epoch, "split": name, **scores}
+            # Training's own line says the same, and of the attention as well.
+            known = run_folder.read_metrics(workdir)
+            if not any(line.items() <= other.items() for other in known):
+                run_folder.append_metrics(workdir, line)
+
+
+def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> None:
+    """Checks that data and checkpoint mean the same by a class number.
+
+    Args:
+      here: class names of the data.
+      there: class names of the checkpoint.
+      workdir: of the checkpoint, for the message.
+
+    Raises:
+      ValueError: they do not; the message has the first difference.
+    """
+    if tuple(here) == tuple(there):
+        return
+    if len(here) != len(there):
+        difference = f"{len(here)} classes, the checkpoint {len(there)}"
+    else:
+        mine, theirs = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
+        difference = f"class {mine!r} where the checkpoint has {theirs!r}"
+    raise ValueError(
+        f"the data has {difference}: evaluate {workdir} on the classes that it was "
+        "trained on (data.source, data.path)"
+    )

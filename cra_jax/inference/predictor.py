@@ -1,0 +1,311 @@
+"""Any picture -> what it shows, and where the network looked.
+
+A picture goes the way of evaluation's protocol "center": the same decoder, resize,
+centre crop and normalisation, and the plain network. Where the checkpoint has an
+attention head, it says in addition what that would have cut out.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cra_jax import art_module
+from cra_jax.backbones import class_activation
+from cra_jax.inference import trained
+from cra_jax.input import batches, center_crop, pictures
+from cra_jax.input.normalize import normalize
+from cra_jax.runtime import devices
+from cra_jax.runtime.prefetch import prefetch
+
+TOP = 5
+"""How many classes an answer names."""
+
+Picture = str | os.PathLike[str] | bytes | np.ndarray
+"""A file, a file's content, or uint8 `[h, w, 3]`, RGB and upright."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """What is shown of a picture: all in pixels of the picture as it was resized.
+
+    Attributes:
+      picture: uint8 ``[h, w, 3]``; very long ones have lost their ends, see
+        `pictures.kept_region`.
+      activation: ``[crop, crop]``, the best class's activation map in the crop.
+      crop_box_px: ``(x_min, y_min, x_max, y_max)``, where the crop lies.
+      attention_px: ``[4, 2]``, corners of the attention, or None.
+    """
+
+    picture: np.ndarray
+    activation: np.ndarray
+    crop_box_px: tuple[float, float, float, float]
+    attention_px: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the network says of one picture.
+
+    Pixels are those of the upright picture (after its EXIF rotation) as it came, points
+    are ``(x, y)``, and (0, 0) is the picture's top left corner.
+
+    Attributes:
+      path: of the picture; "" where it came as bytes or pixels.
+      size_px: ``(width, height)`` of the upright picture.
+      classes: the most probable ones, best first, `TOP` where there are so many.
+      labels: their numbers.
+      probabilities: theirs, by softmax over all classes.
+      scores: ``[k]`` of all classes, before the softmax.
+      crop_box_px: ``(x_min, y_min, x_max, y_max)``, what the network saw of it.
+      attention_px: ``[4, 2]``, corners of the attention's parallelogram; they may lie
+        outside the picture. None where the checkpoint has no attention head.
+      view: for people, where it was asked for.
+    """
+
+    path: str
+    size_px: tuple[int, int]
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    scores: np.ndarray
+    crop_box_px: tuple[float, float, float, float]
+    attention_px: np.ndarray | None
+    view: View | None = None
+
+    @property
+    def attention_box_px(self) -> tuple[float, float, float, float] | None:
+        """The upright box around the attention, as far as the picture reaches."""
+        if self.attention_px is None:
+            return None
+        corners = np.clip(self.attention_px, 0, self.size_px)
+        return _box(np.stack([corners.min(0), corners.max(0)]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of `predictions.jsonl`; probabilities are not rounded."""
+        top = zip(self.classes, self.labels, self.probabilities, strict=True)
+        line: dict[str, Any] = {
+            "path": self.path,
+            "width_px": self.size_px[0],
+            "height_px": self.size_px[1],
+            "top": [
+                {"class": name, "label": label, "probability": p}
+                for name, label, p in top
+            ],
+        }
+        if self.attention_px is not None:
+            box = self.attention_box_px or ()
+            line["attention"] = {
+                "corners_px": np.round(self.attention_px, 2).tolist(),
+                "box_px": np.round(box, 2).tolist(),
+            }
+        return line
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """A picture on its way: what the network will see, and where that comes from."""
+
+    crop: np.ndarray
+    size_px: tuple[int, int]
+    resized_px: tuple[int, int]
+    resized: np.ndarray | None
+
+
+class Predictor:
+    """Answers for pictures; compiled at first use, once for each batch size.
+
+    Not for several threads at once.
+
+    Attributes:
+      recipe: what predicts.
+    """
+
+    def __init__(self, recipe: trained.Recipe):
+        self.recipe = recipe
+        self._step = _make_step(recipe)
+        # On the device once, not with every batch.
+        self._state = jax.tree.map(jnp.asarray, (recipe.variables, recipe.head))
+        self._most = devices.round_up(recipe.batch_size)
+
+    def __call__(self, picture: Picture | Sequence[Picture]) -> Any:
+        """The `Prediction` of a picture, or the list of those of several.
+
+        Raises:
+          PictureError: a picture cannot be read; `each` goes on with the others.
+        """
+        if isinstance(picture, (str, os.PathLike, bytes, np.ndarray)):
+            return self([picture])[0]
+        answers = []
+        for answer in self.each(picture):
+            if isinstance(answer, Exception):
+                raise answer
+            answers.append(answer)
+        return answers
+
+    def each(
+        self,
+        several: Sequence[Picture],
+        *,
+        keep: bool = False,
+        workers: int | None = None,
+    ) -> Iterator[Prediction | pictures.PictureError]:
+        """Answers in order; pictures are read ahead in threads, a few batches at most.
+
+        Args:
+          several: the pictures; of each, the network sees the centre.
+          keep: whether an answer keeps the resized picture.
+          workers: threads that read; None: one a core.
+
+        Yields:
+          A `Prediction`, or why the picture cannot be read.
+
+        Raises:
+          ValueError: the network's scores are not finite.
+        """
+        # Powers of two, so that few sizes are compiled.
+        size = devices.round_up(1 << max(len(several) - 1, 0).bit_length())
+        size = min(size, self._most)
+        workers = workers or os.cpu_count() or 1
+        read = prefetch(
+            lambda i: self._read(several[i], keep),
+            0,
+            len(several),
+            workers=workers,
+            depth=2 * size + workers,
+        )
+        with contextlib.closing(read):
+            names = (_name(picture) for picture in several)
+            waiting: list[tuple[str, _Sample | pictures.PictureError]] = []
+            for item in zip(names, read, strict=True):
+                waiting.append(item)
+                if len(waiting) == size:
+                    yield from self._answers(waiting, size)
+                    waiting = []
+            if waiting:
+                yield from self._answers(waiting, size)
+
+    def warm_up(self) -> None:
+        """Compiles for single pictures, so that the first does not wait."""
+        side = self.recipe.crop_px
+        self(np.zeros((side, side, 3), np.uint8))
+
+    def _read(self, picture: Picture, keep: bool) -> _Sample | pictures.PictureError:
+        try:
+            if not isinstance(picture, np.ndarray):
+                picture = pictures.decode(picture, name=_name(picture) or None)
+        except pictures.PictureError as error:
+            return error
+        resized = pictures.resize_short_side(picture, self.recipe.short_side_px)
+        # The very crop of evaluation.
+        (batch,) = batches.center_batches(
+            [resized], [0], batch_size=1, crop_px=self.recipe.crop_px
+        )
+        return _Sample(
+            batch["image"][0],
+            (picture.shape[1], picture.shape[0]),
+            (resized.shape[1], resized.shape[0]),
+            resized if keep else None,
+        )
+
+    def _answers(
+        self, items: Sequence[tuple[str, _Sample | pictures.PictureError]], size: int
+    ) -> Iterator[Prediction | pictures.PictureError]:
+        side = self.recipe.crop_px
+        images = np.zeros((size, side, side, 3), np.uint8)
+        for row, (_, sample) in enumerate(items):
+            if isinstance(sample, _Sample):
+                images[row] = sample.crop
+        found = self._step(self._state, {"image": images})
+        for row, (name, sample) in enumerate(items):
+            if isinstance(sample, _Sample):
+                yield self._answer(name, sample, {k: v[row] for k, v in found.items()})
+            else:
+                yield sample
+
+    def _answer(
+        self, name: str, sample: _Sample, found: dict[str, np.ndarray]
+    ) -> Prediction:
+        scores = found["logits"].astype(np.float64)
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"the scores of {self.recipe.about} are not finite: it is damaged, or "
+                "training had diverged; take another one (eval.checkpoint)"
+            )
+        powers = np.exp(scores - scores.max())
+        labels = np.argsort(-scores, kind="stable")[:TOP]
+        side = self.recipe.crop_px
+        kept = np.array(pictures.kept_region(*sample.size_px))
+        outline = np.array([[-0.5, -0.5], [side - 0.5, side - 0.5]])
+        matrix = found.get("matrix")
+        corners = None if matrix is None else art_module.corners_px(matrix, side)
+
+        def place(points: np.ndarray) -> np.ndarray:
+            """Pixels of the crop -> pixels of the picture."""
+            share = center_crop.in_picture(points, sample.resized_px, side)
+            return kept[:2] + share * (kept[2:] - kept[:2])
+
+        return Prediction(
+            path=name,
+            size_px=sample.size_px,
+            classes=tuple(self.recipe.class_names[i] for i in labels),
+            labels=tuple(labels.tolist()),
+            probabilities=tuple((powers / powers.sum())[labels].tolist()),
+            scores=scores,
+            crop_box_px=_box(place(outline)),
+            attention_px=None if corners is None else place(corners),
+            view=self._view(sample, found["activation"], outline, corners),
+        )
+
+    def _view(
+        self,
+        sample: _Sample,
+        cells: np.ndarray,
+        outline: np.ndarray,
+        corners: np.ndarray | None,
+    ) -> View | None:
+        if sample.resized is None:
+            return None
+        side = self.recipe.crop_px
+        shift = center_crop.centre_offset_px(sample.resized_px, side) + 0.5
+        places = class_activation.places_px(self.recipe.backbone, cells.shape, side)
+        return View(
+            picture=sample.resized,
+            activation=class_activation.enlarge(cells, *places, side),
+            crop_box_px=_box(outline + shift),
+            attention_px=None if corners is None else corners + shift,
+        )
+
+
+def _make_step(recipe: trained.Recipe) -> Callable:
+    """``((variables, head), batch) -> logits, activation and, with a head, matrix``."""
+
+    def step(state: Any, batch: Any) -> dict[str, jax.Array]:
+        variables, head = state
+        images = normalize(batch["image"], mean=recipe.mean, std=recipe.std)
+        out: Any = recipe.backbone.apply(variables, images)
+        found = {
+            "logits": out.logits,
+            "activation": class_activation.class_activation(
+                recipe.backbone, variables, out.features, out.logits.argmax(-1)
+            ),
+        }
+        return found if head is None else found | {"matrix": head(out.pooled)}
+
+    return devices.eval_step(step)
+
+
+def _name(picture: Picture) -> str:
+    """What a picture is called in an answer."""
+    return "" if isinstance(picture, (bytes, np.ndarray)) else os.fspath(picture)
+
+
+def _box(points: np.ndarray) -> tuple[float, float, float, float]:
+    """Two corners ``[2, 2]`` as ``(x_min, y_min, x_max, y_max)``."""
+    (x_min, y_min), (x_max, y_max) = points.tolist()
+    return x_min, y_min, x_max, y_max

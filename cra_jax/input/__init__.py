@@ -1,0 +1,1 @@
+"""How records become batches: decoding, the image cache, crops, order."""

@@ -1,0 +1,1 @@
+"""Figures, tables, comparison of runs, HTML."""

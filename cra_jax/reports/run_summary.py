@@ -1,0 +1,188 @@
+"""What a run folder's numbers come to: scores, time, the hardest classes."""
+
+import collections
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cra_jax.reports import paper_results, uncertainty
+from cra_jax.runtime import run_folder
+from cra_jax.runtime.checkpoint import Checkpoints
+
+KINDS = {"cra": "CRA-CNN", "baseline": "baseline", "stn": "STN"}
+"""What people call the kinds."""
+_HARDEST = 10
+_SUREST = 8
+
+
+def title(settings: Mapping[str, Any]) -> str:
+    """What was trained, and on what: "CRA-CNN, resnet50, CUB-200-2011"."""
+    model, data = settings["model"], settings["data"]
+    source = data["name"] or data["source"]
+    kind = KINDS.get(model["kind"], model["kind"])
+    return f"{kind}, {model['backbone']}, {paper_results.NAMES.get(source, source)}"
+
+
+def published(
+    settings: Mapping[str, Any], line: Mapping[str, Any]
+) -> paper_results.Row | None:
+    """The paper's figure for the same data, backbone, kind and protocol, if any.
+
+    Args:
+      settings: a run's config, flat.
+      line: its scores of a split.
+    """
+    return paper_results.find(
+        source=settings["data.source"],
+        name=settings["data.name"],
+        backbone=settings["model.backbone"],
+        kind=settings["model.kind"],
+        protocol=line["protocol"],
+        count=line["count"] if line["split"] == "test" else 0,
+    )
+
+
+def newest(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The scores of the last checkpoint that was scored, by split and protocol.
+
+    Args:
+      lines: of `metrics.jsonl`.
+    """
+    tested = [line for line in lines if line.get("protocol")]
+    last = max((line["step"] for line in tested), default=0)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in tested:
+        key = line["split"], line["protocol"]
+        if line["step"] == last:
+            before = found.get(key, {})
+            # Evaluation by hand says the same, but for the attention.
+            same = all(before.get(x) == line[x] for x in ("top1", "count"))
+            found[key] = {**before, **line} if same else dict(line)
+    return [found[key] for key in sorted(found, key=order)]
+
+
+def order(key: tuple[str, str]) -> tuple:
+    """Sorts splits and protocols: test first, center first."""
+    split, protocol = key
+    return (split != "test", split, protocol != "center")
+
+
+def recipe() -> dict[str, Any] | None:
+    """The paper's recipe, flat; None where this is installed without `configs/`."""
+    try:
+        module = importlib.import_module("configs.cub")
+    except ModuleNotFoundError:
+        return None
+    return run_folder.flatten(module.get_config().to_dict())
+
+
+def time_trained(
+    lines: Iterable[Mapping[str, Any]], batch_size: int
+) -> tuple[float, int]:
+    """Seconds that training steps took, and pictures that went through them.
+
+    Evaluation, and what a stopped run has lost, are not in them.
+
+    Args:
+      lines: of `metrics.jsonl`.
+      batch_size: `train.batch_size`.
+    """
+    seconds, step = 0.0, 0
+    for line in lines:
+        if line["split"] == "train":
+            images = (line["step"] - step) * batch_size
+            seconds += images / line["images_per_second"]
+            step = line["step"]
+    return seconds, step * batch_size
+
+
+def classes(
+    workdir: Path, scored: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The hardest classes, where what was said of each picture is known.
+
+    Args:
+      workdir: the run folder.
+      scored: of `newest`; the first one whose results are of the same checkpoint is
+        taken.
+
+    Returns:
+      ``split``, ``protocol``, ``count`` of classes; ``rows``, the hardest first, with
+      ``name``, ``right``, ``count``, ``share``, ``low``, ``high``, ``taken_for`` and
+      how many ``times``; ``surest``, wrong answers of the highest confidence, with
+      ``name``, ``truth``, ``said`` and ``confidence``. None where nothing is known.
+    """
+    for line in scored:
+        split, protocol = line["split"], line["protocol"]
+        try:
+            results = run_folder.read_results(workdir, split, protocol)
+        except ValueError:
+            continue
+        results = [result for result in results if result.step == line["step"]]
+        if results:
+            names = _class_names(workdir, line["step"])
+            return {
+                "split": split,
+                "protocol": protocol,
+                **_hardest(results, names),
+            }
+    return None
+
+
+def _hardest(
+    results: Sequence[run_folder.Result], names: Sequence[str]
+) -> dict[str, Any]:
+    said = collections.defaultdict(list)
+    for result in results:
+        said[result.label].append(result.predicted)
+    rows = []
+    for label, predicted in said.items():
+        right, count = predicted.count(label), len(predicted)
+        wrong = collections.Counter(p for p in predicted if p != label)
+        other, times = wrong.most_common(1)[0] if wrong else (None, 0)
+        low, high = uncertainty.wilson(right, count)
+        rows.append(
+            {
+                "name": _name(names, label),
+                "right": right,
+                "count": count,
+                "share": right / count,
+                "low": low,
+                "high": high,
+                "taken_for": None if other is None else _name(names, other),
+                "times": times,
+            }
+        )
+    rows.sort(key=lambda row: (row["share"], row["name"]))
+    wrong = [result for result in results if result.predicted != result.label]
+    wrong.sort(key=lambda result: -result.confidence)
+    surest = [
+        {
+            "name": result.name,
+            "truth": _name(names, result.label),
+            "said": _name(names, result.predicted),
+            "confidence": result.confidence,
+        }
+        for result in wrong[:_SUREST]
+    ]
+    return {"count": len(rows), "rows": rows[:_HARDEST], "surest": surest}
+
+
+def _class_names(workdir: Path, step: int) -> tuple[str, ...]:
+    """Of a checkpoint; none where it is gone."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return ()
+    with Checkpoints(folder, writable=False) as checkpoints:
+        if step not in checkpoints.steps():
+            return ()
+        return tuple(checkpoints.meta(step)["class_names"])
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    """A class for people: "Black footed Albatross" of "001.Black_footed_Albatross"."""
+    if label >= len(names):
+        return f"class {label}"
+    return re.sub(r"^\d+\.", "", names[label]).replace("_", " ")

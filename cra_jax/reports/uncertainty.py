@@ -1,0 +1,145 @@
+"""How sure a number is: intervals, and tests of a difference."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import scipy
+
+LEVEL = 0.95
+"""Confidence of every interval that this project prints."""
+
+
+class Interval(NamedTuple):
+    """From `low` to `high`, in the unit of what it is an interval of."""
+
+    low: float
+    high: float
+
+
+class Spread(NamedTuple):
+    """Numbers of several runs, in short.
+
+    Attributes:
+      mean: their mean.
+      sd: their standard deviation (of a sample: n - 1); None for one number.
+      count: how many.
+      interval: of the mean, by Student's t; None for one number.
+    """
+
+    mean: float
+    sd: float | None
+    count: int
+    interval: Interval | None
+
+
+class Paired(NamedTuple):
+    """Two networks on the same pictures.
+
+    Attributes:
+      both: pictures that both get right.
+      only_first: that the first alone gets right.
+      only_second: that the second alone gets right.
+      neither: that both get wrong.
+      p: of the exact McNemar test, two-sided.
+    """
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the second less that of the first."""
+        return (self.only_second - self.only_first) / sum(self[:4])
+
+
+def wilson(successes: float, count: int, *, level: float = LEVEL) -> Interval:
+    """The score interval of a proportion.
+
+    It stays within 0 and 1 and is of use at 0 and at 1, too, where the usual
+    p ± 1.96 sd has length 0.
+
+    Args:
+      successes: how often it was so.
+      count: of how many, 1 or more.
+      level: confidence.
+
+    Raises:
+      ValueError: the numbers are none of a proportion.
+
+    Source: Wilson (1927), eq. for the limits.
+    """
+    if count < 1 or not 0 <= successes <= count:
+        raise ValueError(f"{successes} of {count} is no proportion")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, weight = successes / count, z * z / count
+    middle = (share + weight / 2) / (1 + weight)
+    half = (
+        z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / count / 4)
+    )
+    # At the ends the limit is exactly 0 or 1; rounding must not push it over.
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == count else middle + half
+    return Interval(low, high)
+
+
+def spread(values: Sequence[float], *, level: float = LEVEL) -> Spread:
+    """Mean, standard deviation, and Student's interval of the mean.
+
+    Raises:
+      ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no values to take the mean of")
+    count, mean = len(values), float(np.mean(values))
+    if count == 1:
+        return Spread(mean, None, 1, None)
+    sd = float(np.std(values, ddof=1))
+    half = float(scipy.stats.t.isf((1 - level) / 2, count - 1)) * sd / math.sqrt(count)
+    return Spread(mean, sd, count, Interval(mean - half, mean + half))
+
+
+def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
+    """Whether two networks differ on the same pictures: the exact test.
+
+    Pictures that both get right, or both wrong, say nothing about a difference; among
+    the others, either is as likely to be right where there is none.
+
+    Args:
+      first_right: ``[n]`` of bool.
+      second_right: ``[n]`` of bool, the same pictures in the same order.
+
+    Raises:
+      ValueError: the numbers of pictures differ, or there are none.
+
+    Source: McNemar (1947), with the binomial in place of its approximation.
+    """
+    first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
+    if first.shape != second.shape or first.ndim != 1 or not first.size:
+        raise ValueError(
+            f"no pairs of pictures: {first.shape} answers and {second.shape}"
+        )
+    only_first = int((first & ~second).sum())
+    only_second = int((~first & second).sum())
+    differ = only_first + only_second
+    p = float(scipy.stats.binomtest(only_first, differ).pvalue) if differ else 1.0
+    both = int((first & second).sum())
+    return Paired(both, only_first, only_second, first.size - both - differ, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, adjusted so that one limit holds for all of them.
+
+    Source: Holm (1979): the i-th smallest of m times m - i + 1, made monotone.
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

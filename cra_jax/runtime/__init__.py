@@ -1,0 +1,1 @@
+"""Devices, hosts, checkpoints, the run directory, signals, progress, files."""

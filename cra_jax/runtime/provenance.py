@@ -1,0 +1,156 @@
+"""Which code, versions, devices and command made a run's numbers, and when."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "pillow",
+    "ml-collections",
+)
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def recorded(
+    workdir: Path, *, devices: str, first_step: int, total_steps: int
+) -> Iterator[None]:
+    """Adds this start of a run to `provenance.json`, and at the end how it ended.
+
+    A start that has nothing left to do is not added. One that was killed keeps
+    ``"ended": null``.
+
+    Args:
+      workdir: the run folder.
+      devices: in words, such as "8 x TPU v5e".
+      first_step: where training goes on from.
+      total_steps: of the whole run.
+    """
+    if first_step >= total_steps:
+        yield
+        return
+    start: dict[str, Any] = {
+        "started": _now(),
+        "ended": None,
+        "outcome": None,
+        "first_step": first_step,
+        "command": shlex.join(["python", *sys.argv]),
+        "code": describe_code(),
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "devices": devices,
+    }
+    # Steps beyond the checkpoint that training goes on from were lost, and are done
+    # again: a start that none of the kept numbers come from stays, as a record.
+    starts = [*read(workdir), start]
+    _write(workdir, starts)
+    try:
+        yield
+    except BaseException as error:
+        start["outcome"] = f"stopped by {type(error).__name__}"
+        raise
+    else:
+        start["outcome"] = "finished"
+    finally:
+        start["ended"] = _now()
+        _write(workdir, starts)
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The starts of a run, oldest first; none where they were not recorded.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / "provenance.json"
+    if not path.is_file():
+        return []
+    try:
+        return list(map(dict, json.loads(path.read_bytes())["starts"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): put back a copy, or move it away; the "
+            "numbers do not depend on it"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this package where it is installed, and of what it stands on."""
+    found = {"python": platform.python_version()}
+    for name in ("cra_jax", *PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_code() -> dict[str, Any]:
+    """The commit that this package's files are of.
+
+    Returns:
+      ``commit``, and ``changed``: names of files that differ from it or that it does
+      not have, among those that can change a run. Empty where the package stands in no
+      git repository, or is no part of the one that it stands in.
+    """
+    # An installed package may lie inside a repository of somebody else's.
+    if _git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
+        return {}
+    commit = _git("rev-parse", "HEAD")
+    paths = [name for name in ("cra_jax", "configs", "launch.py") if _is_there(name)]
+    status = _git("status", "--porcelain", "--untracked-files=all", "--", *paths)
+    if commit is None or status is None:
+        return {}
+    return {
+        "commit": commit.strip(),
+        "changed": [line[3:] for line in status.splitlines()],
+    }
+
+
+def describe_commit(code: dict[str, Any]) -> str:
+    """For people: "f82792c", "f82792c + 2 changed files", or "unknown"."""
+    if not code:
+        return "unknown"
+    changed = len(code["changed"])
+    files = f" + {changed} changed file{'s' * (changed > 1)}" if changed else ""
+    return f"{code['commit'][:7]}{files}"
+
+
+def _is_there(name: str) -> bool:
+    return (_ROOT / name).exists()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says; None where it fails, or where there is none."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write(workdir: Path, starts: list[dict[str, Any]]) -> None:
+    partial = workdir / ".provenance.json.partial"
+    partial.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
+    partial.replace(workdir / "provenance.json")

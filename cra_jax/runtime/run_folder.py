@@ -1,0 +1,275 @@
+"""What a run leaves behind: its config, its numbers, and a lock while it runs."""
+
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cra_jax.runtime import files
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+METRICS = "metrics.jsonl"
+SNAPSHOTS = "attention.jsonl"
+
+
+class Result(NamedTuple):
+    """What a checkpoint says of one picture.
+
+    Attributes:
+      index: of the picture in its split.
+      name: of its record.
+      label: its class, a number.
+      predicted: the class with the highest score.
+      confidence: softmax of that score, in 0..1.
+      step: of the checkpoint.
+    """
+
+    index: int
+    name: str
+    label: int
+    predicted: int
+    confidence: float
+    step: int
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the run folder for this process; the lock dies with it, however it ends.
+
+    Raises:
+      ValueError: another process holds it (the message says which), or a disk or a
+        folder failed, here or while it was held.
+    """
+    try:
+        with _locked(workdir):
+            yield
+    except (OSError, ValueError) as error:
+        # What tensorstore meets while it saves is a ValueError that quotes the system.
+        if not isinstance(error, OSError) and "os_error_code" not in str(error):
+            raise
+        full = any(os.strerror(code) in str(error) for code in _FULL)
+        raise ValueError(
+            f"{error}: {'free some space' if full else 'put that right'}, and the same "
+            f"command goes on from what is saved in {workdir}"
+        ) from error
+
+
+@contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(
+                f"run folder {workdir} is in use by another process ({holder}): wait "
+                "for it, end it, or choose another folder with --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def keep_config(
+    workdir: Path, config: Mapping[str, Any], *, allow_change: bool = False
+) -> None:
+    """Writes `config.json`, or compares with the one that is there.
+
+    Raises:
+      ValueError: the folder's run had another config; the message lists what differs.
+    """
+    path = workdir / "config.json"
+    text = json.dumps(config, indent=2, sort_keys=True)
+    if path.is_file() and not allow_change:
+        now = flatten(_with_tuples(json.loads(text)))
+        before = flatten(read_config(workdir))
+        changes = [
+            f"{key}: {before.get(key, 'absent')!r} in the run folder, "
+            f"{now.get(key, 'absent')!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changes:
+            raise ValueError(
+                f"run folder {workdir} was made with another config:\n  "
+                + "\n  ".join(changes)
+                + "\ngive the new run its own --workdir, or go on with the new values "
+                "by --allow_config_change"
+            )
+    files.write_atomically(path, text + "\n")
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config that a run was made with.
+
+    Raises:
+      ValueError: the folder holds no run, or its config is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put back a copy; checkpoints hold the "
+            "config, too"
+        ) from error
+    except FileNotFoundError:
+        raise ValueError(
+            f"{workdir} holds no run (there is no config.json in it): name the folder "
+            "of a run that was trained, with --workdir"
+        ) from None
+    return _with_tuples(config)
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has no tuples; configs have no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
+    """Adds a line to `metrics.jsonl`: step, epoch and split, then numbers."""
+    append_lines(workdir / METRICS, [line])
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; one that a crash left unfinished is passed over."""
+    return read_lines(workdir / METRICS)
+
+
+def read_snapshots(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `attention.jsonl`: where a few test pictures were attended.
+
+    Each has ``step``, ``epoch``, ``split``, ``index``, ``name`` and ``matrix``, the
+    2 x 3 affine matrix. None for a kind without attention.
+    """
+    return read_lines(workdir / SNAPSHOTS)
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON; one that a crash left unfinished is ended first."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json_lines(lines).encode())
+
+
+def json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
+    """JSON objects, one a line."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON that have a step; others, as a crash leaves, are passed over."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _results_path(workdir: Path, split: str, protocol: str) -> Path:
+    return workdir / "results" / f"{split}-{protocol}.csv"
+
+
+def write_results(
+    workdir: Path, split: str, protocol: str, results: Iterable[Result]
+) -> None:
+    """Writes `results/<split>-<protocol>.csv`, a row a picture, as a whole."""
+    path = _results_path(workdir, split, protocol)
+    path.parent.mkdir(exist_ok=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Result._fields)
+    for result in results:
+        writer.writerow(result._replace(confidence=f"{result.confidence:.6f}"))  # pyright: ignore[reportArgumentType]
+    files.write_atomically(path, text.getvalue())
+
+
+def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
+    """What `write_results` wrote, in the split's order.
+
+    Raises:
+      ValueError: there are none, or the file is damaged.
+    """
+    path = _results_path(workdir, split, protocol)
+    if not path.is_file():
+        raise ValueError(
+            f"there are no results of each picture at {path}: `--mode eval --workdir "
+            f"{workdir} --config.eval.protocol={protocol}` writes them"
+        )
+    kinds = Result.__annotations__
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                Result(**{name: kinds[name](row[name]) for name in Result._fields})
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): remove it, and `--mode eval --workdir "
+            f"{workdir} --config.eval.protocol={protocol}` writes it again"
+        ) from error
+
+
+Config = Any
+"""An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
+
+
+def kept(config: Config) -> dict[str, Any]:
+    """What of a config makes a run what it is: all but which hosts work on it."""
+    return {key: value for key, value in config.to_dict().items() if key != "hosts"}
+
+
+def of_run(
+    workdir: Path, defaults: Config, changes: Mapping[str, Any], *, must: bool = True
+) -> Config | None:
+    """The config that a run was made with.
+
+    Args:
+      workdir: the run folder.
+      defaults: of `configs/`, for keys that are younger than the run.
+      changes: values by their dotted keys, laid over it.
+      must: whether the folder must be a run's.
+
+    Returns:
+      The config, locked; None where the folder is no run's and need not be.
+
+    Raises:
+      ValueError: it is no run's, and must be.
+    """
+    if not must and not (workdir / "checkpoints").is_dir():
+        return None
+    defaults.update(read_config(workdir))
+    defaults.update_from_flattened_dict(changes)
+    return defaults.lock()

@@ -1,0 +1,158 @@
+"""The numbers of a run as they come: files, TensorBoard, the terminal."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cra_jax.runtime import files, run_folder
+from cra_jax.runtime.run_folder import METRICS, SNAPSHOTS
+
+Numbers = Mapping[str, float]
+
+
+class Log:
+    """The numbers of a run: `metrics.jsonl` and its like, TensorBoard, the terminal.
+
+    Where standard error is a terminal, there is a progress bar with an ETA; elsewhere
+    a line each time that numbers are logged.
+
+    Args:
+      workdir: the run folder.
+      first_step: where training goes on from: later lines, which a stopped run has
+        left, are taken out.
+      total_steps: of the whole run.
+      mute: whether nothing is written or said: of several hosts one does.
+    """
+
+    def __init__(
+        self, workdir: Path, *, first_step: int, total_steps: int, mute: bool = False
+    ):
+        self._workdir = workdir
+        self._total_steps = total_steps
+        self._mute = mute
+        if mute:
+            return
+        for path in (workdir / METRICS, workdir / SNAPSHOTS):
+            kept = [
+                x
+                for x in run_folder.read_lines(path)
+                if first_step and x["step"] <= first_step
+            ]
+            if path.exists():
+                files.write_atomically(path, run_folder.json_lines(kept))
+        # Here alone: it loads PyTorch, where there is one, which takes seconds.
+        from tensorboardX import SummaryWriter
+
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1
+        )
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._mute:
+            return
+        self._bar.close()
+        self._board.close()
+
+    def advance(self) -> None:
+        """One step was dispatched."""
+        if not self._mute:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar where there is one."""
+        if not self._mute:
+            self._bar.write(text, file=sys.stderr)
+
+    def train(self, *, step: int, epoch: int, numbers: Numbers) -> None:
+        """Records the means over the last steps."""
+        if self._mute:
+            return
+        self._record(step, epoch, "train", numbers)
+        shown = {
+            "loss": f"{numbers['loss']:.3f}",
+            "top1": f"{numbers['top1']:.3f}",
+            "images/s": f"{numbers['images_per_second']:.0f}",
+        }
+        if self._bar.disable:
+            eta = _duration(numbers["eta_seconds"])
+            parts = " ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step}/{self._total_steps} epoch {epoch} {parts} ETA {eta}")
+        else:
+            self._bar.set_postfix({"epoch": epoch, **shown}, refresh=False)
+
+    def test(self, *, step: int, epoch: int, split: str, numbers: Numbers) -> None:
+        """Records the scores of a split."""
+        self._record(step, epoch, split, numbers)
+        self.say(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
+
+    def attention(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        split: str,
+        names: Mapping[int, str],
+        matrices: Mapping[int, Any],
+    ) -> None:
+        """Records where pictures are attended: index -> name, index -> matrix."""
+        lines = [
+            {
+                "step": step,
+                "epoch": epoch,
+                "split": split,
+                "index": index,
+                "name": name,
+                "matrix": [
+                    [round(float(x), 6) for x in row] for row in matrices[index]
+                ],
+            }
+            for index, name in names.items()
+        ]
+        if not self._mute:
+            run_folder.append_lines(self._workdir / SNAPSHOTS, lines)
+
+    def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
+        if self._mute:
+            return
+        line = {"step": step, "epoch": epoch, "split": split, **numbers}
+        run_folder.append_metrics(self._workdir, line)
+        for name, value in numbers.items():
+            if not isinstance(value, str):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+def describe_scores(numbers: Mapping[str, Any]) -> str:
+    """Scores of a split as a line: "top-1 84.2 %, ... of 5794 images"."""
+    names = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "mean_per_class": "per class",
+        "pointing": "strongest activation in the box",
+        "activation_in_box": "share of activation in it",
+        "attention_iou": "attention IoU",
+    }
+    parts = [
+        f"{text} {100 * numbers[name]:.1f} %"
+        for name, text in names.items()
+        if name in numbers
+    ]
+    return f"{', '.join(parts)} of {numbers['count']} images"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

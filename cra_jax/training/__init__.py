@@ -1,0 +1,1 @@
+"""The loop, what is built from a config, optimizer, augmentation, monitoring."""

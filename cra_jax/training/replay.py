@@ -1,0 +1,75 @@
+"""Computes a step that went wrong again: `python -m cra_jax.training.replay RUN`."""
+
+import math
+import sys
+from pathlib import Path
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from cra_jax.datasets import sources
+from cra_jax.runtime import run_folder
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import monitor, train
+
+
+def replay(workdir: Path, step: int | None = None) -> bool:
+    """Trains from the checkpoint before a step up to it, and compares the step's terms.
+
+    Order, crops and flips are functions of the seed and the step, so the batch is the
+    same; on a CPU the numbers are the same bits. Prints them, and changes no file.
+
+    Args:
+      workdir: the run folder.
+      step: one of `monitor.read_bad_steps`; None for the last.
+
+    Returns:
+      Whether every number is what it was.
+
+    Raises:
+      ValueError: no step of the run, or not this one, went wrong.
+    """
+    bad = {line["step"]: line for line in monitor.read_bad_steps(workdir)}
+    if not bad or (step is not None and step not in bad):
+        raise ValueError(
+            f"no such step in {workdir / monitor.BAD_STEPS}: there are {sorted(bad)}"
+        )
+    wanted = max(bad) if step is None else step
+    config = ConfigDict(run_folder.read_config(workdir))
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        first = max((s for s in checkpoints.steps() if s < wanted), default=0)
+        print(
+            f"from {f'checkpoint {first}' if first else 'the start'} to step {wanted}"
+        )
+        dataset = sources.load_data(config)
+        run = train.Run(config, workdir, dataset, checkpoints, first, repeats=True)
+        terms = run.terms_of(wanted)
+    same = True
+    for name, before in bad[wanted]["terms"].items():
+        now, then = terms[name], float(before)
+        equal = now == then or (math.isnan(now) and math.isnan(then))
+        same &= equal
+        print(f"  {name}: {now}" + ("" if equal else f", but {then} in the run"))
+    for index, name in zip(bad[wanted]["index"], bad[wanted]["name"], strict=True):
+        print(f"  picture {index}: {name}")
+    print("the same numbers" if same else "other numbers")
+    return same
+
+
+def main(arguments: list[str]) -> int:
+    """Takes RUN and, if you like, STEP; returns the exit status."""
+    logging.set_verbosity(logging.ERROR)
+    known = len(arguments) in (1, 2) and all(x.isdecimal() for x in arguments[1:])
+    if not known:
+        print("usage: python -m cra_jax.training.replay RUN [STEP]", file=sys.stderr)
+        return 2
+    try:
+        step = int(arguments[1]) if arguments[1:] else None
+        return 0 if replay(Path(arguments[0]), step) else 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,225 @@
+"""What every family of backbones owes to the rooms that use it."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
+
+from configs import cub
+from cra_jax.backbones import efficientnet, families, hub, resnet, weights
+from cra_jax.backbones.efficientnet import Architecture, Stage
+from cra_jax.inference import export
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import build, check_config, pretrained
+from tests.helpers import patch_backbone, tiny_config
+
+# --- where a feature looks ----------------------------------------------------------
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Strides as Lite0 does, with both sizes of kernel, and sees 107 px, not 800."""
+    stages = tuple(
+        Stage(1, size, stride, expansion=1, features=2)
+        for size, stride in [(3, 1), (3, 2), (5, 2), (3, 2), (5, 2)]
+    )
+    architecture = Architecture(2, stages, 2)
+    monkeypatch.setitem(efficientnet.ARCHITECTURES, "shallow", architecture)
+
+
+def seen_rows(net, size_px):
+    """Which rows each cell of the feature map reacts to: `[rows, cells]`.
+
+    Row r of picture r is bright, all else is dark, and no kernel has a negative weight:
+    a cell is above 0 just where the bright row lies in its receptive field.
+    """
+    rows = jnp.eye(size_px)[:, :, None, None] * jnp.ones((1, 3))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), rows[:1])
+    variables = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    variables = jax.tree.map_with_path(
+        lambda path, x: x + (path[-1].key in ("kernel", "scale", "var")), variables
+    )
+    features = jax.jit(net.apply)(variables, rows).features
+    return np.asarray(features.max((2, 3)) > 0)
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(
+    ("net", "sizes"),
+    [
+        (resnet.create("resnet10", 1, width=1), (288, 289)),
+        (resnet.create("resnet18", 1, width=1, stem="medium"), (226,)),
+        (resnet.create("resnet10", 1, width=1, stem="small"), (96, 99)),
+        # Even and odd at each of the five layers that stride: 192 is always even.
+        ("shallow", (192, 193, 194, 207, 210, 223)),
+    ],
+    ids=["imagenet", "medium", "small", "same"],
+)
+def test_a_feature_looks_where_its_receptive_field_lies(net, sizes):
+    if isinstance(net, str):
+        net = efficientnet.create(net, 1)
+    for size_px in sizes:
+        seen = seen_rows(net, size_px)
+        cells = np.arange(net.feature_extent(size_px))
+        assert seen.shape == (size_px, len(cells))
+        first = seen.argmax(0)
+        last = size_px - 1 - seen[::-1].argmax(0)
+        whole = (first > 0) & (last < size_px - 1)  # not cut by the picture's edge
+        assert whole.any()
+        places = net.feature_place_px(cells, size_px)
+        np.testing.assert_array_equal(places[whole], ((first + last) / 2)[whole])
+        # Those at the edge see what is left of as many rows.
+        radius = (last - first)[whole].max() / 2
+        np.testing.assert_array_equal(first, np.maximum(places - radius, 0))
+        np.testing.assert_array_equal(last, np.minimum(places + radius, size_px - 1))
+
+
+@pytest.mark.parametrize("family", [resnet, efficientnet])
+def test_places_of_many_pictures_at_once(family):
+    net = family.create(next(iter(family.ARCHITECTURES)), 1)
+    sizes = np.array([[224, 225], [448, 480]])
+    places = jnp.asarray(net.feature_place_px(jnp.array([3.0, 0.5]), jnp.array(sizes)))
+    assert places.shape == (2, 2)
+    for (i, j), place in np.ndenumerate(places):
+        assert place == net.feature_place_px((3.0, 0.5)[j], int(sizes[i, j]))
+    offsets = [[31, 0], [31, 31]] if family is efficientnet else [[0, 0], [0, 0]]
+    np.testing.assert_array_equal(places, np.array([96, 16]) + offsets)
+
+
+def test_an_unknown_backbone_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown backbone 'vgg16'.*resnet50"):
+        families.create_backbone("vgg16", 5)
+
+
+# --- a third family: one room, and one entry in `FAMILIES` --------------------------
+
+PATCHES: families.Family = patch_backbone  # a type checker holds it to the protocol
+CLASSES = ["auk", "crake", "dotterel"]
+NORMALIZATION = {"data.mean": (0.25, 0.5, 0.75), "data.std": (0.5, 0.5, 0.25)}
+
+
+@pytest.fixture
+def third_family(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, PATCHES))
+
+
+def drawn(net, seed=0) -> Any:
+    """Variables unlike a fresh network's."""
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: rng.uniform(0.5, 1.5, x.shape).astype(x.dtype), dict(shapes)
+    )
+
+
+def assert_same(actual, expected):
+    """The same tree, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_no_other_room_names_a_family():
+    """What `FAMILIES` lists is imported by `backbones/families.py` alone."""
+    rooms = {family.__name__.split(".")[-1] for family in families.FAMILIES}  # pyright: ignore[reportAttributeAccessIssue]
+    assert rooms == {"resnet", "efficientnet"}
+    package = Path(families.__file__).parent
+    for path in [*package.glob("*.py"), *Path(cub.__file__).parent.glob("*.py")]:
+        imported = {
+            alias.name.split(".")[-1]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in [*node.names, ast.alias(getattr(node, "module", None) or "")]
+        }
+        assert not imported & rooms or path.name == "backbones/families.py", path
+
+
+@pytest.mark.usefixtures("third_family")
+def test_one_entry_makes_a_family_known_everywhere():
+    assert families.backbones()[-2:] == ("patches", "patches_deep")
+    assert hub.record_of("example/patches") == hub.record_of("/x/patches-1234.pth")
+    assert hub.default_for("patches") == "example/patches"
+    assert hub.default_for("patches_deep") == ""
+    assert pretrained.normalization("example/patches") == tuple(NORMALIZATION.values())
+    config = cub.get_config("patches,baseline")
+    assert config.model.backbone == "patches"
+    assert config.model.pretrained == "example/patches"
+    assert (config.data.mean, config.data.std) == tuple(NORMALIZATION.values())
+    assert isinstance(families.backbone(config, 3), patch_backbone.Patches)
+    with pytest.raises(ValueError, match=r"resnet50.*efficientnet_lite0, patches"):
+        families.create_backbone("vgg16", 3)
+
+
+@pytest.mark.usefixtures("third_family")
+def test_weights_of_a_third_family_go_in_and_out(tmp_path):
+    variables = drawn(patch_backbone.create("patches", 3, width=6))
+    file = tmp_path / "model.safetensors"
+    weights.save_torch(file, variables)
+    arrays = load_file(file)
+    assert arrays["model.cuts.1.weight"].shape == (6, 6, 3, 3)
+    assert arrays["model.norms.0.num_batches_tracked"] == 0
+    assert all(name.startswith("model.") for name in arrays)
+    assert_same(weights.load_torch(file, arch="patches"), variables)
+    trunk, left = weights.load_trunk(file, arch="patches")
+    fc = variables["params"].pop("fc")
+    assert_same(trunk, variables)
+    assert set(left) >= {"model.fc.weight", "model.fc.bias"}
+    assert len(left) == 4
+    # It is told from the others, and they from it.
+    with pytest.raises(
+        ValueError, match=r"not fit resnet18 \(it looks like a patches\)"
+    ):
+        weights.load_torch(file, arch="resnet18")
+    with pytest.raises(ValueError, match=r"\(it looks like a patches\)") as error:
+        weights.load_torch(file, arch="patches_deep")
+    assert "missing: model.cuts.2.weight" in str(error.value)
+    weights.save_torch(file, drawn(resnet.create("resnet10", 3, width=2)))
+    with pytest.raises(ValueError, match=r"patches \(it looks like a resnet10\)"):
+        weights.load_torch(file, arch="patches")
+    with pytest.raises(ValueError, match=r"not the variables of one of .*patches_deep"):
+        weights.save_torch(file, {"params": {"fc": fc}})
+
+
+@pytest.mark.usefixtures("third_family")
+def test_runs_of_a_third_family_are_exported_and_started_from(tmp_path, capsys):
+    about = {"model.backbone": "patches", "model.stem": "imagenet"} | NORMALIZATION
+    config = tiny_config.config(tmp_path, **about)
+    network = build.build_network(config, len(CLASSES))
+    saved, fresh = drawn(network), drawn(network, seed=1)
+    meta = {"class_names": CLASSES, "epoch": 2, "config": config.to_dict()}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(6, saved, meta)
+    export.run(config, tmp_path)
+    capsys.readouterr()
+    exported = tmp_path / "export"
+    assert json.loads((exported / "config.json").read_text())["width"] == 8
+    program = (exported / "model.stablehlo").read_bytes()
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    scores = jax.export.deserialize(bytearray(program)).call(images)
+
+    for origin in (tmp_path, exported):
+        config.model.pretrained = str(origin)
+        check_config.check(config)
+        state = fresh["params"], fresh["batch_stats"]
+        options: Any = {"arch": "patches", "class_names": CLASSES}
+        lines = pretrained.preview(*state, pretrained=origin, **options)
+        params, stats, said = pretrained.start_from(
+            *state, pretrained=origin, **options
+        )
+        assert lines[: len(said)] == said
+        assert "patches, width 8, stem imagenet, 3 classes" in said[1]
+        for stream in pretrained.STREAMS:
+            assert_same(params[stream], saved["params"]["classification_stream"])
+            assert_same(stats[stream], saved["batch_stats"]["classification_stream"])
+        assert_same(params["attention_head"], fresh["params"]["attention_head"])
+    variables = {"params": params[stream], "batch_stats": stats[stream]}
+    normalized = (images / 255 - config.data.mean) / np.array(config.data.std)
+    plain: Any = families.backbone(config, 3).apply(variables, jnp.array(normalized))
+    np.testing.assert_allclose(scores, plain.logits, rtol=1e-5)
+    assert len(flatten_dict(saved["params"])) == 2 * 8 + 2

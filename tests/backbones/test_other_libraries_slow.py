@@ -1,0 +1,197 @@
+"""The real torchvision, timm and transformers: what they save we load, and back.
+
+Slow, and no requirement: `make test-slow` has them where they are installed, as
+`INSTALL` says (torchvision of the version that belongs to the installed torch).
+"""
+
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from flax.traverse_util import flatten_dict
+
+from configs import cub
+from cra_jax.backbones import resnet, weights
+from cra_jax.inference.restore import restore
+from cra_jax.input import batches, normalize, pictures
+from tests.helpers import photographs
+from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
+
+pytestmark = pytest.mark.slow
+
+INSTALL = "pip install --no-deps torchvision timm transformers regex tokenizers"
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ("torchvision", "timm", "transformers")
+PAIRS = [
+    *[(library, arch) for library in LIBRARIES for arch in ("resnet18", "resnet50")],
+    ("torchvision", "resnet34"),
+    ("timm", "resnet101"),
+]
+
+
+def imported(library):
+    """The library; skips where it is not installed."""
+    for name in dict.fromkeys(["torchvision", library]):  # timm needs it
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            pytest.skip(f"SKIPPED, NOT PASSED: {name} is not installed: {INSTALL}")
+        if name == "torchvision":
+            _let_in(Path(spec.origin).with_name("_C.so"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(library)
+
+
+def _let_in(extension: Path) -> None:
+    """Lets torchvision be imported beside a torch that cannot load its extension.
+
+    One built for CUDA does not load beside a torch for CPUs. Classification needs
+    nothing of it, but the import wants two operators of detection to have a signature.
+    """
+    try:
+        torch.ops.load_library(extension)
+    except OSError:
+        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                torch.library.define(f"torchvision::{name}", signature)
+
+
+def built(library, arch, num_classes):
+    """The library's own network, with random weights and statistics."""
+    module: Any = imported(library)
+    if library == "torchvision":
+        net = module.models.get_model(arch, weights=None, num_classes=num_classes)
+    elif library == "timm":
+        net = module.create_model(arch, pretrained=False, num_classes=num_classes)
+    else:
+        blocks, bottleneck = resnet.ARCHITECTURES[arch]
+        config = module.ResNetConfig(
+            depths=list(blocks),
+            hidden_sizes=[n * (4 if bottleneck else 1) for n in (64, 128, 256, 512)],
+            layer_type="bottleneck" if bottleneck else "basic",
+            num_labels=num_classes,
+        )
+        net = module.ResNetForImageClassification(config)
+    return randomize(net, seed=0).eval()
+
+
+def scores_of(net, images) -> np.ndarray:
+    """A library's scores of `[b, 3, h, w]`."""
+    with torch.no_grad():
+        found = net(torch.from_numpy(images))
+    return getattr(found, "logits", found).numpy()
+
+
+def assert_close(actual, expected, what):
+    difference = np.abs(np.asarray(actual) - expected).max()
+    print(f"{what}: scores of {np.abs(expected).max():.1f} differ by {difference:.1e}")
+    assert np.ptp(expected, 0).min() > 1e-2  # the pictures are told apart
+    assert difference < 1e-4 * max(1, np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def crops(shared_data):
+    """Photographs, uint8 `[4, 224, 224, 3]`."""
+    paths = photographs.paths(shared_data, 4)
+    decoded = [pictures.read(path, short_side_px=256) for path in paths]
+    labels = np.zeros(len(paths), np.int32)
+    (batch,) = batches.center_batches(decoded, labels, batch_size=4, crop_px=224)
+    return batch["image"]
+
+
+NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.mark.parametrize(("library", "arch"), PAIRS)
+def test_what_a_library_saves_is_loaded_and_scores_alike(
+    library, arch, crops, tmp_path
+):
+    net = built(library, arch, 7)
+    path = tmp_path / "model.safetensors"
+    if library == "transformers":
+        net.save_pretrained(tmp_path)
+    else:
+        path = path.with_suffix(".pth")
+        torch.save(net.state_dict(), path)
+    variables = weights.load_torch(path, arch=arch, num_classes=7)
+    flat: Any = flatten_dict(variables)
+    theirs = [
+        tensor.numpy()
+        for name, tensor in net.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    ]
+    assert len(flat) == len(theirs)
+    if library != "transformers":  # whose names the map of the tests does not know
+        expected: Any = flatten_dict(to_linen(net.state_dict().items()))
+        assert flat.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(flat[key], array, err_msg=str(key))
+    ours: Any = jax.jit(resnet.create(arch, 7).apply)(
+        variables, normalize.normalize(jax.numpy.asarray(crops), **NORMALIZATION)
+    )
+    expected = scores_of(net, photographs.normalize(crops, NORMALIZATION))
+    assert_close(ours.logits, expected, f"{library}, {arch}")
+
+
+def snippet(library):
+    """The README's way to load an export with this library."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = [b for b in blocks if re.search(rf"^import .*\b{library}\b", b, re.M)]
+    assert "strict=True" in block
+    return block
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_an_export_is_loaded_as_the_readme_says_and_scores_alike(
+    library, arch, shared_data, tmp_path, monkeypatch
+):
+    imported(library)
+    state = randomize(TorchResNet(arch, photographs.SPECIES), seed=0).state_dict()
+    config = cub.get_config(arch)  # at the size of the paper
+    workdir = tmp_path / "runs" / "cub"
+    about = photographs.export_run(config, to_linen(state.items()), workdir)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(snippet(library), names)
+    net = names["model"]
+    assert type(net).__module__.startswith(library)
+    assert not net.training
+
+    paths = photographs.paths(shared_data, 4)
+    crops = np.stack([photographs.crop(path, about) for path in paths])
+    theirs = scores_of(net, photographs.normalize(crops, about))
+    restored = restore(config, workdir)
+    data = config.data
+    images = normalize.normalize(jax.numpy.asarray(crops), mean=data.mean, std=data.std)
+    ours: Any = jax.jit(restored.backbone.apply)(restored.variables, images)
+    assert_close(ours.logits, theirs, f"exported {arch} in {library}")
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_transformers_names_are_read_as_its_own_file_has_them(arch, tmp_path):
+    """Each array where transformers has it: by values, which are all different."""
+    net = built("transformers", arch, 7)
+    net.save_pretrained(tmp_path)
+    loaded: Any = flatten_dict(
+        weights.load_torch(tmp_path / "model.safetensors", arch=arch)
+    )
+    weights.save_torch(
+        tmp_path / "ours.safetensors",
+        weights.load_torch(tmp_path / "model.safetensors", arch=arch),
+    )
+    back = TorchResNet(arch, 7)
+    back.load_state_dict(safetensors.torch.load_file(tmp_path / "ours.safetensors"))
+    assert len(loaded) == len(flatten_dict(to_linen(back.state_dict().items())))
+    images = np.random.default_rng(0).normal(size=(3, 3, 65, 96)).astype(np.float32)
+    np.testing.assert_allclose(
+        scores_of(back.eval(), images), scores_of(net, images), rtol=1e-5, atol=1e-5
+    )

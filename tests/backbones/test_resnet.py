@@ -1,0 +1,576 @@
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+
+from cra_jax.backbones import batch_norm, layers, max_pooling, resnet
+from cra_jax.backbones.batch_norm import BatchNorm
+from tests.oracles.torch_resnet import (
+    LAYERS,
+    TorchResNet,
+    linen_path,
+    randomize,
+    to_linen,
+)
+
+PARAMETER_COUNTS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_bottleneck(monkeypatch):
+    """`tiny50`: the least network of bottlenecks, for what needs no depth."""
+    stages = (1, 1, 1, 1)
+    architecture = resnet.Architecture(stages, bottleneck=True)
+    monkeypatch.setitem(resnet.ARCHITECTURES, "tiny50", architecture)
+    monkeypatch.setitem(LAYERS, "tiny50", ("bottleneck", list(stages)))
+
+
+def pictures(*shape, seed=0, dtype: Any = np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def to_torch(images):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def to_numpy(tensor):
+    array = tensor.detach().numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def twins(arch, *, num_classes=5, width=8, stem="imagenet", seed=0, **options):
+    """A torch network and the same one in linen, with its variables."""
+    torch_model = randomize(TorchResNet(arch, num_classes, width, stem), seed)
+    model = resnet.create(arch, num_classes, width=width, stem=stem, **options)
+    return torch_model, model, to_linen(torch_model.state_dict().items())
+
+
+def forward(model, variables, images, **options) -> Any:
+    """Outputs and updated collections of a compiled `apply`."""
+    options = {"mutable": ["batch_stats"]} | options
+    return jax.jit(partial(model.apply, **options))(variables, images)
+
+
+def flat(tree) -> dict[Any, Any]:
+    return traverse_util.flatten_dict(tree)
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    actual, expected = flat(actual), flat(expected)
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(
+            actual[path], value, err_msg="/".join(path), **tolerance
+        )
+
+
+# --- the network is torchvision's ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "stem"), [(64, "imagenet"), (8, "small")])
+@pytest.mark.parametrize("arch", list(LAYERS))
+def test_names_shapes_and_counts_are_torchvision_s(arch, width, stem):
+    with torch.device("meta"):
+        state = TorchResNet(arch, 1000, width, stem).state_dict()
+    names = [name for name in state if not name.endswith("num_batches_tracked")]
+    expected = {linen_path(name): tuple(state[name].shape) for name in names}
+    assert len(expected) == len(names)
+    model = resnet.create(arch, 1000, width=width, stem=stem)
+    images = jnp.zeros((1, 32, 32, 3))
+    leaves = flat(jax.eval_shape(model.init, jax.random.key(0), images))
+    orders = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+    actual = {
+        path: tuple(x.shape[i] for i in orders[x.ndim]) for path, x in leaves.items()
+    }
+    assert actual == expected
+    assert {x.dtype for x in leaves.values()} == {jnp.dtype("float32")}
+    if width == 64 and arch in PARAMETER_COUNTS:
+        count = sum(x.size for path, x in leaves.items() if path[0] == "params")
+        assert count == PARAMETER_COUNTS[arch]
+
+
+def test_every_architecture_is_compared():
+    assert resnet.ARCHITECTURES.keys() == LAYERS.keys()
+
+
+SLOW = pytest.mark.slow
+EVEN, ODD = (64, 64), (75, 75)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size", "train"),
+    [
+        ("resnet18", "imagenet", EVEN, False),
+        ("resnet18", "imagenet", EVEN, True),
+        ("resnet18", "imagenet", ODD, False),
+        ("resnet18", "imagenet", ODD, True),
+        ("resnet50", "imagenet", EVEN, False),
+        pytest.param("resnet50", "imagenet", EVEN, True, marks=SLOW),
+        pytest.param("resnet50", "imagenet", ODD, False, marks=SLOW),
+        ("resnet50", "imagenet", ODD, True),
+        ("resnet10", "small", (33, 40), False),
+        ("tiny50", "small", (33, 40), True),
+        ("resnet10", "medium", (45, 64), True),
+        ("tiny50", "medium", (64, 45), False),
+    ],
+)
+def test_activations_equal_torch_stage_by_stage(arch, stem, size, train):
+    torch_model, model, variables = twins(arch, stem=stem)
+    images = pictures(2, *size, 3)
+    with torch.no_grad():
+        expected = torch_model.train(train).stages(to_torch(images))
+    outputs, state = forward(
+        model,
+        variables,
+        images,
+        train=train,
+        mutable=["intermediates", "batch_stats"],
+        capture_intermediates=True,
+    )
+    seen = {
+        name: module["__call__"][0]
+        for name, module in state["intermediates"].items()
+        if name != "__call__" and "__call__" in module
+    }
+    seen |= {name: getattr(outputs, name) for name in ("features", "pooled", "logits")}
+    assert expected.keys() <= seen.keys()
+    assert sum(name.startswith("layer") for name in expected) == sum(LAYERS[arch][1])
+    for name, value in expected.items():
+        value = to_numpy(value)
+        # Rounding is relative to what was added up: to the scale of the whole array.
+        limit = 1e-4 * max(1, np.abs(value).max())
+        np.testing.assert_allclose(seen[name], value, rtol=0, atol=limit, err_msg=name)
+    after = to_linen(torch_model.state_dict().items())
+    assert_trees_close(state["batch_stats"], after["batch_stats"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "tiny50"])
+@pytest.mark.usefixtures("x64")
+def test_three_float64_sgd_steps_equal_torch(arch):
+    """Gradients, weights and running statistics, to far beyond float32."""
+    torch_model = randomize(TorchResNet(arch, 3, 4, "small"), 1).double().train()
+    optimizer = torch.optim.SGD(torch_model.parameters(), lr=0.01)
+    model = resnet.create(arch, 3, width=4, stem="small")
+    variables = to_linen(torch_model.state_dict().items())
+
+    @jax.jit
+    def sgd(variables, images, labels):
+        def loss(params):
+            outputs, updates = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            log_p = jax.nn.log_softmax(outputs.logits)
+            return -jnp.take_along_axis(log_p, labels[:, None], 1).mean(), updates
+
+        grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], grads)
+        return {"params": params, **updates}, grads
+
+    for step in range(3):
+        images = pictures(3, 17, 24, 3, seed=step, dtype=np.float64)
+        labels = np.array([0, 2, 1])
+        variables, grads = sgd(variables, images, labels)
+        optimizer.zero_grad()
+        logits = torch_model(to_torch(images))
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+        torch_grads = [(n, p.grad) for n, p in torch_model.named_parameters()]
+        assert_trees_close(
+            {"params": grads}, to_linen(torch_grads), rtol=1e-7, atol=1e-9
+        )
+        optimizer.step()
+    leaves = jax.tree.leaves(variables)
+    assert {x.dtype for x in leaves} == {jnp.dtype("float64")}
+    expected = to_linen(torch_model.state_dict().items())
+    assert_trees_close(variables, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_initial_weights_follow_torchvision():
+    """Kaiming normal over the outputs; the scores' layer as `torch.nn.Linear`."""
+    conv: Any = layers.Conv(96, 3).init(jax.random.key(3), jnp.zeros((1, 3, 3, 32)))
+    kernel = conv["params"]["kernel"]
+    std = (2 / (3 * 3 * 96)) ** 0.5
+    np.testing.assert_allclose(kernel.std(), std, rtol=0.02)
+    assert jnp.abs(kernel).max() > 3 * std  # not a truncated normal
+
+    model = resnet.create("resnet10", 64, width=16)
+    pooled = jnp.zeros((1, model.feature_channels))
+    head: Any = model.init(jax.random.key(3), pooled, method="classify")
+    limit = 128**-0.5
+    for value in head["params"]["fc"].values():
+        assert 0.9 * limit < jnp.abs(value).max() <= limit
+        assert abs(value.mean()) < 0.2 * limit
+
+    norm = BatchNorm().init(jax.random.key(0), jnp.ones((1, 1, 1, 2)), train=False)
+    expected = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
+    assert {path[-1]: value.tolist() for path, value in flat(norm).items()} == {
+        name: [value] * 2 for name, value in expected.items()
+    }
+
+
+# --- BatchNorm ----------------------------------------------------------------------
+
+
+def norm_variables(channels):
+    rng = np.random.default_rng(5)
+    params = {
+        "scale": rng.uniform(0.5, 1.5, channels),
+        "bias": rng.normal(size=channels),
+    }
+    stats = {"mean": rng.normal(size=channels), "var": rng.uniform(1, 2, channels)}
+    tree = {"params": params, "batch_stats": stats}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def test_norm_groups_are_normalised_apart():
+    x = pictures(6, 3, 2, 4) * 2 + np.arange(6, dtype=np.float32)[:, None, None, None]
+    variables = norm_variables(4)
+    y, state = BatchNorm(2).apply(variables, x, train=True, mutable=["batch_stats"])
+    alone = [
+        BatchNorm().apply(variables, part, train=True, mutable=["batch_stats"])
+        for part in (x[:2], x[2:4], x[4:])
+    ]
+    np.testing.assert_allclose(
+        y, np.concatenate([part for part, _ in alone]), rtol=1e-5
+    )
+    mean_of_groups = jax.tree.map(lambda *s: sum(s) / 3, *[s for _, s in alone])
+    assert_trees_close(state, mean_of_groups, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_of_groups_equals_torch_in_float64():
+    """To the pictures, the scale and the bias; what the statistics say adds nothing."""
+    x = 3 * pictures(6, 3, 2, 4, dtype=np.float64) + 1
+    cotangent = pictures(6, 3, 2, 4, seed=1, dtype=np.float64)
+    scale, bias = np.array([0.5, -1.5, 2, 0]), np.array([0.1, -0.3, 0, 2])
+
+    def loss(x, scale, bias):
+        groups = x.reshape(3, 2, *x.shape[1:])
+        result: Any = batch_norm.normalize(groups, scale, bias, lambda v: v, 1e-5)
+        y, mean, var = result
+        return (y.reshape(x.shape) * cotangent).sum() + mean.sum() + (var**2).sum()
+
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias)
+    leaves: Any = [torch.tensor(v, requires_grad=True) for v in (x, scale, bias)]
+    for group, weights in zip(
+        leaves[0].split(2), torch.tensor(cotangent).split(2), strict=True
+    ):
+        y = torch.nn.functional.batch_norm(
+            group.movedim(-1, 1), None, None, leaves[1], leaves[2], training=True
+        )
+        (y.movedim(1, -1) * weights).sum().backward()
+    for ours, leaf in zip(grads, leaves, strict=True):
+        np.testing.assert_allclose(ours, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_norm_keeps_its_input_as_it_came():
+    """bfloat16 costs half the memory of float32 between the passes."""
+    x = jnp.asarray(pictures(4, 8, 8, 3), jnp.bfloat16)
+
+    def run(x):
+        y, _ = BatchNorm().apply(
+            norm_variables(3), x, train=True, mutable=["batch_stats"]
+        )
+        return y
+
+    kept = jax.tree.leaves(jax.vjp(run, x)[1])
+    large = [v for v in kept if v.size >= x.size]
+    assert [(v.size, v.dtype) for v in large] == [(x.size, jnp.bfloat16)]
+
+
+@pytest.mark.parametrize("ceiling", [np.inf, 2.0])
+def test_relu_passes_gradient_on_where_torch_does_and_keeps_its_output_alone(ceiling):
+    x = np.array([-3, -0.5, 0, 0.5, 1.5, 2, 7], np.float32)
+    weights = np.arange(1, 8, dtype=np.float32)
+    y, back = jax.vjp(lambda x: layers.relu(x, ceiling), x)
+    leaf: Any = torch.tensor(x, requires_grad=True)
+    expected = torch.nn.functional.hardtanh(leaf, 0.0, ceiling)
+    expected.backward(torch.tensor(weights))
+    np.testing.assert_array_equal(y, expected.detach())
+    np.testing.assert_array_equal(back(weights)[0], leaf.grad)
+    assert [v.shape for v in jax.tree.leaves(back)] == [x.shape]
+
+
+def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
+    """Values, running statistics and gradients, with means that differ a lot."""
+    x = pictures(6, 3, 2, 4) + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
+    cotangent = pictures(6, 3, 2, 4, seed=1)
+    variables = norm_variables(4)
+
+    def run(norm, x, cotangent):
+        def loss(x, params):
+            y, state = norm.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return (y * cotangent).sum(), (y, state)
+
+        grads, aux = jax.grad(loss, (0, 1), has_aux=True)(x, variables["params"])
+        return grads, *aux
+
+    whole = jax.jit(partial(run, BatchNorm()))
+    (x_grad, grads), y, state = whole(x, cotangent)
+
+    def all_mean(v):
+        return jax.lax.pmean(v, "replica")
+
+    synchronised = BatchNorm(all_mean=all_mean, num_replicas=3)
+    shared = jax.jit(jax.vmap(partial(run, synchronised), axis_name="replica"))
+    (x_grad_r, grads_r), y_r, state_r = shared(
+        x.reshape(3, 2, 3, 2, 4), cotangent.reshape(3, 2, 3, 2, 4)
+    )
+    np.testing.assert_allclose(y_r.reshape(y.shape), y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x_grad_r.reshape(y.shape), x_grad, rtol=1e-4, atol=1e-5)
+    total = jax.tree.map(lambda g: g.sum(0), grads_r)
+    assert_trees_close(total, grads, rtol=1e-4, atol=1e-4)
+    for replica in range(3):
+        one = jax.tree.map(lambda v, i=replica: v[i], state_r)
+        assert_trees_close(one, state, rtol=1e-5)
+
+
+def test_norm_variance_survives_a_large_mean():
+    x = pictures(4, 8, 8, 1, dtype=np.float64) + 3000
+    variables = norm_variables(1)
+    y, _ = BatchNorm().apply(
+        variables, x.astype(np.float32), train=True, mutable=["batch_stats"]
+    )
+    scale, bias = variables["params"]["scale"], variables["params"]["bias"]
+    expected = (x - x.mean()) / x.std() * scale + bias
+    np.testing.assert_allclose(y, expected, atol=2e-3)
+
+
+def test_norm_statistics_of_bfloat16_are_those_of_float32():
+    x = jnp.asarray(pictures(4, 8, 8, 3) + 20, jnp.bfloat16)
+    norm = partial(
+        BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
+    )
+    y, state = norm(x)
+    exact, exact_state = norm(x.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
+    assert_trees_close(state, exact_state, rtol=1e-6)
+
+
+def test_network_passes_the_group_size_on():
+    images = pictures(4, 16, 16, 3)
+    _, model, variables = twins("resnet10", stem="small")
+    _, grouped, _ = twins("resnet10", stem="small", bn_group_size=2)
+    run = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    halves = [run(variables, half)[0].logits for half in (images[:2], images[2:])]
+    outputs, _ = forward(grouped, variables, images, train=True)
+    np.testing.assert_allclose(outputs.logits, np.concatenate(halves), atol=1e-4)
+
+
+def test_network_synchronises_every_norm():
+    calls = []
+
+    def all_mean(x):
+        calls.append(x.shape[-1])
+        return x
+
+    _, model, variables = twins("tiny50", all_mean=all_mean, num_replicas=2)
+    apply = partial(model.apply, train=True, mutable=["batch_stats"])
+    jax.eval_shape(apply, variables, np.zeros((2, 32, 32, 3), np.float32))
+    norms = [p for p in flat(variables["batch_stats"]) if p[-1] == "mean"]
+    widths = [len(flat(variables["batch_stats"])[path]) for path in norms]
+    assert sorted(calls) == sorted(2 * widths)
+
+
+def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh():
+    norm = BatchNorm(all_mean=lambda x: jax.lax.pmean(x, "absent"), num_replicas=2)
+    variables: Any = norm.init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), train=True)
+    assert (variables["batch_stats"]["mean"] == 0).all()
+
+
+# --- pictures of different sizes in one batch ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [
+        ("resnet10", "imagenet"),
+        ("resnet10", "medium"),
+        ("tiny50", "small"),
+        pytest.param("resnet18", "imagenet", marks=SLOW),
+        pytest.param("resnet18", "small", marks=SLOW),
+        pytest.param("resnet50", "imagenet", marks=SLOW),
+        pytest.param("resnet50", "small", marks=SLOW),
+    ],
+)
+def test_padding_beyond_the_extent_changes_nothing(arch, stem):
+    _, model, variables = twins(arch, stem=stem)
+    sizes = {
+        "imagenet": [(75, 64), (97, 33)],
+        "medium": [(39, 64), (49, 17)],
+        "small": [(23, 40), (33, 17)],
+    }[stem]
+    high, wide = np.max(sizes, 0) + 3
+    batch = np.full((2, high, wide, 3), 7, np.float32)  # padding that would be seen
+    singles = [pictures(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
+    for i, (h, w) in enumerate(sizes):
+        batch[i, :h, :w] = singles[i][0]
+
+    @jax.jit
+    def extract(images, extent_px=None) -> Any:
+        return model.apply(variables, images, extent_px=extent_px, method="extract")
+
+    masked = extract(batch, jnp.array(sizes))
+    for i, picture in enumerate(singles):
+        alone = extract(picture)[0]
+        h, w = model.feature_extent(np.array(sizes[i]))
+        assert alone.shape[:2] == (h, w)
+        np.testing.assert_allclose(masked[i, :h, :w], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", resnet.STEMS)
+def test_feature_extent_is_the_shape_of_the_feature_map(stem):
+    model = resnet.create("resnet10", 2, width=4, stem=stem)
+    assert model.stride_px == {"imagenet": 32, "medium": 16, "small": 8}[stem]
+    for size in (1, 7, 8, 9, 31, 32, 33, 65, 448):
+        x = jax.ShapeDtypeStruct((1, size, size + 1, 3), jnp.float32)
+        outputs, _ = jax.eval_shape(
+            lambda x: model.init_with_output(jax.random.key(0), x), x
+        )
+        extent = model.feature_extent(np.array([[size, size + 1]]))
+        assert outputs.features.shape == (1, *extent[0], model.feature_channels)
+
+
+def test_no_extent_costs_nothing():
+    _, model, variables = twins("resnet10", stem="small")
+    images = jnp.zeros((2, 16, 16, 3))
+
+    def extract(images, extent_px=None):
+        return model.apply(variables, images, extent_px=extent_px, method="extract")
+
+    assert "iota" not in str(jax.make_jaxpr(extract)(images))
+    extent_px = jnp.full((2, 2), 16)
+    assert "iota" in str(jax.make_jaxpr(extract)(images, extent_px))
+
+
+# --- doors and dtypes ---------------------------------------------------------------
+
+
+def test_classify_works_on_every_place_of_a_feature_map():
+    _, model, variables = twins("resnet10", stem="small")
+    outputs, _ = forward(model, variables, pictures(2, 16, 24, 3))
+    places: Any = model.apply(variables, outputs.features, method="classify")
+    assert places.shape == (2, 2, 3, 5)
+    np.testing.assert_allclose(places.mean((1, 2)), outputs.logits, atol=1e-5)
+
+
+def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
+    _, model, variables = twins("resnet10", stem="small")
+    _, half, _ = twins("resnet10", stem="small", dtype=jnp.bfloat16)
+    images = pictures(4, 32, 32, 3)
+    exact, _ = forward(model, variables, images)
+    outputs, _ = forward(half, variables, images)
+    error = jnp.abs(outputs.logits - exact.logits).max()
+    assert 0 < error < 0.03 * jnp.abs(exact.logits).max()
+    for train in (False, True):
+        apply = partial(half.apply, train=train, mutable=["batch_stats"])
+        outputs, state = jax.eval_shape(apply, variables, images)
+        assert outputs.features.dtype == jnp.bfloat16
+        assert outputs.pooled.dtype == outputs.logits.dtype == jnp.float32
+        assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "resnet19"}, "resnet19.*resnet18, resnet34, resnet50"),
+        ({"stem": "large"}, "large.*imagenet, medium, small"),
+        ({"num_classes": 0}, "num_classes.*0"),
+        ({"width": -8}, "width.*-8"),
+        ({"bn_group_size": -1}, "bn_group_size.*-1"),
+        ({"bn_group_size": 2, "all_mean": abs}, "bn_group_size=2.*all_mean.*only one"),
+        ({"num_replicas": 4}, "num_replicas=4 needs all_mean"),
+        ({"num_replicas": 0, "all_mean": abs}, "num_replicas.*0"),
+        ({"dtype": jnp.int32}, "floating point.*int32"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resnet.create(**{"arch": "resnet18", "num_classes": 5} | options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "message"),
+    [
+        ((16, 16, 3), "float32", {}, r"\[b, height, width, 3\].*\(16, 16, 3\)"),
+        ((2, 16, 16, 1), "float32", {}, r"\(2, 16, 16, 1\)"),
+        ((2, 16, 16, 3), "uint8", {}, "uint8.*normalise"),
+        ((3, 16, 16, 3), "float32", {"train": True}, "bn_group_size=2.*batch of 3"),
+        (
+            (2, 16, 16, 3),
+            "float32",
+            {"extent_px": np.full((2, 2), 9), "train": True},
+            "extent_px.*testing",
+        ),
+        (
+            (2, 16, 16, 3),
+            "float32",
+            {"extent_px": np.full((3, 2), 9)},
+            r"2 pictures.*\(3, 2\)",
+        ),
+    ],
+)
+def test_wrong_inputs_are_refused(shape, dtype, options, message):
+    _, model, variables = twins("resnet10", stem="small", bn_group_size=2)
+    images = np.zeros(shape, dtype)
+    with pytest.raises(ValueError, match=message):
+        model.apply(
+            variables, images, method="extract", mutable=["batch_stats"], **options
+        )
+
+
+def test_training_on_one_value_per_channel_is_refused():
+    x = np.zeros((1, 1, 1, 4), np.float32)
+    with pytest.raises(ValueError, match=r"one value per channel.*larger"):
+        BatchNorm().init(jax.random.key(0), x, train=True)
+
+
+# --- gradients written out -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", [(8, 9), (7, 7), (1, 1), (2, 3)])
+def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
+    x = np.maximum(pictures(2, *sides, 3).round(), 0)
+    y, pull_back = jax.vjp(max_pooling.max_pool, x)
+    cotangent = pictures(*y.shape, seed=1)
+    torch_x = to_torch(x).requires_grad_()
+    torch_y = torch.nn.functional.max_pool2d(torch_x, 3, 2, 1)
+    torch_y.backward(to_torch(cotangent))
+    assert torch_x.grad is not None
+    np.testing.assert_array_equal(y, to_numpy(torch_y))
+    (to_x,) = pull_back(cotangent)
+    np.testing.assert_allclose(to_x, to_numpy(torch_x.grad), rtol=1e-6, atol=1e-6)
+
+
+def test_max_pool_keeps_the_dtype():
+    x = pictures(1, 6, 6, 2).astype(jnp.bfloat16)
+    y, pull_back = jax.vjp(max_pooling.max_pool, x)
+    assert y.dtype == pull_back(y)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("batch", [1, 6, 7, 16])
+def test_the_gradient_of_a_product_is_autodiffs(batch):
+    x, kernel = pictures(batch, 3, 4, 5), pictures(5, 6)
+    y, pull_back = jax.vjp(layers.product, x, kernel)
+    plain, pull_back_plain = jax.vjp(jnp.matmul, x, kernel)
+    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
+    cotangent = pictures(*y.shape, seed=1)
+    pairs = zip(pull_back(cotangent), pull_back_plain(cotangent), strict=True)
+    for got, wanted in pairs:
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,887 @@
+import json
+import os
+import pickle
+import re
+import sys
+import types
+import zipfile
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
+from torch._utils import _rebuild_tensor_v2
+
+from configs.quickstart import get_config
+from cra_jax.backbones import hub, resnet, torch_files, weights
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import check_config, pretrained
+from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
+
+FORMATS = ("zip.pth", "legacy.pth", "safetensors")
+
+
+def network(arch="resnet10", classes=5, width=4, stem="imagenet", seed=0):
+    return randomize(TorchResNet(arch, classes, width, stem), seed).eval()
+
+
+def save(state: Any, folder, kind):
+    """Saves as torch's users do."""
+    path = folder / f"weights.{kind}"
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip.pth")
+    return path
+
+
+def flat(tree) -> dict[Any, Any]:
+    return flatten_dict(tree)
+
+
+def assert_same(actual, expected):
+    """The same tree, bit for bit."""
+    actual, expected = flat(actual), flat(expected)
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        assert actual[path].dtype == np.float32, path
+        np.testing.assert_array_equal(actual[path], value, err_msg="/".join(path))
+
+
+def transformers_name(name):
+    """torchvision's name -> the one in transformers' ResNetForImageClassification."""
+    parts = name.split(".")
+    kind = {"bn": "normalization", "co": "convolution"}
+    if parts[0] == "fc":
+        return f"classifier.1.{parts[1]}"
+    if parts[0] in ("conv1", "bn1"):
+        return f"resnet.embedder.embedder.{kind[parts[0][:2]]}.{parts[1]}"
+    block = f"resnet.encoder.stages.{int(parts[0][5:]) - 1}.layers.{parts[1]}"
+    if parts[2] == "downsample":
+        what = ("convolution", "normalization")[int(parts[3])]
+        return f"{block}.shortcut.{what}.{parts[4]}"
+    return f"{block}.layer.{int(parts[2][-1]) - 1}.{kind[parts[2][:2]]}.{parts[3]}"
+
+
+# --- in and out ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_loads_to_the_variables_of_the_same_network(arch, kind, tmp_path):
+    model = network(arch)
+    path = save(model.state_dict(), tmp_path, kind)
+    for classes in (None, 5):
+        loaded = weights.load_torch(path, arch=arch, num_classes=classes)
+        assert_same(loaded, to_linen(model.state_dict().items()))
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [("resnet18", "imagenet"), ("resnet50", "imagenet"), ("resnet10", "medium")],
+)
+def test_scores_survive_the_way_in_and_out(arch, stem, tmp_path):
+    theirs = network(arch, stem=stem)
+    path = save(theirs.state_dict(), tmp_path, "zip.pth")
+    variables = weights.load_torch(path, arch=arch)
+    ours = resnet.create(arch, 5, width=4, stem=stem)
+    images = np.random.default_rng(0).normal(size=(2, 64, 75, 3)).astype(np.float32)
+    nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        expected = theirs(nchw).numpy()
+    outputs: Any = jax.jit(ours.apply)(variables, images)
+    scale = max(1, np.abs(expected).max())
+    np.testing.assert_allclose(outputs.logits, expected, rtol=0, atol=1e-4 * scale)
+
+    exported = tmp_path / "new folder" / "model.safetensors"
+    weights.save_torch(exported, jax.tree.map(jnp.asarray, variables))
+    state = safetensors.torch.load_file(exported)
+    for name, tensor in theirs.state_dict().items():
+        assert state[name].dtype == tensor.dtype, name
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(state[name], tensor), name
+    back = network(arch, stem=stem, seed=1)
+    back.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        np.testing.assert_array_equal(back(nchw).numpy(), expected)
+    assert [p.name for p in exported.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("width", [4, 64])
+@pytest.mark.parametrize("prefix", ["resnet.", ""])
+def test_names_of_transformers_load(prefix, width, tmp_path):
+    model = network("resnet50" if width == 4 else "resnet10", width=width)
+    state = {transformers_name(k): v for k, v in model.state_dict().items()}
+    assert "resnet.encoder.stages.0.layers.0.shortcut.convolution.weight" in state or (
+        width == 64
+    )
+    state = {re.sub(r"^resnet\.", prefix, k): v for k, v in state.items()}
+    path = save(state, tmp_path, "safetensors")
+    arch = "resnet50" if width == 4 else "resnet10"
+    assert_same(
+        weights.load_torch(path, arch=arch), to_linen(model.state_dict().items())
+    )
+
+
+def test_old_files_have_no_counters(tmp_path):
+    model = network()
+    state = {k: v for k, v in model.state_dict().items() if "tracked" not in k}
+    loaded = weights.load_torch(save(state, tmp_path, "legacy.pth"), arch="resnet10")
+    assert_same(loaded, to_linen(model.state_dict().items()))
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_trunk_names_what_it_left(headless, tmp_path):
+    state = dict(network(classes=1000).state_dict())
+    if headless:
+        del state["fc.weight"], state["fc.bias"]
+    trunk, left = weights.load_trunk(save(state, tmp_path, "zip.pth"), arch="resnet10")
+    expected = to_linen(state.items())
+    expected["params"].pop("fc", None)
+    assert_same(trunk, expected)
+    counters = {name for name in state if name.endswith("num_batches_tracked")}
+    assert len(counters) == 12
+    assert set(left) == counters | (set() if headless else {"fc.weight", "fc.bias"})
+
+
+# --- what is wrong is said, all at once ---------------------------------------------
+
+
+def changed(state, **changes):
+    """A copy with arrays replaced or, for None, taken out."""
+    state = dict(state)
+    for name, value in changes.items():
+        state.pop(name)
+        if value is not None:
+            state[name] = value
+    return state
+
+
+BN = "layer2.0.bn1.weight"
+CONV = "layer1.0.conv1.weight"
+DAMAGE = {
+    "missing": (lambda s: changed(s, **{BN: None}), [f"1 missing: {BN}"]),
+    "extra": (lambda s: s | {"fc2.bias": s[BN].clone()}, ["1 unknown: fc2.bias"]),
+    "stray counter": (
+        lambda s: s | {"bn9.num_batches_tracked": torch.tensor(0)},
+        ["1 unknown: bn9.num_batches_tracked"],
+    ),
+    "shape": (
+        lambda s: changed(s, **{CONV: s[CONV][:, :3].clone()}),
+        [f"1 of another shape: {CONV} (4, 3, 3, 3), not (4, 4, 3, 3)"],
+    ),
+    "rank": (
+        lambda s: changed(s, **{CONV: s[CONV].flatten()}),
+        [f"1 of another shape: {CONV} (144,), not (4, 4, 3, 3)"],
+    ),
+    "NaN": (
+        lambda s: changed(s, **{BN: s[BN] * float("nan")}),
+        [f"1 not finite: {BN}"],
+    ),
+    "infinity": (
+        lambda s: changed(s, **{"bn1.running_var": s["bn1.running_var"] / 0}),
+        ["1 not finite: bn1.running_var"],
+    ),
+    "float16": (
+        lambda s: changed(s, **{BN: s[BN].half()}),
+        ["1 not float32 (half", f"{BN} float16"],
+    ),
+    "bfloat16": (
+        lambda s: {k: v.bfloat16() if v.ndim else v for k, v in s.items()},
+        ["62 not float32 (half", "conv1.weight bfloat16", "and 54 more"],
+    ),
+    "everything": (
+        lambda s: (
+            changed(
+                s, **{BN: None, CONV: s[CONV][:2].clone(), "fc.bias": s["fc.bias"] / 0}
+            )
+            | {"x": s[BN].clone()}
+        ),
+        ["1 missing", "1 unknown: x", "1 of another shape", "1 not finite: fc.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip.pth"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_each_damage_is_named(damage, kind, tmp_path):
+    change, messages = DAMAGE[damage]
+    path = save(change(dict(network().state_dict())), tmp_path, kind)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        weights.load_torch(path, arch="resnet10")
+    for message in messages:
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("load", [weights.load_torch, weights.load_trunk])
+def test_another_architecture_is_recognised(load, tmp_path):
+    path = save(network("resnet18").state_dict(), tmp_path, "safetensors")
+    with pytest.raises(ValueError, match=r"does not fit resnet50.*like a resnet18.*"):
+        load(path, arch="resnet50")
+    with pytest.raises(ValueError, match=r"resnet19.*choose from"):
+        load(path, arch="resnet19")
+
+
+def test_another_number_of_classes_is_refused(tmp_path):
+    path = save(network(classes=1000).state_dict(), tmp_path, "safetensors")
+    with pytest.raises(ValueError, match=r"1000 classes, not 200.*load_trunk"):
+        weights.load_torch(path, arch="resnet10", num_classes=200)
+
+
+def test_two_names_for_one_array_are_refused(tmp_path):
+    state = dict(network().state_dict())
+    state["classifier.1.bias"] = state["fc.bias"].clone()
+    with pytest.raises(ValueError, match=r"stand for fc\.bias: class.* and fc\.bias"):
+        weights.load_torch(save(state, tmp_path, "safetensors"), arch="resnet10")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0, 1e-4, 0.02, 0.3, 0.9, 0.999, -1])
+def test_a_truncated_file_is_refused(kind, share, tmp_path):
+    path = save(network().state_dict(), tmp_path, kind)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -1 if share < 0 else int(share * len(whole))])
+    with pytest.raises(ValueError, match="damaged, incomplete") as error:
+        weights.load_torch(path, arch="resnet10")
+    assert str(path) in str(error.value)
+
+
+def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path):
+    path = save(network().state_dict(), tmp_path, "zip.pth")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Bad CRC"):
+        weights.load_torch(path, arch="resnet10")
+
+
+def test_a_flipped_bit_in_a_header_is_noticed_or_changes_nothing(tmp_path):
+    """`.safetensors` has no checksum; but no array may end up elsewhere in silence."""
+    model = network(width=2)
+    path = save(model.state_dict(), tmp_path, "safetensors")
+    expected = to_linen(model.state_dict().items())
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    noticed = []
+    for place in range(0, header, header // 20):
+        content = bytearray(whole)
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            loaded = weights.load_torch(path, arch="resnet10")
+        except ValueError as error:
+            noticed.append(str(path) in str(error))
+        else:
+            assert_same(loaded, expected)
+    assert all(noticed)
+    assert len(noticed) > 15
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Not Found", "DOCTYPE"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (pickle.dumps([1, 2], protocol=2), "none of torch's"),
+        (pickle.dumps({"a": 1}, protocol=5), "not a .safetensors or .pth"),
+    ],
+)
+def test_other_files_are_refused(content, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        weights.load_torch(path, arch="resnet10")
+
+
+def test_a_zip_or_a_path_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "weights.pth"
+    with pytest.raises(ValueError, match=r"there is no weights file .*weights\.pth"):
+        weights.load_torch(path, arch="resnet10")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match=r"without torch's data\.pkl"):
+        weights.load_torch(path, arch="resnet10")
+
+
+# --- nothing runs -------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth"])
+def test_a_malicious_pickle_does_nothing_and_is_named(kind, tmp_path):
+    trace = tmp_path / "trace"
+    evil = Evil(f"touch {trace}")
+    pickle.loads(pickle.dumps(evil))
+    assert trace.exists()  # it does work, where it is let
+    trace.unlink()
+    path = save({**network().state_dict(), "evil": evil}, tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"asks to run {os.name}\.system.*nothing"):
+        weights.load_torch(path, arch="resnet10")
+    assert not trace.exists()
+    # The very first pickle of a legacy file is read with the same care.
+    path.write_bytes(pickle.dumps(evil, protocol=2))
+    with pytest.raises(ValueError, match=r"asks to run \w+\.system"):
+        weights.load_torch(path, arch="resnet10")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch._utils.x"])
+def test_no_other_name_is_known(name, tmp_path):
+    module, _, function = name.rpartition(".")
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"\x80\x02c" + f"{module}\n{function}\n".encode() + b".")
+    with pytest.raises(ValueError, match=re.escape(f"asks to run {name}")):
+        torch_files.read(path)
+
+
+def test_a_saved_model_or_checkpoint_says_what_to_save(tmp_path):
+    path = save(network(), tmp_path, "zip.pth")
+    with pytest.raises(ValueError, match=r"TorchResNet.*model\.state_dict\(\)"):
+        torch_files.read(path)
+    path = save({"epoch": 3, "model": network().state_dict()}, tmp_path, "zip.pth")
+    with pytest.raises(ValueError, match=r"holds 'epoch', 'model'.*state_dict"):
+        torch_files.read(path)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        (0, (9,), (1,)),  # longer than its storage
+        (5, (4,), (1,)),  # begins too late
+        (-4, (4,), (1,)),
+        (7, (3,), (-4,)),
+        (0, (3, 3), (0, 0)),  # repeats itself: larger ones would fill the memory
+        (0, (2, 2), (1,)),
+    ],
+)
+def test_a_view_outside_its_storage_is_refused(view, tmp_path):
+    path = save({"a": torch.arange(8.0)}, tmp_path, "zip.pth")
+    outside = tmp_path / "outside.pth"
+
+    class Tensor:
+        def __reduce__(self):
+            return _rebuild_tensor_v2, (Reference(), *view, False, {})
+
+    class Reference:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            storage = ("storage", torch.FloatStorage, "0", "cpu", 8)
+            return storage if isinstance(obj, Reference) else None
+
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(outside, "w") as target:
+        for info in source.infolist():
+            if not info.filename.endswith("data.pkl"):
+                target.writestr(info.filename, source.read(info))
+        with target.open("weights.zip/data.pkl", "w") as file:
+            Pickler(file, protocol=2).dump({"a": Tensor()})
+    with pytest.raises(
+        ValueError, match=r"does not fit a storage of 8|is shorter than"
+    ):
+        torch_files.read(outside)
+
+
+@pytest.mark.parametrize(
+    ("entry", "content", "compression", "message"),
+    [
+        ("byteorder", b"big", zipfile.ZIP_STORED, "big-endian"),
+        ("data/0", bytes(32), zipfile.ZIP_DEFLATED, "data/0 is compressed"),
+        ("data/0", bytes(28), zipfile.ZIP_STORED, "buffer is smaller"),
+    ],
+)
+def test_odd_zips_are_refused(entry, content, compression, message, tmp_path):
+    path = save({"a": torch.arange(8.0)}, tmp_path, "zip.pth")
+    odd = tmp_path / "odd.pth"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(odd, "w") as target:
+        for info in source.infolist():
+            if not info.filename.endswith(f"/{entry}"):
+                target.writestr(info.filename, source.read(info))
+        folder = source.namelist()[0].split("/")[0]
+        target.writestr(f"{folder}/{entry}", content, compression)
+    with pytest.raises(ValueError, match=message):
+        torch_files.read(odd)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            (8).to_bytes(8, "little"),
+            (7).to_bytes(8, "little"),
+            r"storage \d+ has another length",
+        ),
+        (b"little_endianq\x02\x88", b"little_endianq\x02\x89", "big-endian"),
+    ],
+)
+def test_odd_legacy_files_are_refused(old, new, message, tmp_path):
+    path = save({"a": torch.arange(8.0)}, tmp_path, "legacy.pth")
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        torch_files.read(path)
+
+
+@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth"])
+def test_views_parameters_and_every_dtype_are_read(kind, tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "base": base,
+        "transposed": base.T,
+        "strided": base[1:, ::2],
+        "scalar": base[2, 3],
+        "empty": base[:0],
+        "empty storage": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(base + 1),
+        "expanded once": torch.ones(1).expand(1, 1),
+    }
+    whole = (torch.float64, torch.float16, torch.int64, torch.int32, torch.int16)
+    for dtype in (*whole, torch.int8, torch.uint8, torch.bool):
+        tensors[str(dtype)] = base.to(dtype)
+    read = torch_files.read(save(tensors, tmp_path, kind))
+    assert list(read) == list(tensors)
+    for name, tensor in tensors.items():
+        expected = tensor.detach().numpy()
+        assert read[name].dtype == expected.dtype
+        np.testing.assert_array_equal(read[name], expected)
+    half = torch_files.read(save({"a": base.bfloat16()}, tmp_path, kind))["a"]
+    np.testing.assert_array_equal(half.astype(np.float32), base.numpy())
+
+
+# --- out: only what is whole --------------------------------------------------------
+
+
+def test_only_a_plain_finite_resnet_is_written(tmp_path):
+    good = to_linen(network().state_dict().items())
+    path = tmp_path / "model.safetensors"
+    weights.save_torch(path, good)
+    before = path.read_bytes()
+
+    def without(*key):
+        return unflatten_dict({k: v for k, v in flat(good).items() if k != key})
+
+    def changed(value, *key):
+        return unflatten_dict(flat(good) | {key: value})
+
+    head = ("params", "attention_head", "kernel")
+    kernel, scale = ("params", "conv1", "kernel"), ("params", "bn1", "scale")
+    for wrong, message in [
+        (without(*kernel), "1 missing: conv1.weight"),
+        (changed(np.ones(3, np.float32), *head), "1 unknown: attention_head.weight"),
+        (changed(np.full(4, np.nan, np.float32), *scale), "1 not finite: bn1.weight"),
+        (changed(jnp.ones(4, jnp.bfloat16), *scale), "bn1.weight bfloat16"),
+        (changed(np.ones(5, np.float32), *scale), r"bn1.weight \(5,\), not \(4,\)"),
+        (
+            {"params": good["params"]},
+            r"give them all(.|\n)*24 missing: bn1.running_mean",
+        ),
+        ({"params": {"classification_stream": good["params"]}}, "not the variables of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            weights.save_torch(path, wrong)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    good = to_linen(network().state_dict().items())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"older")
+
+    def full_disk(arrays, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        weights.save_torch(path, good)
+    assert path.read_bytes() == b"older"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+# --- names and records --------------------------------------------------------------
+
+
+def test_records_agree_with_their_names():
+    for name, record in resnet.PUBLISHED.items():
+        arch = re.fullmatch(r"timm/(resnet\d+)\.tv2?_in1k", name)
+        assert arch is not None
+        assert arch[1] == record.arch
+        assert record.arch in resnet.ARCHITECTURES
+        assert re.fullmatch(rf"{record.arch}-[0-9a-f]{{8}}\.pth", record.file)
+        assert record.resize_px == (232 if ".tv2_" in name else 256)
+        assert 60 < record.imagenet_top1 < 90
+        assert hub.record_of(name) == hub.record_of(f"/x/{record.file}") == record
+    known = hub.known()
+    assert known.items() >= resnet.PUBLISHED.items()
+    assert len({record.file for record in known.values()}) == len(known)
+    assert hub.record_of("someone/else") is None
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """A hub's client that notes its calls; set `error` to make it fail."""
+    module: Any = types.ModuleType("huggingface_hub")
+    module.calls, module.error = [], None
+
+    def hf_hub_download(repo_id, filename):
+        module.calls.append((repo_id, filename))
+        if module.error:
+            raise module.error
+        return "/cache/model.safetensors"
+
+    module.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return module
+
+
+def test_a_file_is_fetched_as_it_is_and_a_name_from_the_hub(client, tmp_path):
+    path = tmp_path / "a.pth"
+    path.touch()
+    assert hub.fetch(path) == hub.fetch(str(path)) == path
+    assert client.calls == []
+    assert str(hub.fetch("someone/net.x")) == "/cache/model.safetensors"
+    assert client.calls == [("someone/net.x", "model.safetensors")]
+
+
+def test_offline_the_error_says_how_to_place_the_file(client):
+    client.error = OSError("offline mode\nlong story")
+    with pytest.raises(ValueError, match="cannot download") as error:
+        hub.fetch("timm/resnet50.tv_in1k")
+    for part in (
+        "OSError: offline mode)",
+        "https://huggingface.co/timm/resnet50.tv_in1k/resolve/main/model.safetensors",
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+        "--config.model.pretrained=/path/to/that/file",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/missing.safetensors", "no weights file"),
+        ("weights/missing.pth", "no weights file"),
+        ("resnet50", r"no weights file 'resnet50'.*timm/resnet50\.tv_in1k"),
+        ("/nowhere/at/all", "no weights file"),
+    ],
+)
+def test_no_file_and_no_name_is_refused_without_a_download(name, message, client):
+    with pytest.raises(ValueError, match=message):
+        hub.fetch(name)
+    assert client.calls == []
+
+
+def test_a_folder_is_refused(client, tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        hub.fetch(tmp_path)
+
+
+# --- a start of training ------------------------------------------------------------
+
+
+def training_state(streams=pretrained.STREAMS) -> Any:
+    """Parameters and statistics, other ones in each stream; made without compiling."""
+    model = resnet.create("resnet10", 7, width=4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    params, stats = (
+        {
+            stream: jax.tree.map(
+                lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes[part]
+            )
+            for stream in streams
+        }
+        for part in ("params", "batch_stats")
+    )
+    params["attention_head"] = {"kernel": jnp.ones((32, 4)), "bias": jnp.ones(4)}
+    return params, stats
+
+
+def test_both_streams_start_from_the_file_and_heads_stay_fresh(tmp_path):
+    model = network(classes=1000)
+    path = save(model.state_dict(), tmp_path, "safetensors")
+    params, stats = training_state()
+    before = jax.tree.map(np.array, (params, stats))
+    new_params, new_stats, lines = pretrained.start_from(
+        params, stats, pretrained=str(path), arch="resnet10"
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, (params, stats))
+    assert jax.tree.structure((new_params, new_stats)) == jax.tree.structure(before)
+    expected = to_linen(model.state_dict().items())
+    for stream in pretrained.STREAMS:
+        fresh = new_params[stream].pop("fc")
+        jax.tree.map(np.testing.assert_array_equal, fresh, params[stream]["fc"])
+        start = {"params": new_params[stream], "batch_stats": new_stats[stream]}
+        expected["params"].pop("fc", None)
+        assert_same(start, expected)
+    np.testing.assert_array_equal(new_params["attention_head"]["bias"], np.ones(4))
+    buffers = [
+        x.unsafe_buffer_pointer()
+        for tree in (new_params, new_stats)
+        for stream in pretrained.STREAMS
+        for x in jax.tree.leaves(tree[stream])
+    ]
+    assert len(set(buffers)) == len(buffers)  # else donation fails
+    report = "\n".join(lines)
+    for part in (
+        str(path),
+        "no record",
+        "60 arrays start classification_stream and regularization_stream",
+        "fc.weight, fc.bias; 12 counters",
+        "fresh: fc of classification_stream and regularization_stream, attention_head",
+    ):
+        assert part in report
+
+
+def test_a_baseline_starts_from_a_known_name(client, tmp_path, monkeypatch):
+    model = network()
+    path = save(model.state_dict(), tmp_path, "safetensors")
+    client.hf_hub_download = lambda *_: str(path)
+    record = resnet.PUBLISHED["timm/resnet18.tv_in1k"]._replace(arch="resnet10")
+    monkeypatch.setitem(resnet.PUBLISHED, "timm/resnet18.tv_in1k", record)
+    params, stats = training_state(pretrained.STREAMS[:1])
+    del params["attention_head"]
+    start = partial(pretrained.start_from, pretrained="timm/resnet18.tv_in1k")
+    new_params, _, lines = start(params, stats, arch="resnet10")
+    np.testing.assert_array_equal(
+        new_params["classification_stream"]["bn1"]["scale"], model.bn1.weight.detach()
+    )
+    report = "\n".join(lines)
+    assert f"timm/resnet18.tv_in1k ({path})" in report
+    assert "top-1 69.758 % at 224 px (bilinear from 256)" in report
+    assert "BSD-3-Clause" in report
+    with pytest.raises(ValueError, match=r"is a resnet10.*backbone is 'resnet50'"):
+        start(params, stats, arch="resnet50")
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path):
+    path = save(network(width=8).state_dict(), tmp_path, "safetensors")
+    params, stats = training_state(pretrained.STREAMS[:1])
+    start = partial(pretrained.start_from, pretrained=path, arch="resnet10")
+    with pytest.raises(ValueError, match=r"width and stem(.|\n)*conv1\.weight \(8, 3"):
+        start(params, stats)
+    with pytest.raises(ValueError, match=r"attention_head.*none of classification"):
+        start({"attention_head": params["attention_head"]}, {})
+    path = save(network(stem="small").state_dict(), tmp_path, "safetensors")
+    with pytest.raises(ValueError, match=r"\(4, 3, 3, 3\), not \(4, 3, 7, 7\)"):
+        start(params, stats)
+
+
+# --- a start from what was trained here ---------------------------------------------
+
+CLASSES = [f"class {i}" for i in range(7)]
+ABOUT = {"width": 4, "stem": "imagenet", "mean": (0.1, 0.2, 0.3), "std": (1, 1, 1)}
+
+
+def save_run(folder, state, *, step=3, names=CLASSES):
+    """Saves a state as a run does."""
+    params, stats = state
+    about = {"model": {"backbone": "resnet10"} | ABOUT, "data": ABOUT}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        saved = {"params": params, "batch_stats": stats, "step": np.array(step)}
+        meta = {"class_names": names, "epoch": 2, "config": about}
+        checkpoints.save(step, saved, meta)
+    return folder
+
+
+def save_export(folder, state, names=CLASSES):
+    """Writes what `--mode export` does, as far as it matters here."""
+    stream = pretrained.STREAMS[0]
+    variables = {"params": state[0][stream], "batch_stats": state[1][stream]}
+    weights.save_torch(folder / "model.safetensors", variables)
+    about = {"architecture": "resnet10", "class_names": names} | ABOUT
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def trained_state(streams=pretrained.STREAMS):
+    """A state far from any fresh one."""
+    return jax.tree.map(lambda x: x * 0.5 + 3, training_state(streams))
+
+
+@pytest.mark.parametrize("save_as", [save_run, save_export])
+@pytest.mark.parametrize("streams", [pretrained.STREAMS, pretrained.STREAMS[:1]])
+def test_a_run_hands_on_its_classification_stream_and_classifier(
+    save_as, streams, tmp_path
+):
+    trained = trained_state(streams)
+    folder = save_as(tmp_path, trained)
+    params, stats = training_state()
+    new_params, new_stats, lines = pretrained.start_from(
+        params, stats, pretrained=folder, arch="resnet10", class_names=CLASSES
+    )
+    for new, old in zip((new_params, new_stats), trained, strict=True):
+        for stream in pretrained.STREAMS:  # N_ar too, and from N_cls
+            assert_same(new[stream], old["classification_stream"])
+    assert (new_params["attention_head"]["bias"] == 1).all()  # fresh
+    report = "\n".join(lines)
+    for part in (
+        "step 3, epoch 2" if save_as is save_run else "model.safetensors",
+        "resnet10, width 4, stem imagenet, 7 classes",
+        "(0.1, 0.2, 0.3)",
+        "62 arrays start classification_stream and regularization_stream, classifier",
+        "fresh: attention_head",
+    ):
+        assert part in report
+
+
+def test_a_run_s_newest_checkpoint_is_taken(tmp_path):
+    state = training_state(pretrained.STREAMS[:1])
+    save_run(tmp_path, trained_state(pretrained.STREAMS[:1]), step=3)
+    save_run(tmp_path, state, step=11)
+    new, _, lines = pretrained.start_from(*state, pretrained=tmp_path, arch="resnet10")
+    assert_same(new, state[0])
+    assert "step 11" in lines[0]
+
+
+@pytest.mark.parametrize("save_as", [save_run, save_export])
+@pytest.mark.parametrize(
+    ("names", "wanted", "classes"),
+    [
+        (CLASSES[::-1], CLASSES, 7),  # as many, and not the same
+        (CLASSES[:5], CLASSES, 5),
+        (CLASSES[:5], (), 5),
+    ],
+)
+def test_a_classifier_of_other_classes_stays(save_as, names, wanted, classes, tmp_path):
+    trained: Any = trained_state()
+    fc = trained[0]["classification_stream"]["fc"]
+    fc["kernel"], fc["bias"] = fc["kernel"][:, :classes], fc["bias"][:classes]
+    folder = save_as(tmp_path, trained, names=list(names))
+    params, stats = training_state()
+    new, _, lines = pretrained.start_from(
+        params, stats, pretrained=folder, arch="resnet10", class_names=wanted
+    )
+    for stream in pretrained.STREAMS:
+        assert_same(new[stream]["fc"], params[stream]["fc"])
+        assert_same(
+            new[stream]["layer4_0"], trained[0]["classification_stream"]["layer4_0"]
+        )
+    assert "left in the file: fc.weight, fc.bias (of other classes)" in lines[3]
+    assert "fc of classification_stream and regularization_stream" in lines[4]
+
+
+def test_a_run_that_does_not_fit_is_refused(tmp_path):
+    save_run(tmp_path, trained_state())
+    wide = training_state()
+    del wide[0]["classification_stream"]["layer4_0"]["conv1"]
+    params, stats = training_state()
+    start = partial(pretrained.start_from, pretrained=tmp_path)
+    with pytest.raises(ValueError, match=r"step 3.*does not fit(.|\n)*1 unknown"):
+        start(*wide, arch="resnet10")
+    model = resnet.create("resnet18", 7, width=4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    other: Any = jax.eval_shape(model.init, jax.random.key(0), images)
+    state = [{"classification_stream": other[c]} for c in ("params", "batch_stats")]
+    with pytest.raises(ValueError, match=r"fit resnet18 .*like a resnet10"):
+        start(*state, arch="resnet18")
+    # Runs are told apart from other folders; nothing of theirs is guessed.
+    (empty := tmp_path / "empty").mkdir()
+    for folder, message in [
+        (empty, "neither a run .* nor an export"),
+        (tmp_path / "missing", "no weights file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pretrained.start_from(params, stats, pretrained=folder, arch="resnet10")
+    (empty / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="nothing is saved yet"):
+        pretrained.start_from(params, stats, pretrained=empty, arch="resnet10")
+
+
+@pytest.mark.parametrize("about", [None, "{", "{}"])
+def test_an_export_without_its_description_is_refused(about, tmp_path):
+    save_export(tmp_path, trained_state())
+    (tmp_path / "config.json").unlink()
+    if about:
+        (tmp_path / "config.json").write_text(about)
+    start = partial(pretrained.start_from, *training_state(), arch="resnet10")
+    with pytest.raises(ValueError, match=r"no config\.json of an export"):
+        start(pretrained=tmp_path)
+    # As the message says, the file itself will do.
+    assert "fresh: fc of" in start(pretrained=tmp_path / "model.safetensors")[2][4]
+
+
+@pytest.mark.parametrize("save_as", [save_run, save_export])
+def test_how_pictures_were_normalised_is_known_before_any_work(save_as, tmp_path):
+    folder = save_as(tmp_path / "first", trained_state(pretrained.STREAMS[:1]))
+    about = tuple(ABOUT["mean"]), tuple(ABOUT["std"])
+    assert pretrained.normalization(folder) == about
+    if save_as is save_export:
+        assert pretrained.normalization(folder / "model.safetensors") == about
+    config = get_config("baseline")
+    config.model.pretrained = str(folder)
+    config.data.mean = ABOUT["mean"]
+    with pytest.raises(
+        ValueError, match=r"by mean \(0.1, 0.2, 0.3\) and std \(1, 1, 1"
+    ):
+        check_config.check(config)
+    config.data.std = (1.0, 1.0, 1.0)
+    check_config.check(config)
+
+
+def test_how_pictures_were_normalised_may_be_unknown(tmp_path, monkeypatch):
+    record = resnet.PUBLISHED["timm/resnet50.tv2_in1k"]
+    for name in ("timm/resnet50.tv2_in1k", tmp_path / record.file):
+        assert pretrained.normalization(name) == (record.mean, record.std)
+    (tmp_path / "weights.pth").touch()
+    for content in (None, "{", "[]", "{}", '{"mean": 0.5, "std": 1}'):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        for name in ("someone/else", tmp_path, tmp_path / "weights.pth"):
+            assert pretrained.normalization(name) is None
+    # No name is no place either: not even that of a run.
+    (tmp_path / "checkpoints").mkdir()
+    assert pretrained.normalization(tmp_path) is None  # nothing is saved yet
+    save_run(tmp_path, trained_state(pretrained.STREAMS[:1]))
+    monkeypatch.chdir(tmp_path)
+    assert pretrained.normalization(".") is not None
+    assert pretrained.normalization("") is None
+
+
+def test_what_was_read_once_need_not_be_read_again(tmp_path):
+    state = training_state()
+    path = save(network().state_dict(), tmp_path, "safetensors")
+    expected = pretrained.start_from(*state, pretrained=path, arch="resnet10")
+    origin = pretrained.open_origin(path, arch="resnet10")
+    path.unlink()
+    again = pretrained.start_from(*state, pretrained=origin, arch="resnet10")
+    assert again[2] == expected[2]
+    for new, old in zip(again[:2], expected[:2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+def test_a_preview_says_what_a_start_would_do_and_needs_no_arrays(tmp_path):
+    state = training_state()
+    abstract = jax.eval_shape(lambda: state)
+    path = save(network(classes=1000).state_dict(), tmp_path, "safetensors")
+    lines = pretrained.preview(*abstract, pretrained=path, arch="resnet10")
+    *_, started = pretrained.start_from(*state, pretrained=path, arch="resnet10")
+    assert lines[: len(started)] == started
+    rows = [line.split() for line in lines[len(started) :]]
+    stages = ["bn1", "conv1", "layer1", "layer2", "layer3", "layer4"]
+    assert [row[0] for row in rows] == [
+        f"{s}.{n}" for s in pretrained.STREAMS for n in stages
+    ]
+    assert rows[1][1:] == ["1", "arrays", f"{7 * 7 * 3 * 4}", "values"]
+    assert rows[2][1:] == ["10", "arrays", f"{2 * 9 * 4 * 4 + 2 * 4 * 4}", "values"]
+    assert sum(int(row[1]) for row in rows) == 2 * 60
+    path = save(changed(network().state_dict(), **{BN: None}), tmp_path, "zip.pth")
+    with pytest.raises(ValueError, match=f"1 missing: {BN}"):
+        pretrained.preview(*abstract, pretrained=path, arch="resnet10")

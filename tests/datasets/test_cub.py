@@ -1,0 +1,180 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cra_jax.datasets import sources
+from tests.helpers.dataset_folders import (
+    CUB_FILES,
+    cub_tree,
+    labels,
+    nabirds_tree,
+    names,
+    save_picture,
+)
+
+
+def test_cub(tmp_path):
+    cub_tree(tmp_path / "CUB_200_2011")
+    for path in (tmp_path, str(tmp_path / "CUB_200_2011")):
+        dataset = sources.load("cub", path)
+        assert dataset.class_names == ("001.Wren", "002.Tit")
+        assert names(dataset, "train") == [f"images/{CUB_FILES[i]}" for i in (0, 3)]
+        assert names(dataset, "test") == [f"images/{CUB_FILES[i]}" for i in (1, 2)]
+        assert labels(dataset, "train") == labels(dataset, "test") == [0, 1]
+        assert dataset.notes == ()
+    record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
+    assert record.box == pytest.approx((0.1, 0.1, 0.6, 0.5))
+    assert record.read(25).shape == (25, 50, 3)
+
+
+def test_cub_without_boxes_and_with_a_picture_too_many(tmp_path):
+    cub_tree(tmp_path, boxes=False)
+    save_picture(tmp_path / "images/001.Wren/w3.jpg")
+    dataset = sources.load("cub", tmp_path)
+    assert dataset.splits["train"][0].box is None
+    assert len(dataset.notes) == 1
+    assert dataset.notes[0].startswith("1 pictures not listed: ")
+    assert dataset.notes[0].endswith("w3.jpg")
+
+
+def test_cub_with_gaps_in_its_class_numbers(tmp_path):
+    cub_tree(
+        tmp_path,
+        classes="17 017.Tit\n9 009.Wren\n",
+        image_class_labels="1 9\n2 9\n3 17\n4 17\n",
+    )
+    dataset = sources.load("cub", tmp_path)
+    assert dataset.class_names == ("009.Wren", "017.Tit")
+    assert labels(dataset, "train") == [0, 1]
+
+
+CUB_MISTAKES = {
+    "no labels": ({"image_class_labels": ""}, r"labels\.txt: this file is missing"),
+    "no classes": ({"classes": ""}, r"classes\.txt: this file is missing"),
+    "one label short": (
+        {"image_class_labels": "1 1\n2 1\n3 2\n"},
+        r"labels\.txt: 3 ids, but images\.txt has 4; not in both: 4",
+    ),
+    "one split too many": (
+        {"train_test_split": "1 1\n2 0\n3 0\n4 1\n5 1\n"},
+        r"split\.txt: 5 ids, but images\.txt has 4; not in both: 5",
+    ),
+    "unknown class": (
+        {"image_class_labels": "1 1\n2 1\n3 2\n4 3\n"},
+        r"image 4 has class '3'.*must be in classes\.txt",
+    ),
+    "odd split": (
+        {"train_test_split": "1 1\n2 0\n3 2\n4 1\n"},
+        r"image 3 .* split '2'.*the split 0 or 1",
+    ),
+    "odd box": (
+        {"bounding_boxes": "1 1 1 5 5\n2 1 1 x 5\n3 1 1 5 5\n4 1 1 5 5\n"},
+        r"image 2 .* box '1 1 x 5'.*four numbers",
+    ),
+    "doubled id": (
+        {"train_test_split": "1 1\n2 0\n2 0\n4 1\n"},
+        r"split\.txt, line 3: '2 0' is not a new id",
+    ),
+    "half a line": (
+        {"classes": "1 001.Wren\n2\n"},
+        r"classes\.txt, line 2: '2' is not",
+    ),
+    "doubled class": ({"classes": "1 Tit\n2 Tit\n"}, "class names listed .*: Tit"),
+    "doubled picture": (
+        {"images": "".join(f"{i} {CUB_FILES[i // 3]}\n" for i in range(1, 5))},
+        r"pictures listed more than once: images/001\.Wren/w1\.jpg",
+    ),
+    "class never trained": (
+        {"train_test_split": "1 1\n2 1\n3 0\n4 0\n"},
+        r"1 classes have no training picture: 002\.Tit",
+    ),
+    "no test": ({"train_test_split": "1 1\n2 1\n3 1\n4 1\n"}, "'test' has no pictures"),
+}
+
+
+@pytest.mark.parametrize("mistake", CUB_MISTAKES)
+def test_mistakes_in_cub(mistake, tmp_path):
+    changes, message = CUB_MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.load("cub", cub_tree(tmp_path, **changes))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_pictures_are_counted_and_named(tmp_path):
+    cub_tree(tmp_path)
+    for file in (CUB_FILES[0], CUB_FILES[2]):
+        (tmp_path / "images" / file).unlink()
+    with pytest.raises(
+        ValueError, match=r"2 listed pictures are missing: .*w1\.jpg, .*t1"
+    ):
+        sources.load("cub", tmp_path)
+
+
+def test_loading_opens_no_picture(tmp_path):
+    cub_tree(tmp_path)
+    for file in CUB_FILES:
+        (tmp_path / "images" / file).write_bytes(b"not a picture")
+    record = sources.load("cub", tmp_path).splits["train"][0]
+    for use in (lambda: record.box, lambda: record.read(32)):
+        with pytest.raises(ValueError, match=r"w1\.jpg: not a picture"):
+            use()
+
+
+# Where a mark in the stored picture's top left quarter goes once it is upright.
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_the_picture(orientation, tmp_path):
+    cub_tree(tmp_path, bounding_boxes="".join(f"{i} 8 8 24 8\n" for i in range(1, 5)))
+    pixels = np.zeros((48, 80, 3), np.uint8)
+    pixels[8:16, 8:32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "images" / CUB_FILES[0]
+    Image.fromarray(pixels).save(file, exif=exif, quality=100)
+
+    record = sources.load("cub", tmp_path).splits["train"][0]
+    seen = record.read(48)[..., 0] > 128
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    height, width = seen.shape
+    assert record.box == pytest.approx(
+        (
+            columns[0] / width,
+            rows[0] / height,
+            (columns[-1] + 1) / width,
+            (rows[-1] + 1) / height,
+        )
+    )
+
+
+def test_boxes_follow_the_cut_of_long_pictures_and_stay_inside(tmp_path):
+    cub_tree(
+        tmp_path,
+        bounding_boxes="1 950 0 100 5\n2 0 0 10 5\n3 -5 -5 20 20\n4 90 40 99 99\n",
+    )
+    for file in CUB_FILES[:2]:
+        save_picture(tmp_path / "images" / file, size=(2000, 10))
+    dataset = sources.load("cub", tmp_path)
+    long, corner = dataset.splits["train"]
+    outside, edge = dataset.splits["test"]
+    assert long.box == pytest.approx((0, 0, 1, 0.5))
+    assert corner.box == pytest.approx((0.9, 0.8, 1, 1))
+    assert outside.box == pytest.approx((0, 0, 0, 0.5))
+    assert edge.box == pytest.approx((0, 0, 0.15, 0.3))
+
+
+def test_nabirds_counts_only_classes_with_pictures(tmp_path):
+    dataset = sources.load("nabirds", nabirds_tree(tmp_path / "nabirds").parent)
+    assert dataset.name == "nabirds"
+    assert dataset.class_names == ("Titmouse", "Junco (Red-backed/Grey)")
+    assert labels(dataset, "train") == labels(dataset, "test") == [0, 1]
+    assert dataset.splits["train"][0].box == pytest.approx((0.1, 0.1, 0.6, 0.5))
+    assert dataset.notes == ("2 of 4 names in classes.txt are groups without pictures",)
+
+
+def test_nabirds_label_without_a_name(tmp_path):
+    root = nabirds_tree(tmp_path, classes="0 Birds\n817 Titmouse\n")
+    with pytest.raises(
+        ValueError, match=r"image a-2 has class '1010'.*in classes\.txt"
+    ):
+        sources.load("nabirds", root)

@@ -1,0 +1,481 @@
+"""Downloads from a server that can be told to misbehave, and archives that do."""
+
+import fcntl
+import hashlib
+import io
+import random
+import re
+import shutil
+import sys
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cra_jax.datasets import archives, download, sources
+from cra_jax.runtime import progress
+
+DATA = random.Random(0).randbytes(300_000)
+
+
+class Server(ThreadingHTTPServer):
+    """What it serves, how the next answers go, and what was asked for."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/set.tgz"
+        self.data, self.ranges = DATA, True
+        self.script: list[dict] = []
+        self.asked: list[str | None] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `server.data`, or what `server.script` says of the next request."""
+
+    def do_GET(self):
+        server = self.server
+        assert isinstance(server, Server)
+        asked = self.headers.get("Range")
+        server.asked.append(asked)
+        step = server.script.pop(0) if server.script else {}
+        data = step.get("data", server.data)
+        first = 0
+        if asked and step.get("ranges", server.ranges):
+            first = int(asked.removeprefix("bytes=").removesuffix("-"))
+        code = step.get("code") or (206 if first else 200)
+        self.send_response(code)
+        body = data[first:]
+        if step.get("length", True):
+            self.send_header("Content-Length", str(len(body)))
+        if code == 206:
+            shown = step.get("first", first)
+            total = step.get("total", len(data))
+            self.send_header("Content-Range", f"bytes {shown}-{len(data) - 1}/{total}")
+        self.end_headers()
+        self.wfile.write(body[: step.get("stop", len(body))])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A server on this machine."""
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(download, "_FIRST_WAIT_S", 0.0)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def fetch(server, target: Path, data: bytes = DATA, **options) -> Path:
+    sha256 = hashlib.sha256(data).hexdigest()
+    return download.fetch(server.url, target, size=len(data), sha256=sha256, **options)
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# --- fetch -------------------------------------------------------------------------
+
+
+def test_a_file_is_fetched_once(server, tmp_path, capsys):
+    target = tmp_path / "new" / "set.tgz"
+    assert fetch(server, target) == target
+    assert target.read_bytes() == DATA
+    shown = capsys.readouterr().err
+    assert f"fetching {server.url} (0.3 MB)" in shown
+    assert "set.tgz: 0.3 of 0.3 MB, " in shown
+    assert fetch(server, target) == target
+    assert server.asked == [None]
+    assert left(target.parent) == [".set.tgz.lock", "set.tgz"]
+
+
+def test_nothing_is_said_where_no_progress_is_wanted(server, tmp_path, capfd):
+    server.script = [{"stop": 100}]
+    fetch(server, tmp_path / "a", progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_broken_download_goes_on(server, length, tmp_path, capsys):
+    server.script = [
+        {"stop": 100_000, "length": length},
+        {"stop": 50_000},
+        {"code": 503},
+    ]
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+    assert server.asked == [None, "bytes=100000-", "bytes=150000-", "bytes=150000-"]
+    shown = capsys.readouterr().err
+    assert "the connection ended early; trying again in" in shown
+    assert "the server answers 503" in shown
+
+
+def test_the_next_call_goes_on(server, tmp_path, capsys):
+    server.script = [{"stop": 40_000}] + [{"code": 500}] * (download.ATTEMPTS - 1)
+    with pytest.raises(
+        ValueError, match=r"the server answers 500.*5 attempts.*run again"
+    ):
+        fetch(server, tmp_path / "a")
+    assert (tmp_path / "a.partial").stat().st_size == 40_000
+    assert len(server.asked) == download.ATTEMPTS
+    capsys.readouterr()
+    fetch(server, tmp_path / "a")
+    assert server.asked[-1] == "bytes=40000-"
+    assert "going on from 0.0 MB" in capsys.readouterr().err
+    assert left(tmp_path) == [".a.lock", "a"]
+
+
+def test_attempts_that_bring_much_are_not_counted(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_PIECE", 10_000)
+    server.script = [{"stop": 20_000}] * (2 * download.ATTEMPTS)
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+
+
+def test_a_server_without_ranges_starts_over(server, tmp_path):
+    server.ranges = False
+    server.script = [{"stop": 200_000}]
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+    assert server.asked == [None, "bytes=200000-"]
+
+
+def test_another_range_than_asked_for_is_not_appended(server, tmp_path):
+    server.script = [{"stop": 200_000}, {"first": 7}]
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+    assert server.asked == [None, "bytes=200000-", None]
+
+
+@pytest.mark.parametrize("size", [len(DATA), len(DATA) + 5])
+def test_a_partial_file_that_is_long_enough(server, size, tmp_path):
+    (tmp_path / "a.partial").write_bytes((DATA + b"12345")[:size])
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+    assert server.asked == ([] if size == len(DATA) else [None])
+
+
+def test_pieces_of_two_versions_are_fetched_anew(server, tmp_path):
+    (tmp_path / "a.partial").write_bytes(b"x" * 1000)
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+    assert server.asked == ["bytes=1000-", None]
+
+
+def test_a_wrong_checksum(server, tmp_path):
+    other = DATA[:-1] + b"x"
+    with pytest.raises(ValueError, match=r"has sha256 .*, not .*another file by now"):
+        fetch(server, tmp_path / "a", other)
+    assert server.asked == [None]
+    (tmp_path / "a.partial").write_bytes(DATA[:10])
+    with pytest.raises(ValueError, match=f"save it as {tmp_path}/a .300,000 bytes"):
+        fetch(server, tmp_path / "a", other)
+    assert server.asked == [None, "bytes=10-", None]
+    assert left(tmp_path) == [".a.lock"]
+
+
+@pytest.mark.parametrize("code", [403, 404, 410])
+def test_an_address_that_is_dead_is_tried_once(server, code, tmp_path):
+    server.script = [{"code": code}] * 9
+    with pytest.raises(ValueError, match=f"answers {code}.*get {server.url} by other"):
+        fetch(server, tmp_path / "a")
+    assert server.asked == [None]
+
+
+def test_a_page_in_the_place_of_the_file(server, tmp_path):
+    (tmp_path / "a.partial").write_bytes(DATA[:1000])
+    server.script = [{"data": b"<html>please log in</html>", "ranges": False}]
+    with pytest.raises(ValueError, match=r"now gives 26 bytes, not 300,000"):
+        fetch(server, tmp_path / "a")
+    assert (tmp_path / "a.partial").read_bytes() == DATA[:1000]  # nothing is lost
+    server.script = [{"total": 400_000}]
+    with pytest.raises(ValueError, match=r"now gives 400,000 bytes, not 300,000"):
+        fetch(server, tmp_path / "a")
+
+
+def test_no_range_left_at_the_server(server, tmp_path):
+    (tmp_path / "a.partial").write_bytes(DATA[:1000])
+    server.script = [{"code": 416}]
+    assert fetch(server, tmp_path / "a").read_bytes() == DATA
+    assert server.asked == ["bytes=1000-", None]
+
+
+def test_no_network_says_how_to_go_on(tmp_path):
+    with Server() as gone:
+        url = gone.url
+    with pytest.raises(ValueError, match=r"no answer .*refused") as caught:
+        download.fetch(url, tmp_path / "a", size=10, sha256="ab" * 32, progress=False)
+    assert f"save it as {tmp_path / 'a'} (10 bytes, sha256 abab" in str(caught.value)
+
+
+def test_a_file_placed_by_hand_is_checked(server, tmp_path):
+    (tmp_path / "a").write_bytes(DATA[:-1])
+    with pytest.raises(ValueError, match=f"{tmp_path}/a has 299,999 bytes.*remove it"):
+        fetch(server, tmp_path / "a")
+    (tmp_path / "a").write_bytes(DATA)
+    fetch(server, tmp_path / "a")
+    assert server.asked == []
+
+
+def test_a_disk_that_is_too_small(server, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=len(DATA) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"a takes 0\.3 MB more, but .* 0\.3 MB free"):
+        fetch(server, tmp_path / "a")
+    (tmp_path / "a.partial").write_bytes(DATA[:1])
+    fetch(server, tmp_path / "a")
+
+
+def test_a_folder_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"cannot write .*/file/a .*choose another"):
+        fetch(server, tmp_path / "file" / "a")
+
+
+def test_a_second_process_waits(server, tmp_path, capsys):
+    with (tmp_path / ".a.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=fetch, args=(server, tmp_path / "a"))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert server.asked == []
+    thread.join()
+    assert (tmp_path / "a").read_bytes() == DATA
+    assert "a: another process is at work on it; waiting" in capsys.readouterr().err
+
+
+# --- archives ----------------------------------------------------------------------
+
+
+def member(name: str, content: bytes = b"abc", **fields) -> tuple:
+    info = tarfile.TarInfo(name)
+    info.size = 0 if "type" in fields else len(content)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, content
+
+
+def make_tar(file: Path, *members: tuple, mode: str = "w:gz") -> Path:
+    kind: Any = mode  # the types of tarfile.open want a literal
+    with tarfile.open(file, kind) as tar:
+        for info, content in members:
+            tar.addfile(info, io.BytesIO(content))
+    return file
+
+
+def unpack(archive: Path, target: Path, **options) -> Path:
+    return archives.unpack_tar(archive, target, **{"max_bytes": 10**6, **options})
+
+
+@pytest.mark.parametrize("mode", ["w:", "w:gz", "w:bz2", "w:xz"])
+def test_unpacking(mode, tmp_path, capsys):
+    members = (
+        member("./set/deep/a.txt", mode=0o4755, uid=12345),
+        member("set", type=tarfile.DIRTYPE),
+        member("set/empty", type=tarfile.DIRTYPE),
+        member("rest.txt"),
+    )
+    archive = make_tar(tmp_path / "a.tar", *members, mode=mode)
+    target = tmp_path / "new" / "out"
+    assert unpack(archive, target) == target
+    assert (target / "set/deep/a.txt").read_bytes() == b"abc"
+    assert not (target / "set/deep/a.txt").stat().st_mode & 0o6111
+    assert (target / "set/empty").is_dir()
+    assert left(target) == ["rest.txt", "set"]
+    assert left(target.parent) == [".out.lock", "out"]
+
+    (target / "rest.txt").unlink()
+    unpack(archive, target)  # there already: left alone
+    assert left(target) == ["set"]
+
+    unpack(archive, tmp_path / "set", inside="set", progress=False)
+    assert left(tmp_path / "set") == ["deep", "empty"]
+    with pytest.raises(ValueError, match="there is no folder 'other' in it"):
+        unpack(archive, tmp_path / "none", inside="other")
+    assert not (tmp_path / "none").exists()
+
+
+HOSTILE = {
+    "upwards": member("../evil"),
+    "upwards from inside": member("set/../../evil"),
+    "absolute": member("HERE/evil"),
+    "symlink": member("link", type=tarfile.SYMTYPE, linkname=".."),
+    "symlink inside": member("link", type=tarfile.SYMTYPE, linkname="good"),
+    "hard link": member("link", type=tarfile.LNKTYPE, linkname="good"),
+    "device": member("device", type=tarfile.CHRTYPE),
+    "pipe": member("pipe", type=tarfile.FIFOTYPE),
+    "null": member("x", pax_headers={"path": "evil\0"}),
+    "too large": member("big", b"0" * 1001),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives_are_refused_as_a_whole(kind, tmp_path):
+    info, content = HOSTILE[kind]
+    info.name = info.name.replace("HERE", str(tmp_path))
+    archive = make_tar(tmp_path / "a.tgz", member("good"), (info, content), member("c"))
+    with pytest.raises(ValueError, match=r"a\.tgz: .*so nothing is unpacked"):
+        unpack(archive, tmp_path / "out" / "in", max_bytes=1000)
+    assert left(tmp_path / "out") == [".in.lock"]
+    assert left(tmp_path) == ["a.tgz", "out"]
+
+
+def test_too_many_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_MEMBERS", 3)
+    archive = make_tar(tmp_path / "a", *(member(str(i), b"") for i in range(4)))
+    with pytest.raises(ValueError, match=r"'3' is beyond .* or 3 files"):
+        unpack(archive, tmp_path / "out")
+
+
+def test_damaged_archives(tmp_path):
+    archive = make_tar(tmp_path / "a.tgz", *(member(f"{i}", DATA) for i in range(2)))
+    content = archive.read_bytes()
+    spoilt = bytearray(content)
+    spoilt[1000:2000] = bytes(1000)
+    for damaged in (content[:-20_000], bytes(spoilt), b"<html>404</html>", b""):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.tgz is damaged .*get it again"):
+            unpack(archive, tmp_path / "out", max_bytes=10**6)
+        assert left(tmp_path) == [".out.lock", "a.tgz"]
+    with pytest.raises(ValueError, match="gone: there is no such archive"):
+        unpack(tmp_path / "gone", tmp_path / "out")
+
+
+def test_what_a_kill_has_left_is_cleared(tmp_path):
+    archive = make_tar(tmp_path / "a.tgz", member("good"))
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "half").write_text("of a picture")
+    assert left(unpack(archive, tmp_path / "out")) == ["good"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    archive = make_tar(tmp_path / "a.tgz", member("good"))
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(ValueError, match=r"out .*No space left.*free some space"):
+        unpack(archive, tmp_path / "out")
+    assert left(tmp_path) == [".out.lock", "a.tgz"]
+
+
+# --- CUB, from nothing -------------------------------------------------------------
+
+
+def cub_archive(folder: Path) -> bytes:
+    """An archive with the layout of CUB_200_2011.tgz: two birds, four pictures."""
+    files = [f"00{c}.B{c}/{s}.jpg" for c in (1, 2) for s in ("train", "test")]
+    lists = {
+        "images": files,
+        "image_class_labels": [1, 1, 2, 2],
+        "train_test_split": [1, 0, 1, 0],
+        "bounding_boxes": ["1 1 5 5"] * 4,
+    }
+    texts = {
+        name: "".join(f"{i} {value}\n" for i, value in enumerate(values, 1))
+        for name, values in lists.items()
+    }
+    texts["classes"] = "1 001.B1\n2 002.B2\n"
+    members = [member("attributes.txt"), member("CUB_200_2011", type=tarfile.DIRTYPE)]
+    members += [
+        member(f"CUB_200_2011/{name}.txt", text.encode())
+        for name, text in texts.items()
+    ]
+    for i, name in enumerate(files):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3)).astype(np.uint8)
+        jpeg = io.BytesIO()
+        Image.fromarray(pixels).save(jpeg, "JPEG")
+        members.append(member(f"CUB_200_2011/images/{name}", jpeg.getvalue()))
+    return make_tar(folder / "made.tgz", *members).read_bytes()
+
+
+@pytest.fixture
+def cub(server, tmp_path) -> archives.Archive:
+    server.data = cub_archive(tmp_path)
+    digest = hashlib.sha256(server.data).hexdigest()
+    return archives.Archive(server.url, len(server.data), digest, 10**6)
+
+
+def test_cub_from_nothing_over_a_bad_line(server, cub, tmp_path, capsys):
+    server.script = [{"code": 502}, {"stop": 3000}, {"stop": 10}]
+    folder = tmp_path / "data"
+    path = archives.cub_200_2011(folder, archive=cub)
+    assert path == folder / "CUB_200_2011"
+    assert server.asked == [None, None, "bytes=3000-", "bytes=3010-"]
+    assert left(path) == [
+        "bounding_boxes.txt",
+        "classes.txt",
+        "image_class_labels.txt",
+        "images",
+        "images.txt",
+        "train_test_split.txt",
+    ]
+    dataset = sources.load("cub", path)
+    assert dataset.class_names == ("001.B1", "002.B2")
+    assert dataset.splits["test"][1].read(20).shape == (20, 25, 3)
+    assert f"{path} is ready" in capsys.readouterr().err
+
+    for place in (folder, path):
+        assert archives.cub_200_2011(place, archive=cub) == path
+    assert len(server.asked) == 4
+
+
+def test_cub_is_unpacked_from_an_archive_placed_by_hand(server, cub, tmp_path):
+    (tmp_path / "CUB_200_2011.tgz").write_bytes(server.data)
+    path = archives.cub_200_2011(tmp_path, archive=cub, progress=False)
+    assert (path / "images.txt").is_file()
+    assert server.asked == []
+
+
+def test_a_folder_that_is_not_cub(cub, tmp_path):
+    (tmp_path / "CUB_200_2011").mkdir()
+    with pytest.raises(ValueError, match=r"CUB_200_2011 is there, but has no images"):
+        archives.cub_200_2011(tmp_path, archive=cub)
+
+
+def test_the_published_archive():
+    assert archives.CUB.url.startswith("https://data.caltech.edu/records/65de6-vp158/")
+    assert archives.CUB.size == 1_150_585_339
+    assert re.fullmatch("[0-9a-f]{64}", archives.CUB.sha256)
+
+
+# --- progress ----------------------------------------------------------------------
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.Progress(2_000_000, "a.tgz", unit="B", done=500_000) as bar:
+        bar.advance(500_000)
+        bar.back_to(0)
+        bar.advance(2_000_000)
+    shown = capsys.readouterr().err
+    assert "a.tgz:  25%" in shown
+    assert "a.tgz: 100%" in shown
+    assert "2.00M/2.00M" in shown
+    assert "of 2.0 MB" not in shown
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    with progress.Progress(4, "look", unit="pictures") as bar:
+        bar.advance()
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 1e6)
+    with progress.Progress(4, "end", unit="pictures") as bar:
+        bar.advance(3)
+        bar.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"look: 1 of 4 pictures, .* pictures/s, \d+ s left", lines[0])
+    assert re.fullmatch(r"end: 4 of 4 pictures, .* pictures/s, 0 s left", lines[1])
+    assert len(lines) == 2

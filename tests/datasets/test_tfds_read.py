@@ -1,0 +1,344 @@
+"""Real array_record sets, which tfds builds here without TensorFlow."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
+
+from cra_jax.datasets import sources, tfds_read
+from cra_jax.input import pictures, store
+from cra_jax.input.records import Record
+from tests.helpers.tiny_tfds import build, jpeg, labelled, plain, rows
+
+BOX = (0.125, 0.25, 0.5, 0.75)  # as tfds has it: y_min, x_min, y_max, x_max
+
+
+def content(record: Record) -> bytes:
+    assert record.content is not None
+    return record.content()
+
+
+# --- what is read -------------------------------------------------------------------
+
+
+def test_features_like_those_of_caltech_birds2011(tmp_path):
+    species = "wren", "tit", "owl"
+    stored = {
+        f"{split}/{i}.jpg": {
+            "image": jpeg(i, orientation=6 if i == 4 else 1),
+            "image/filename": f"{split}/{i}.jpg",
+            "label": i % 3,
+            "label_name": species[i % 3],
+            "bbox": tfds.features.BBox(*((0.0,) * 4 if i == 5 else BOX)),
+            "segmentation_mask": b"no picture, so decoding it would fail",
+        }
+        for split, numbers in (("train", range(6)), ("test", range(6, 9)))
+        for i in numbers
+    }
+    features = {
+        **labelled(3),
+        "image/filename": tfds.features.Text(),
+        "label_name": tfds.features.Text(),
+        "bbox": tfds.features.BBoxFeature(),
+        "segmentation_mask": tfds.features.Image(shape=(None, None, 1)),
+    }
+    splits = {
+        split: [row for name, row in stored.items() if name.startswith(split)]
+        for split in ("train", "test")
+    }
+    root = build(tmp_path, "birds", features, splits)
+
+    imported = set(sys.modules)
+
+    dataset = sources.load("tfds", tmp_path, name="birds")
+
+    assert "tensorflow" not in set(sys.modules) - imported
+    assert dataset.class_names == species
+    assert dataset.root == root
+    assert dataset.notes == ()
+    assert {split: len(found) for split, found in dataset.splits.items()} == {
+        "train": 6,
+        "test": 3,
+    }
+    for split, records in dataset.splits.items():
+        assert {record.name for record in records} == {
+            name for name in stored if name.startswith(split)
+        }
+        for record in pickle.loads(pickle.dumps(records)):
+            row = stored[record.name]
+            assert record.label == row["label"]
+            assert content(record) == row["image"]
+            assert np.array_equal(record.read(8), pictures.read(row["image"], 8))
+            if record.name == "train/4.jpg":  # rotated clockwise: y became 1 - x
+                assert record.read(8).shape == (16, 8, 3)
+                assert record.box == pytest.approx((0.5, 0.25, 0.875, 0.75))
+            elif record.name == "train/5.jpg":
+                assert record.box is None
+            else:
+                assert record.box == pytest.approx((0.25, 0.125, 0.75, 0.5))
+
+
+def test_names_of_classes_and_numbers_for_pictures(tmp_path):
+    features = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(names=["wren", "tit"]),
+        "label_name": tfds.features.Text(),  # of no use where the label has names
+    }
+    splits = {
+        split: [{**row, "label_name": str(row["label"])} for row in rows(*span)]
+        for split, span in {"train": (3, 0), "test": (2, 10)}.items()
+    }
+    build(tmp_path, "named", features, splits)
+    dataset = sources.load("tfds", tmp_path, name="named:1.0.0")
+    assert dataset.class_names == ("wren", "tit")
+    train = dataset.splits["train"]
+    assert [record.name for record in train] == ["train/0", "train/1", "train/2"]
+    assert [record.box for record in train] == [None] * 3
+    by_content = {row["image"]: row["label"] for row in splits["train"]}
+    assert {content(record): record.label for record in train} == by_content
+
+
+def test_file_names_that_train_and_test_share_become_numbers(tmp_path):
+    features = {**labelled(), "file_name": tfds.features.Text()}
+    train, test = (
+        [{**row, "file_name": f"{i}.jpg"} for i, row in enumerate(rows(2, first))]
+        for first in (0, 10)
+    )
+    build(tmp_path, "shared", features, {"train": train, "test": test})
+    found = tfds_read.read_set("shared", tmp_path).splits
+    assert [e.name for e in found["train"]] == ["train/0", "train/1"]
+    assert [e.name for e in found["test"]] == ["test/0", "test/1"]
+
+
+@pytest.mark.parametrize(
+    ("bbox_format", "corners"),
+    [("REL_XYXY", BOX), (None, (1.0, 2.0, 3.0, 4.0)), (None, (0.5, 0.5, 0.5, 0.5))],
+)
+def test_boxes_that_say_something_else_are_not_used(tmp_path, bbox_format, corners):
+    box = tfds.features.BBox(*corners)
+    both = [{**row, "bbox": box} for row in rows(2)]
+    features = {
+        **labelled(),
+        "bbox": tfds.features.BBoxFeature(bbox_format=bbox_format),
+    }
+    build(tmp_path, "boxes", features, {"train": both, "test": both})
+    found = tfds_read.read_set("boxes", tmp_path).splits
+    assert [e.box for e in found["train"]] == [None, None]
+
+
+def test_numbers_stay_where_the_names_are_not_one_for_each_class(tmp_path):
+    features = {**labelled(), "label_name": tfds.features.Text()}
+    both = [{**row, "label_name": "bird"} for row in rows(2)]
+    build(tmp_path, "same", features, {"train": both, "test": both})
+    assert tfds_read.read_set("same", tmp_path).class_names == ("0", "1")
+
+
+def test_a_set_built_anew_has_other_stamps_and_is_read_anew(tmp_path):
+    plain(tmp_path)
+    before = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    again = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    assert [record.stamp for record in again] == [record.stamp for record in before]
+    assert len({record.stamp for record in before}) == len(before)
+    old = {content(record) for record in before}
+    shutil.rmtree(tmp_path / "plain")
+    plain(tmp_path, train=rows(4, 20), test=rows(2, 30))
+    after = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    assert not {r.stamp for r in before} & {r.stamp for r in after}
+    assert {content(r) for r in after}.isdisjoint(old)
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
+    both = [*rows(2), {"image": b"no picture", "label": 0}]
+    plain(tmp_path, train=both, test=both)
+    records = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    (junk,) = [record for record in records if content(record) == b"no picture"]
+    with pytest.raises(pictures.PictureError, match=f"^{junk.name}: not a picture"):
+        junk.read(8)
+
+
+def test_pictures_are_prepared(tmp_path):
+    plain(tmp_path)
+    records = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    prepared = store.prepare(
+        records, short_side_px=8, cache_dir=tmp_path / "cache", name="plain", workers=2
+    )
+    assert len(prepared) == len(records)
+    for i, record in enumerate(records):
+        assert np.array_equal(prepared[i], pictures.read(content(record), 8))
+
+
+def test_progress_can_be_silenced(tmp_path, capsys):
+    plain(tmp_path)
+    tfds_read.read_set("plain", tmp_path)
+    assert "labels of plain: 6 of 6 pictures" in capsys.readouterr().err
+    tfds_read.read_set("plain", tmp_path, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+# --- splits -------------------------------------------------------------------------
+
+
+def test_validation_serves_where_there_is_no_test(tmp_path):
+    plain(tmp_path, train=rows(2), validation=rows(4, 10), extra=rows(2, 20))
+    dataset = sources.load("tfds", tmp_path, name="plain")
+    assert set(dataset.splits) == {"train", "test"}
+    assert len(dataset.splits["test"]) == 4
+    assert "'validation' serves" in dataset.notes[0]
+    assert dataset.notes[1:] == ("the split 'extra' is not used",)
+
+
+def test_test_goes_before_validation(tmp_path):
+    plain(tmp_path, train=rows(2), validation=rows(4, 10), test=rows(2, 20))
+    found = tfds_read.read_set("plain", tmp_path)
+    assert len(found.splits["test"]) == 2
+    assert found.notes == ("the split 'validation' is not used",)
+
+
+@pytest.mark.parametrize("only", ["train", "test"])
+def test_one_split_is_not_enough(tmp_path, only):
+    plain(tmp_path, **{only: rows(2)})
+    with pytest.raises(ValueError, match=f"its splits are {only}; train is needed"):
+        tfds_read.read_set("plain", tmp_path)
+
+
+# --- what is refused ----------------------------------------------------------------
+
+
+def test_a_set_that_is_not_built(tmp_path):
+    with pytest.raises(ValueError, match="'mnist' is not built there; build") as caught:
+        sources.load("tfds", tmp_path, name="mnist")
+    message = str(caught.value)
+    assert "--mode prepare" in message
+    assert 'pip install ".[tfds-build]"' in message
+    assert "sha256" not in message  # of the archives, which tfds downloads itself
+
+
+def test_cars_says_which_archives_go_where(tmp_path):
+    with pytest.raises(ValueError, match="dead since 2023") as caught:
+        tfds_read.read_set("cars196:2.1.0", tmp_path)
+    message = str(caught.value)
+    assert f"from {tmp_path / 'downloads' / 'manual'} " in message
+    assert "--config.data.source=cars" in message
+    listed = (
+        Path(tfds.__file__).parent / "url_checksums" / "cars196.txt"
+    ).read_text()  # what tfds itself will check
+    assert len(listed.splitlines()) == 4
+    for line in listed.splitlines():
+        _, size, sha256, file = line.split("\t")
+        assert f"    {file}  {size} bytes\n        sha256 {sha256}" in message
+
+
+def test_where_a_set_is_to_be_built(tmp_path):
+    assert tfds_read.where_to_build("plain", tmp_path) == tmp_path
+    root = plain(tmp_path)
+    assert tfds_read.where_to_build("plain", tmp_path) is None
+    assert tfds_read.where_to_build("plain:2.0.0", tmp_path) == tmp_path
+    described = root / "dataset_info.json"
+    described.write_text(described.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="stored as tfrecord"):
+        tfds_read.where_to_build("plain", tmp_path)
+
+
+def test_misspelt_sets_and_versions(tmp_path):
+    with pytest.raises(ValueError, match=r"no set of that name; meant is caltech_bi"):
+        tfds_read.read_set("caltech_birds2O11", tmp_path)
+    with pytest.raises(ValueError, match=r"no set of that name\);"):
+        tfds_read.read_set("qqqqqqqq", tmp_path)
+    plain(tmp_path)
+    with pytest.raises(ValueError, match=r"of plain there is: 1\.0\.0\)"):
+        tfds_read.read_set("plain:9.0.0", tmp_path)
+    with pytest.raises(ValueError, match=r"cannot open 'a b' .*names are set"):
+        tfds_read.read_set("a b", tmp_path)
+    with pytest.raises(ValueError, match="name is empty"):
+        sources.load("tfds", tmp_path)
+
+
+def test_without_a_path_it_is_where_tfds_keeps_its_sets(tmp_path, monkeypatch):
+    plain(tmp_path)
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for path in ("", None, f"~/{tmp_path.name}"):
+        assert len(sources.load("tfds", path, name="plain").splits["train"]) == 4
+
+
+def test_a_set_that_only_tensorflow_reads(tmp_path):
+    described = plain(tmp_path) / "dataset_info.json"
+    text = described.read_text().replace("array_record", "tfrecord")
+    described.write_text(text)
+    with pytest.raises(ValueError, match=r"stored as tfrecord, .* move that folder aw"):
+        tfds_read.read_set("plain", tmp_path)
+
+
+def test_damaged_sets(tmp_path):
+    root = plain(tmp_path)
+    records = sources.load("tfds", tmp_path, name="plain").splits["train"]
+    (shard,) = root.glob("*train*")
+    intact = shard.read_bytes()
+
+    damaged = bytearray(intact)
+    damaged[300] ^= 255
+    shard.write_bytes(damaged)
+    tfds_read._source.cache_clear()  # what an open file holds may be read still
+    with pytest.raises(pictures.PictureError, match=r"picture \d of 'train' cannot be"):
+        _ = [record.read(8) for record in records]
+    with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
+        tfds_read.read_set("plain", tmp_path)
+    shard.write_bytes(intact[:-100])
+    with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
+        tfds_read.read_set("plain", tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"damaged \(FileNotFoundError.* remove"):
+        tfds_read.read_set("plain", tmp_path)
+    (root / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot open 'plain' .*build it anew"):
+        tfds_read.read_set("plain", tmp_path)
+
+
+def test_pictures_without_a_class(tmp_path):
+    unlabelled = [{**row, "label": -1} for row in rows(2)]
+    plain(tmp_path, train=rows(2), test=unlabelled)
+    with pytest.raises(
+        ValueError, match=r"2 of 2 pictures of 'test' have no class .*-1"
+    ):
+        tfds_read.read_set("plain", tmp_path)
+
+
+def test_sets_of_another_kind(tmp_path):
+    both = [{**row, "label": "wren"} for row in rows(2)]
+    features = {**labelled(), "label": tfds.features.Text()}
+    build(tmp_path, "texts", features, {"train": both, "test": both})
+    with pytest.raises(ValueError, match="not have uint8 pictures of one class each"):
+        tfds_read.read_set("texts", tmp_path)
+
+    described = plain(tmp_path) / "features.json"
+    text = described.read_text().replace('"uint8"', '"uint16"')
+    described.write_text(text)
+    with pytest.raises(ValueError, match="not have uint8 pictures of one class each"):
+        tfds_read.read_set("plain", tmp_path)
+
+
+def test_the_keys_that_a_set_names_as_supervised(tmp_path):
+    features = {
+        "photo": tfds.features.Image(),
+        "breed": tfds.features.ClassLabel(num_classes=2),
+        "breed_name": tfds.features.Text(),
+    }
+    both = [
+        {"photo": row["image"], "breed": row["label"], "breed_name": "ab"[row["label"]]}
+        for row in rows(2)
+    ]
+    root = build(tmp_path, "dogs", features, {"train": both, "test": both})
+    described = root / "dataset_info.json"
+    info = json.loads(described.read_text())
+    pair = [{"featureKey": "photo"}, {"featureKey": "breed"}]
+    info["supervisedKeys"] = {"tuple": {"items": pair}}
+    described.write_text(json.dumps(info))
+    found = tfds_read.read_set("dogs", tmp_path)
+    assert found.class_names == ("a", "b")
+    assert {e.content() for e in found.splits["train"]} == {r["photo"] for r in both}

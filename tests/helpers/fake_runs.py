@@ -1,0 +1,75 @@
+"""Run folders that were never trained: what pages are tested with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.cub import get_config
+from cra_jax.runtime import run_folder
+
+
+def make(
+    workdir: Path,
+    *,
+    variant: str = "",
+    right: int = 7,
+    labels: tuple[int, ...] = (0, 1) * 5,
+    seed: int = 0,
+    scores: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a run folder whose network got the first `right` pictures right.
+
+    Args:
+      workdir: the folder.
+      variant: of `configs/cub.py`.
+      right: of the pictures.
+      labels: of all pictures, of 2 classes.
+      seed: of the run.
+      scores: more of the line of scores.
+      changes: of settings, as {"train.epochs": 3}.
+    """
+    workdir.mkdir(parents=True)
+    config = get_config(variant)
+    config.update_from_flattened_dict(
+        {"train.epochs": 2, "seed": seed, **(changes or {})}
+    )
+    run_folder.keep_config(workdir, config.to_dict())
+    for step in (10, 20):
+        train = {"step": step, "epoch": step // 10, "split": "train", "loss": 1.0}
+        run_folder.append_metrics(workdir, train | {"images_per_second": 64.0})
+    line = {"step": 20, "epoch": 2, "split": "test", "protocol": "center"}
+    top1 = right / len(labels)
+    line |= {"top1": top1, "top5": 1.0, "mean_per_class": top1, "count": len(labels)}
+    run_folder.append_metrics(workdir, line | (scores or {}))
+    results = [
+        run_folder.Result(
+            index=i,
+            name=f"test/{i:03}.jpg",
+            label=label,
+            predicted=label if i < right else 1 - label,
+            confidence=0.5 + i / 100,
+            step=20,
+        )
+        for i, label in enumerate(labels)
+    ]
+    run_folder.write_results(workdir, "test", "center", results)
+    return workdir
+
+
+def write_start(workdir: Path, **changes: Any) -> None:
+    """Adds a start to a run's `provenance.json`."""
+    path = workdir / "provenance.json"
+    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    start = {
+        "started": "2026-01-01T10:00:00+00:00",
+        "ended": "2026-01-01T12:05:00+00:00",
+        "outcome": "finished",
+        "first_step": 0,
+        "command": "python launch.py",
+        "code": {"commit": "a" * 40, "changed": []},
+        "versions": {"python": "3.11.0", "jax": "0.10.2"},
+        "system": "Linux x86_64, 8 cores",
+        "devices": "8 x test",
+    }
+    path.write_text(json.dumps({"starts": [*starts, start | changes]}))

@@ -1,0 +1,66 @@
+"""Real photographs, exports, and what somebody else would make of both."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cra_jax.inference import export
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import build
+
+SPECIES = 10
+
+
+def paths(shared_data: Path, count: int) -> list[Path]:
+    """Photographs of birds, of as many species as there are."""
+    folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
+    species = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert len(species) == SPECIES
+    ranks = [sorted(folder.glob("*.jpg")) for folder in species]
+    return [ranks[i % SPECIES][i // SPECIES] for i in range(count)]
+
+
+def crop(path: Path, about: dict[str, Any]) -> np.ndarray:
+    """What the network should see, `[crop_px, crop_px, 3]`, by an export's own words.
+
+    With Pillow and NumPy alone: nothing of this package.
+    """
+    assert about["interpolation"] == "bicubic, antialiased"
+    assert about["crop"] == "centre, from (side - crop_px) // 2"
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file).convert("RGB")
+    short, side = about["resize_short_side_px"], about["crop_px"]
+    scale = short / min(picture.size)
+    width, height = (round(n * scale) for n in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.asarray(picture)[top : top + side, left : left + side]
+
+
+def normalize(crops: np.ndarray, about: dict[str, Any]) -> np.ndarray:
+    """Float32 `[b, 3, h, w]`, as torch's networks want them."""
+    normal = (crops / 255 - about["mean"]) / np.array(about["std"])
+    return normal.transpose(0, 3, 1, 2).astype(np.float32)
+
+
+def export_run(config: Any, variables: Any, workdir: Path) -> dict[str, Any]:
+    """A CRA-CNN whose classification stream has these variables, exported.
+
+    Returns:
+      What `export/config.json` says.
+    """
+    network = build.build_network(config, SPECIES)
+    assert network.regularization_stream is not None
+    saved = {
+        collection: {"classification_stream": tree, "regularization_stream": tree}
+        for collection, tree in variables.items()
+    }
+    names = [f"species {i}" for i in range(SPECIES)]
+    meta = {"class_names": names, "epoch": 1, "config": config.to_dict()}
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(1, saved, meta)
+    export.run(config, workdir)
+    return json.loads((workdir / "export" / "config.json").read_text())

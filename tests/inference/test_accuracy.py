@@ -1,0 +1,67 @@
+"""Scores against counting by hand, and means that fetch only when asked."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cra_jax.inference import accuracy
+from cra_jax.training import running_mean
+
+
+def test_scores_are_counted_picture_by_picture():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(37, 9)), rng.integers(0, 8, 37)
+    top1 = top5 = loss = 0
+    per_class: dict[int, list[int]] = {}
+    for scores, label in zip(logits, labels, strict=True):
+        ranked = sorted(range(9), key=lambda k: -scores[k])
+        top1 += ranked[0] == label
+        top5 += label in ranked[:5]
+        per_class.setdefault(label, []).append(ranked[0] == label)
+        loss -= scores[label] - np.log(sum(np.exp(s) for s in scores))
+    found = accuracy.classification_scores(logits, labels)
+    assert found["top1"] == pytest.approx(top1 / 37, abs=1e-15)
+    assert found["top5"] == pytest.approx(top5 / 37, abs=1e-15)
+    means = [np.mean(hits) for hits in per_class.values()]
+    assert found["mean_per_class"] == pytest.approx(np.mean(means), abs=1e-15)
+    assert found["loss_cls1"] == pytest.approx(loss / 37, rel=1e-12)
+    assert found["count"] == 37
+
+
+def test_a_class_that_the_split_lacks_does_not_count():
+    found = accuracy.classification_scores(np.eye(4)[[0, 1, 1]], np.array([0, 1, 3]))
+    assert found["mean_per_class"] == pytest.approx((1 + 1 + 0) / 3)
+
+
+def test_of_equal_scores_the_lower_class_wins():
+    logits = np.zeros((2, 7))
+    found = accuracy.classification_scores(logits, np.array([0, 6]))
+    assert (found["top1"], found["top5"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_no_numbers_are_refused(bad):
+    logits = np.zeros((3, 4))
+    logits[1, 2] = bad
+    with pytest.raises(ValueError, match="picture 1 of the split are not finite"):
+        accuracy.classification_scores(logits, np.zeros(3, int))
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        accuracy.classification_scores(np.zeros((0, 4)), np.zeros(0, int))
+
+
+def test_mean_goes_on_from_what_was_saved():
+    whole, first = running_mean.Mean(), running_mean.Mean()
+    for value in (0.1, 0.7, 0.4):
+        whole.add({"loss": jnp.float32(value)})
+    first.add({"loss": jnp.float32(0.1)})
+    second = running_mean.Mean()
+    for saved in first.fetch():
+        second.add(saved)
+    for value in (0.7, 0.4):
+        second.add({"loss": jnp.float32(value)})
+    assert len(second) == 3
+    assert second.take() == whole.take()
+    assert len(second) == 0

@@ -1,0 +1,520 @@
+"""The demo page: its server by hand, and the page in a real browser."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from PIL import Image
+
+from cra_jax.inference import demo, predict
+from tests.helpers import tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
+KIND = {"Content-Type": "application/octet-stream"}
+
+
+def _png(width=60, height=45, seed=0):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
+    file = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    tiny_run.save(folder)
+    return predict.load(folder)
+
+
+@contextlib.contextmanager
+def _serving(predictor):
+    with demo.make_server(predictor, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(predictor):
+    with _serving(predictor) as server:
+        yield server
+
+
+def _ask(server, method="POST", path="/predict", body: Any = None, **headers):
+    """Status, headers and body of one request; a header None is not sent."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    with contextlib.closing(connection):
+        sent = {k.replace("_", "-"): v for k, v in headers.items() if v is not None}
+        connection.putrequest(method, path, skip_host="Host" in sent)
+        if body is not None and "Content_Length" not in headers:
+            sent["Content-Length"] = str(len(body))
+        for name, value in sent.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read()
+
+
+def _predict(server, body, **headers):
+    return _ask(server, body=body, **{"Content_Type": KIND["Content-Type"], **headers})
+
+
+def test_an_answer_is_the_predictors(server, predictor):
+    data = _png()
+    status, _, body = _predict(server, data)
+    assert status == 200
+    answer = json.loads(body)
+    expected = predictor(data)
+    assert [c["name"] for c in answer["classes"]] == list(expected.classes)
+    shares = [c["probability"] for c in answer["classes"]]
+    assert_allclose(shares, expected.probabilities, rtol=1e-4)
+    assert answer["size_px"] == [60, 45]
+    assert answer["shown_px"] == [48, 36]
+    # Fractions of the shown picture, whatever its size.
+    corners = expected.attention_px / [60, 45]
+    assert_allclose(answer["corners"], corners, atol=1e-4)
+    crop = np.divide(expected.crop_box_px, [60, 45, 60, 45])
+    assert_allclose(answer["crop"], crop, atol=1e-6)
+    for key, size in (("picture", (48, 36)), ("heat", (32, 32))):
+        head, _, text = answer[key].partition(",")
+        assert head.startswith("data:image/")
+        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            assert image.size == size
+
+
+def test_the_page_runs_nothing_but_its_own(server):
+    status, headers, body = _ask(server, "GET", "/")
+    assert status == 200
+    assert body == (ROOT / "cra_jax" / "inference" / "demo.html").read_bytes()
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "*" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert b"http://" not in body  # nothing is loaded from anywhere
+    assert b"https://" not in body
+    assert b"innerHTML" not in body
+
+
+def test_it_listens_on_this_machine_alone(server):
+    assert server.socket.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("path", ["/", "/about", "/predict"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", ""]
+)
+def test_another_name_for_this_machine_is_refused(server, path, host):
+    """A site may let its own name point to 127.0.0.1 once its page is open."""
+    method = "POST" if path == "/predict" else "GET"
+    host = host.format(port=server.server_port)
+    status, _, body = _ask(
+        server, method, path, _png(), Content_Type=KIND["Content-Type"], Host=host
+    )
+    assert status == 421
+    assert b"auk" not in body
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "https://127.0.0.1:{port}"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+    ],
+)
+def test_another_sites_page_is_refused(server, headers):
+    sent = {k: v.format(port=server.server_port) for k, v in headers.items()}
+    assert _predict(server, _png(), **sent)[0] == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_its_own_page_is_answered(server, host):
+    at = f"{host}:{server.server_port}"
+    headers = {"Host": at, "Origin": f"http://{at}", "Sec_Fetch_Site": "same-origin"}
+    assert _predict(server, _png(), **headers)[0] == 200
+
+
+def _bomb():
+    """A PNG of 60,000 x 60,000 that says so in its first bytes, and holds no pixel."""
+    file = io.BytesIO()
+    Image.new("1", (8, 8)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def _vast():
+    """A sound PNG of a few kB, of more pixels than are worked on."""
+    file = io.BytesIO()
+    Image.new("1", (8_000, 6_400)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "message"),
+    [
+        (b"", {}, 422, "empty"),
+        (b"GIF89a", {}, 422, "not a picture"),
+        (_png()[:-60], {}, 422, "damaged"),
+        (_bomb(), {}, 422, "shrink"),
+        (_vast(), {}, 422, "limit of 50,000,000"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 422, "not a picture"),
+        (_png(), {"Content_Type": "image/png"}, 415, "octet-stream"),
+        (_png(), {"Content_Type": "text/plain"}, 415, "octet-stream"),
+        (_png(), {"Content_Length": "-1"}, 411, "length"),
+        (_png(), {"Content_Length": "1e3"}, 411, "length"),
+        (_png(), {"Content_Length": None}, 411, "length"),
+        (b"x" * (demo.LARGEST_BYTES + 1), {}, 413, "larger than 20 MB"),
+    ],
+    ids=[
+        "empty",
+        "junk",
+        "truncated",
+        "bomb",
+        "vast",
+        "postscript",
+        "image",
+        "text",
+        "negative",
+        "real",
+        "unknown",
+        "large",
+    ],
+)
+def test_what_cannot_be_used_is_said(server, body, headers, status, message):
+    found, _, text = _predict(server, body, **headers)
+    assert (found, message in json.loads(text)["error"]) == (status, True)
+    assert _predict(server, _png())[0] == 200  # and it goes on
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/predict", 404),
+        ("GET", "/../../etc/passwd", 404),
+        ("GET", "/demo.html", 404),
+        ("POST", "/", 404),
+        ("OPTIONS", "/predict", 501),  # so that no other site gets leave to ask
+        ("PUT", "/predict", 501),
+    ],
+)
+def test_there_is_nothing_else(server, method, path, status):
+    body = b"" if method in ("POST", "PUT") else None
+    assert _ask(server, method, path, body)[0] == status
+
+
+def test_uploads_at_a_time_are_counted(server):
+    """The one too many is told so at once, and the others are answered in the end."""
+    data = _png()
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+        f"Content-Type: {KIND['Content-Type']}\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    with contextlib.ExitStack() as stack:
+        slow = []
+        for _ in range(demo.MOST_UPLOADS):
+            one = socket.create_connection(("127.0.0.1", server.server_port), 30)
+            slow.append(stack.enter_context(one))
+            one.sendall(head.encode())
+        for _ in range(100):
+            status = _predict(server, data)[0]
+            if status == 503:
+                break
+            time.sleep(0.02)  # until all of them have begun
+        assert status == 503
+        for one in slow:
+            one.sendall(data)
+        for one in slow:
+            assert one.recv(12) == b"HTTP/1.1 200"
+    assert _predict(server, data)[0] == 200
+
+
+def test_connections_at_a_time_are_counted(predictor):
+    with _serving(predictor) as server, contextlib.ExitStack() as stack:
+        for _ in range(demo.MOST_CONNECTIONS):
+            one = socket.create_connection(("127.0.0.1", server.server_port), 30)
+            stack.enter_context(one)
+        # Long before the others are dropped for saying nothing.
+        soon = demo.TIMEOUT_S / 2
+        with socket.create_connection(("127.0.0.1", server.server_port), soon) as late:
+            assert late.recv(1) == b""
+        stack.close()
+        for _ in range(100):
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                assert _ask(server, "GET", "/")[0] == 200
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("it does not serve again")
+
+
+def test_who_says_nothing_is_dropped(predictor, monkeypatch):
+    assert demo.Handler.timeout == demo.TIMEOUT_S
+    monkeypatch.setattr(demo.Handler, "timeout", 0.2)
+    with _serving(predictor) as server:
+        address = "127.0.0.1", server.server_port
+        with socket.create_connection(address, 10) as silent:
+            assert silent.recv(1) == b""
+        with socket.create_connection(address, 10) as stuck:
+            stuck.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % address[1]
+            )
+            assert stuck.recv(1) == b""
+        assert server.uploads.acquire(blocking=False)  # nothing is held
+        server.uploads.release()
+
+
+def test_a_port_that_is_taken_is_said(server):
+    for port in (server.server_port, 70_000):
+        with pytest.raises(ValueError, match=f"port {port} cannot be used"):
+            demo.make_server(server.predictor, port=port)
+
+
+def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
+    tiny_run.save(tmp_path)
+    arguments = ["--mode=demo", f"--workdir={tmp_path}", "--port=0"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("http://127.0.0.1:")
+            port = int(line.split("/")[2].split(":")[1])
+            reply = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            reply.request("POST", "/predict", _png(), KIND)
+            assert reply.getresponse().status == 200
+            reply.close()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert said.endswith("ended\n")
+    assert "Traceback" not in said
+
+
+# --- in a browser -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Debian's Chromium without a window; skips the test where there is none."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip(
+            "SKIPPED, NOT PASSED: no browser; apt-get install chromium chromium-driver"
+        )
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run "
+        "disable-background-networking disable-component-update disable-sync"
+    )
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    found = webdriver.Chrome(options=options, service=service)
+    found.set_page_load_timeout(60)
+    yield found
+    found.quit()
+
+
+@pytest.fixture
+def opened(browser, server):
+    browser.set_window_size(1280, 900)
+    browser.get(f"http://127.0.0.1:{server.server_port}/")
+    _wait(browser, lambda: "6 classes" in _text(browser, "about"))
+    yield browser
+    problems = [x["message"] for x in browser.get_log("browser")]
+    # A refused picture is a 422, which the browser notes; nothing else may be there.
+    assert [x for x in problems if "422" not in x] == []
+
+
+def _wait(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 30, 0.05).until(lambda _: condition())
+
+
+def _text(browser, name):
+    return browser.find_element("id", name).text
+
+
+def _choose(browser, file):
+    browser.find_element("id", "file").send_keys(str(file))
+    _wait(
+        browser,
+        lambda: (
+            file.name in _text(browser, "status" if _ok(browser) else "error")
+            and "Looking" not in _text(browser, "status")
+        ),
+    )
+
+
+def _ok(browser):
+    return not browser.find_element("id", "error").is_displayed()
+
+
+def _screenshot(browser, name):
+    """Kept where CRA_JAX_SCREENSHOTS says, for who wants to look."""
+    if folder := os.environ.get("CRA_JAX_SCREENSHOTS"):
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def _rows(browser):
+    items = browser.find_elements("css selector", "#classes li")
+    return [item.text.splitlines() for item in items]
+
+
+def test_a_picture_is_answered_and_hostile_names_are_text(opened, predictor, tmp_path):
+    file = tmp_path / "<img src=x onerror=alert(1)>.png"
+    file.write_bytes(_png(200, 120, seed=3))
+    _choose(opened, file)
+    expected = predictor(file.read_bytes())
+    names = [row[0] for row in _rows(opened)]
+    assert names == list(expected.classes)
+    assert tiny_run.HOSTILE in names
+    first = f"{100 * expected.probabilities[0]:.1f} %"
+    assert _rows(opened)[0][1] == first
+    said = f"{expected.classes[0]}, {first}: {file.name} (200 × 120 pixels)"
+    assert _text(opened, "status") == said
+    pictures = opened.find_elements("tag name", "img")
+    assert [one.get_attribute("id") for one in pictures] == ["picture", "heat"]
+    assert opened.title == "What is it? - cra_jax"
+    assert opened.execute_script("return document.getElementById('picture').alt") == (
+        f"{file.name}: {expected.classes[0]}"
+    )
+    _screenshot(opened, "desktop")
+
+
+def _places(browser):
+    """Where the layers stand, in fractions of the shown picture."""
+    return browser.execute_script(
+        """
+        const box = (id) => document.getElementById(id).getBoundingClientRect();
+        const whole = box("picture");
+        const share = (r) => [(r.left - whole.left) / whole.width,
+          (r.top - whole.top) / whole.height, (r.right - whole.left) / whole.width,
+          (r.bottom - whole.top) / whole.height];
+        return {heat: share(box("heat")), frame: share(box("frame")),
+          attention: share(box("attention")), whole: [whole.width, whole.height],
+          page: document.documentElement.scrollWidth};
+        """
+    )
+
+
+@pytest.mark.parametrize("window", [(1280, 900), (500, 800)])
+def test_layers_lie_where_they_should_at_any_size(opened, predictor, tmp_path, window):
+    opened.set_window_size(*window)
+    file = tmp_path / "wide.png"
+    file.write_bytes(_png(200, 120, seed=4))
+    _choose(opened, file)
+    answer = predictor(file.read_bytes())
+    size = np.array([200, 120])
+    _wait(opened, lambda: _places(opened)["whole"][0] > 0)
+    found = _places(opened)
+    crop = (np.reshape(answer.crop_box_px, (2, 2)) / size).ravel()
+    assert_allclose(found["heat"], crop, atol=0.01)
+    assert_allclose(found["frame"], crop, atol=0.01)
+    corners = answer.attention_px / size
+    whole = [*corners.min(0), *corners.max(0)]
+    assert_allclose(found["attention"], whole, atol=0.015)  # and the line's width
+    width, height = found["whole"]
+    assert width / height == pytest.approx(200 / 120, rel=0.02)
+    assert found["page"] <= opened.execute_script("return innerWidth")
+
+
+def test_layers_can_be_taken_off_by_keyboard(opened, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    opened.find_element("tag name", "body").send_keys(Keys.TAB)
+    first = opened.switch_to.active_element
+    assert first.get_attribute("id") == "file"
+    assert first.accessible_name == "Choose a picture"
+    file = tmp_path / "a.png"
+    file.write_bytes(_png())
+    _choose(opened, file)
+    for box, layer in (("show-heat", "heat"), ("show-attention", "attention")):
+        element = opened.find_element("id", layer)
+        assert element.is_displayed()
+        opened.find_element("id", box).send_keys(Keys.SPACE)
+        assert not element.is_displayed()
+
+
+def test_a_file_that_is_no_picture_is_said_and_the_next_one_works(opened, tmp_path):
+    bad, good = tmp_path / "<img src=x>.jpg", tmp_path / "good.png"
+    bad.write_text("<html>404</html>")
+    good.write_bytes(_png())
+    _choose(opened, bad)
+    said = _text(opened, "error")
+    assert said.startswith(f"{bad.name}: ")
+    assert "not a picture" in said
+    assert not opened.find_element("id", "result").is_displayed()
+    _screenshot(opened, "error")
+    _choose(opened, good)
+    assert _ok(opened)
+    assert len(_rows(opened)) == 5
+
+
+def test_a_file_that_is_too_large_is_not_sent(opened, tmp_path):
+    large = tmp_path / "large.png"
+    large.write_bytes(b"\0" * (demo.LARGEST_BYTES + 1))
+    _choose(opened, large)
+    assert "larger than 20 MB" in _text(opened, "error")
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_a_picture_can_be_dropped_or_pasted(opened, how):
+    opened.execute_script(
+        """
+        const bytes = Uint8Array.from(arguments[0]);
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], "held.png", {type: "image/png"}));
+        const event = arguments[1] === "drop"
+          ? new DragEvent("drop", {dataTransfer: data, bubbles: true})
+          : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+        document.body.dispatchEvent(event);
+        """,
+        list(_png()),
+        how,
+    )
+    _wait(opened, lambda: _text(opened, "status").endswith("held.png (60 × 45 pixels)"))
+    assert len(_rows(opened)) == 5

@@ -1,0 +1,228 @@
+"""Both protocols, picture by picture, on any batch size; the strongest activation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from cra_jax import art_module
+from cra_jax.backbones import layers, resnet
+from cra_jax.inference import accuracy, evaluate, protocols
+from cra_jax.input import normalize, splits
+from cra_jax.input.batches import center_batches, full_batches
+from cra_jax.input.records import Record
+from tests.helpers import tiny_config
+from tests.helpers.echo_backbone import Echo
+from tests.oracles import equations
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP = 32
+
+
+def _pictures(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in shapes]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A ResNet with statistics that are not the initial ones, and its variables."""
+    backbone = resnet.create("resnet10", 5, width=8, stem="small")
+    variables: Any = jax.jit(backbone.init)(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    stats = jax.tree.map(
+        lambda x: x + jax.random.uniform(next(keys), x.shape), variables["batch_stats"]
+    )
+    bias = jax.tree.map(lambda x: x + 0.1, variables["params"])
+    return backbone, {"params": bias, "batch_stats": stats}
+
+
+SHAPES = [(36, 36), (36, 47), (61, 36), (36, 40), (36, 63), (37, 50), (36, 36)]
+
+
+def _full(network, pictures, *, bucket_px, batch_size=8):
+    backbone, variables = network
+    step = protocols.make_full_step(
+        backbone, mean=MEAN, std=STD, crop_px=CROP, masked=bucket_px > 0
+    )
+    batches = full_batches(
+        pictures,
+        np.zeros(len(pictures), int),
+        batch_size=batch_size,
+        bucket_px=bucket_px,
+    )
+    return evaluate.predict_split(step, variables, batches, len(pictures)).logits
+
+
+def test_full_is_the_sliding_window_of_the_oracle(network):
+    backbone, variables = network
+    pictures = _pictures(SHAPES[1:4])
+    found = _full(network, pictures, bucket_px=32)
+    fc = variables["params"]["fc"]
+    for picture, scores in zip(pictures, found, strict=True):
+        image = normalize.normalize(jnp.asarray(picture[None]), mean=MEAN, std=STD)
+        features = backbone.apply(variables, image, method="extract")[0]
+        expected = equations.full_protocol(features, 4, fc["kernel"], fc["bias"])
+        assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_buckets_score_as_exact_shapes_do(network):
+    pictures = _pictures(SHAPES)
+    exact = _full(network, pictures, bucket_px=0)
+    for bucket_px in (8, 64):
+        assert_allclose(
+            _full(network, pictures, bucket_px=bucket_px), exact, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_of_a_picture_as_large_as_the_crop_both_protocols_agree(network):
+    backbone, variables = network
+    pictures = _pictures([(CROP, CROP)] * 3)
+    center = protocols.make_center_step(backbone, mean=MEAN, std=STD)
+    batches = center_batches(pictures, np.zeros(3, int), batch_size=8, crop_px=CROP)
+    found = evaluate.predict_split(center, variables, batches, 3)
+    assert_allclose(found.logits, _full(network, pictures, bucket_px=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_every_picture_counts_once_and_in_order(network, batch_size):
+    backbone, variables = network
+    pictures = _pictures([(36, 40)] * 13)
+    labels = np.arange(13) % 5
+    center = protocols.make_center_step(backbone, mean=MEAN, std=STD)
+    batches = center_batches(pictures, labels, batch_size=batch_size, crop_px=CROP)
+    found = evaluate.predict_split(center, variables, batches, 13)
+    assert_array_equal(found.labels, labels)
+    for picture, scores in zip(pictures, found.logits, strict=True):
+        crop = picture[2 : 2 + CROP, 4 : 4 + CROP]
+        image = normalize.normalize(jnp.asarray(crop[None]), mean=MEAN, std=STD)
+        alone = backbone.apply(variables, image).logits[0]
+        assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
+    scores = accuracy.classification_scores(found.logits, found.labels)
+    assert scores["count"] == 13
+
+
+def test_the_strongest_activation_is_found_and_judged(tmp_path):
+    """A backbone that scores each pixel by its redness peaks at the one red pixel."""
+
+    class Redness(Echo):
+        def classify(self, features):
+            return jnp.stack([features[..., 0], features[..., 0] * 0 - 9], -1)
+
+        def __call__(self, images, train=False):
+            pooled = images.mean((1, 2))
+            return layers.Outputs(self.classify(pooled), images, pooled)
+
+        def extract(self, images, *, train=False, extent_px=None):
+            return images
+
+        def feature_extent(self, extent_px):
+            return extent_px
+
+        def feature_place_px(self, cells, extent_px):
+            return cells
+
+    pictures, boxes = [], []
+    points = [(10, 20), (30, 6), (33, 33)]  # x, y in a picture of 40 x 36
+    for x, y in points:
+        picture = np.zeros((36, 40, 3), np.uint8)
+        picture[y, x, 0] = 255
+        pictures.append(picture)
+        boxes.append((x / 40, y / 36, (x + 1) / 40, (y + 1) / 36))
+    boxes[1] = (0.0, 0.0, 0.5, 1.0)  # the peak is beside this one
+    records = tuple(
+        Record(str(i), 0, lambda side: pictures[0], "", locate=lambda b=box: b)
+        for i, box in enumerate(boxes)
+    )
+    config = tiny_config.config(
+        tmp_path, **{"data.mean": (0.0,) * 3, "data.std": (1.0,) * 3}
+    )
+    evaluator = evaluate.Evaluator(Redness(), config)
+    split = splits.Split(pictures, np.zeros(3, int), records)  # pyright: ignore
+    found = evaluator.center({"params": {}, "batch_stats": {}}, split)
+    assert found.activation is not None
+    assert found.matrices is None
+    for i, (x, y) in enumerate(points):
+        expected = np.zeros((CROP, CROP))
+        expected[y - 2, x - 4] = 1
+        assert_allclose(found.activation[i], expected)
+    scores = evaluator.scores(found, split, "center")
+    assert scores["count"] == scores["box_count"] == 3
+    # All that is active is one pixel: in its box twice, beside it once.
+    assert scores["pointing"] == pytest.approx(2 / 3)
+    assert scores["activation_in_box"] == pytest.approx(2 / 3)
+    half = 16 * CROP  # of the crop is in the second box
+    assert scores["box_share"] == pytest.approx((1 + half + 1) / 3 / CROP**2)
+    assert "attention_iou" not in scores
+
+
+def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
+    backbone, variables = network
+    config = tiny_config.config(tmp_path, **{"data.crop_px": CROP})
+    pictures = _pictures([(CROP, CROP)] * 3)
+    # Head and box: half the crop in each direction, once in the middle, once beside.
+    head = art_module.AttentionHead(
+        kernel=jnp.zeros((backbone.feature_channels, 4)),
+        bias=jnp.array([0.0, 0.0, np.arctanh(0.5), 0.0]),
+        alpha_p=1.0,
+        alpha_s=1.0,
+        normalize=True,
+    )
+    edge = 0.5 * (CROP - 1) / CROP / 2  # the frame ends at centres of pixels
+    boxes = [
+        (0.5 - edge, 0.5 - edge, 0.5 + edge, 0.5 + edge),
+        (0.5 - edge, 0.5, 0.5 + edge, 0.5 + edge),
+        (0.0, 0.0, 1.0, 1.0),  # says nothing
+    ]
+    records = tuple(
+        Record(f"{i}.jpg", i, lambda side: pictures[0], "", locate=lambda b=box: b)
+        for i, box in enumerate(boxes)
+    )
+    split = splits.Split(pictures, np.arange(3), records)  # pyright: ignore
+    evaluator = evaluate.Evaluator(backbone, config)
+    found = evaluator.center(variables, split, head=head)
+    scores = evaluator.scores(found, split, "center")
+    assert scores["attention_iou"] == pytest.approx((1 + 1 / 2) / 2, abs=1e-6)
+    assert scores["box_count"] == 2
+    plain = evaluator.center(variables, split)
+    assert_allclose(found.logits, plain.logits, atol=1e-6)
+    assert plain.matrices is None
+
+    rows = evaluate.results(found, split, step=7)
+    assert [x.name for x in rows] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [x.label for x in rows] == [0, 1, 2]
+    probability = np.asarray(jax.nn.softmax(found.logits))
+    assert [x.predicted for x in rows] == probability.argmax(1).tolist()
+    assert_allclose([x.confidence for x in rows], probability.max(1), rtol=1e-5)
+    assert {x.step for x in rows} == {7}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_buckets_score_as_exact_shapes_do_on_real_pictures(shared_data, arch):
+    from cra_jax.datasets import sources
+    from cra_jax.input import pictures
+
+    dataset = sources.load("cub", str(shared_data / "cub_10"))
+    records = dataset.splits["test"][:12]
+    images = [r.read(256) for r in records]
+    assert len({x.shape for x in images}) > 3
+    backbone = resnet.create(arch, 10, width=16)
+    variables = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    scores = []
+    for bucket_px in (0, 64):
+        step = protocols.make_full_step(
+            backbone, mean=MEAN, std=STD, crop_px=224, masked=bucket_px > 0
+        )
+        batches = full_batches(
+            images, np.zeros(12, int), batch_size=8, bucket_px=bucket_px
+        )
+        scores.append(evaluate.predict_split(step, variables, batches, 12).logits)
+    print(f"{arch}: largest difference {np.abs(scores[0] - scores[1]).max():.1e}")
+    assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-4)
+    assert pictures

@@ -1,0 +1,253 @@
+"""Class activation maps, the attention's parallelogram, and how both fit a box."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from cra_jax import art_module, geometry, model
+from cra_jax.backbones import class_activation, efficientnet, resnet
+from cra_jax.inference import localization
+from cra_jax.input import center_crop
+from tests.oracles import attention, equations
+
+CROP = 64
+
+
+@pytest.fixture(scope="module")
+def network():
+    backbone = resnet.create("resnet10", 5, width=8, stem="small")
+    init = jax.jit(backbone.init)
+    return backbone, init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_a_class_activation_map_is_that_of_zhou_et_al(network):
+    backbone, variables = network
+    images = jax.random.normal(jax.random.key(1), (3, 32, 40, 3))
+    out: Any = jax.jit(backbone.apply)(variables, images)
+    classes = jnp.array([4, 0, 2])
+    found = class_activation.class_activation(
+        backbone, variables, out.features, classes
+    )
+    fc = variables["params"]["fc"]
+    for i, chosen in enumerate([4, 0, 2]):
+        expected = attention.class_activation(
+            np.asarray(out.features[i]), fc["kernel"], chosen
+        )
+        assert_allclose(found[i], expected, rtol=1e-4, atol=1e-6)
+        # Its mean and the bias are the score.
+        score = out.logits[i, chosen] - fc["bias"][chosen]
+        assert_allclose(found[i].mean(), score, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size_px", [63, 64])
+def test_places_are_those_of_the_family(size_px):
+    cells = -(-size_px // 32)
+    for family, name in ((resnet, "resnet18"), (efficientnet, "efficientnet_lite0")):
+        backbone = family.create(name, 3)
+        rows, columns = class_activation.places_px(backbone, (cells, cells), size_px)
+        expected = [backbone.feature_place_px(i, size_px) for i in range(cells)]
+        assert_array_equal(rows, expected)
+        assert_array_equal(columns, expected)
+    assert rows[0] == {63: 30, 64: 31}[size_px]  # "SAME" pads even sizes unevenly
+
+
+def test_the_peak_is_the_place_of_the_strongest_cell():
+    activation = np.zeros((2, 3, 4))
+    activation[0, 2, 1] = activation[1, 0, 3] = 1
+    rows, columns = np.array([1.0, 11, 21]), np.array([2.0, 12, 22, 32])
+    found = class_activation.peak_px(activation, rows, columns)
+    assert_array_equal(found, [[12, 21], [32, 1]])
+
+
+boxes = st.tuples(*[st.floats(-0.5, 15.5)] * 4).map(
+    lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
+)
+
+
+def _places():
+    return {"rows_px": np.array([1.0, 7, 12]), "columns_px": np.array([0.0, 5, 9, 15])}
+
+
+@settings(max_examples=12, deadline=None)
+@given(boxes, st.integers(0, 99))
+def test_the_share_inside_a_box_is_that_of_a_fine_lattice(box, seed):
+    activation = np.random.default_rng(seed).normal(size=(3, 4))
+    activation[0, 0] = 1  # something is positive
+    found = localization.share_inside(activation, box, crop_px=16, **_places())
+    rows, columns = _places().values()
+    expected = attention.share_inside(activation, box, rows, columns, 16, fine=8)
+    assert found == pytest.approx(expected, abs=0.04)
+
+
+@given(boxes)
+def test_of_an_even_map_the_box_gets_its_share_of_the_crop(box):
+    area = (box[2] - box[0]) * (box[3] - box[1]) / 16**2
+    found = localization.share_inside(np.ones((3, 4)), box, crop_px=16, **_places())
+    assert found == pytest.approx(area, abs=1e-12)
+
+
+def test_shares_of_the_whole_of_nothing_and_of_what_is_never_positive():
+    rng = np.random.default_rng(0)
+    some, none = rng.normal(size=(3, 4)), -np.ones((3, 4))
+    whole, empty = (-0.5, -0.5, 15.5, 15.5), (3.0, 3.0, 3.0, 9.0)
+    for activation, box, expected in (
+        (some, whole, 1),
+        (some, empty, 0),
+        (none, whole, 0),
+    ):
+        found = localization.share_inside(activation, box, crop_px=16, **_places())
+        assert found == pytest.approx(expected)
+
+
+def test_each_point_belongs_to_the_nearest_cell():
+    activation = np.zeros((3, 4))
+    activation[1, 2] = 1  # x from 7 to 12, y from 4 to 9.5
+    activation[0, 0] = 2  # x from -0.5 to 2.5, y from -0.5 to 4
+
+    def share(*box):
+        return localization.share_inside(activation, box, crop_px=16, **_places())
+
+    inner, corner = 5 * 5.5, 2 * 3 * 4.5
+    assert share(7, 4, 12, 9.5) == pytest.approx(inner / (inner + corner))
+    assert share(-0.5, -0.5, 2.5, 4) == pytest.approx(corner / (inner + corner))
+    assert share(2.5, 4, 7, 9.5) == 0
+
+
+def test_an_enlarged_map_keeps_its_values_where_the_cells_look():
+    activation = np.random.default_rng(0).normal(size=(3, 4))
+    rows, columns = _places().values()
+    found = class_activation.enlarge(activation, rows, columns, 16)
+    assert found.shape == (16, 16)
+    assert_allclose(found[np.ix_(rows.astype(int), columns.astype(int))], activation)
+    assert_allclose(found[15], found[12])  # on from the last centre
+    middle = 0.4 * activation[0, 1] + 0.6 * activation[0, 0]
+    assert found[1, 2] == pytest.approx(middle)
+
+
+def test_the_corners_are_where_the_sampler_looks(x64):
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(5, 2, 3))
+    grid = np.asarray(geometry.affine_grid(jnp.asarray(matrices), (9, 9)))
+    ends = np.stack([grid[:, i, j] for i, j in ((0, 0), (0, -1), (-1, -1), (-1, 0))], 1)
+    assert_allclose(art_module.corners_px(matrices, CROP), (ends + 1) / 2 * (CROP - 1))
+    whole = art_module.corners_px(np.eye(2, 3), CROP)
+    assert_array_equal(whole, [[0, 0], [63, 0], [63, 63], [0, 63]])
+
+
+@pytest.mark.parametrize("gamma", [(0.2, -0.3, 0.4, 1.0), (0.0, 0.9, 0.3, -3.0)])
+def test_gamma_comes_back_from_its_matrix(gamma):
+    assert_allclose(art_module.gamma_of(equations.attention_matrix(gamma)), gamma)
+    x, y, scale, angle = gamma
+    turned = art_module.gamma_of(equations.attention_matrix((x, y, -scale, angle)))
+    assert turned[2] == pytest.approx(scale)
+    assert np.cos(turned[3] - angle) == pytest.approx(-1)
+
+
+matrices = st.tuples(*[st.floats(-1, 1)] * 6).map(lambda m: np.reshape(m, (2, 3)))
+
+
+def _area(matrix):
+    """The determinant; numpy's own warns of the smallest numbers."""
+    return matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(matrices.filter(lambda m: abs(_area(m)) > 0.02), boxes)
+def test_overlap_with_a_box_is_that_of_a_fine_lattice(matrix, box):
+    corners = art_module.corners_px(matrix, 16)
+    low = np.minimum(corners.min(0), -0.5) - 0.1
+    high = np.maximum(corners.max(0), 15.5) + 0.1
+    axes = [np.linspace(a, b, 60) for a, b in zip(low, high, strict=True)]
+    lattice = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2)
+    expected = attention.iou(matrix, box, 16, lattice)
+    assert localization.iou(corners, box) == pytest.approx(expected, abs=0.08)
+
+
+def test_overlaps_that_can_be_worked_out_by_hand():
+    square = np.array([[0, 0], [10, 0], [10, 10], [0, 10]], float)
+    assert localization.iou(square, (0, 0, 10, 10)) == pytest.approx(1)
+    assert localization.iou(square[::-1], (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert localization.iou(square, (20, 20, 30, 30)) == 0
+    diamond = np.array([[5, -5], [15, 5], [5, 15], [-5, 5]], float)  # area 200
+    assert localization.iou(diamond, (0, 0, 10, 10)) == pytest.approx(1 / 2)
+    point = np.full((4, 2), 5.0)
+    assert localization.iou(point, (0, 0, 10, 10)) == 0
+    assert localization.iou(point, (5, 5, 5, 5)) == 0
+
+
+def test_a_box_in_pixels_of_the_centre_crop_and_back():
+    # A picture of 100 x 80, its crop of 64 from (18, 8) on.
+    box = center_crop.box_in_crop_px((0.2, 0.2, 0.5, 0.5), (100, 80), 64)
+    assert_allclose(box, (20 - 18 - 0.5, 16 - 8 - 0.5, 50 - 18 - 0.5, 40 - 8 - 0.5))
+    back = center_crop.in_picture(np.reshape(box, (2, 2)), (100, 80), 64)
+    assert_allclose(back, [[0.2, 0.2], [0.5, 0.5]])
+    cut = center_crop.box_in_crop_px((0.0, 0.0, 0.5, 1.0), (100, 80), 64)
+    assert_allclose(cut, (-0.5, -0.5, 31.5, 63.5))
+    x_min, _, x_max, _ = center_crop.box_in_crop_px((0, 0, 0.1, 1), (100, 80), 64)
+    assert x_min == x_max == -0.5  # beyond the crop's edge
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["cra", "stn"])
+def test_the_head_says_what_the_network_in_training_says(kind, normalize):
+    network = model.create(
+        kind,
+        lambda: resnet.create("resnet10", 5, width=8, stem="small"),
+        art_size_px=16,
+        alpha_p=0.8,
+        alpha_s=0.6,
+        normalize_head=normalize,
+    )
+    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    variables: Any = jax.jit(network.init)(jax.random.key(1), images)
+    kernel = variables["params"]["attention_head"]["kernel"]
+    params = dict(variables["params"])
+    params["attention_head"] = {
+        "kernel": kernel + jax.random.normal(jax.random.key(2), kernel.shape),
+        "bias": params["attention_head"]["bias"],
+    }
+    out = jax.jit(network.apply)({**variables, "params": params}, images)
+    assert isinstance(out, model.Outputs)
+    assert out.gamma is not None
+    if kind == "stn":
+        expected = out.gamma.reshape(-1, 2, 3)
+    else:
+        assert out.gamma_res is not None
+        expected = geometry.attention_matrix(out.gamma_res)
+    stream = "classification_stream"
+    backbone = resnet.create("resnet10", 5, width=8, stem="small")
+    plain = {k: variables[k][stream] for k in ("params", "batch_stats")}
+    head = art_module.AttentionHead(
+        alpha_p=0.8, alpha_s=0.6, normalize=normalize, **params["attention_head"]
+    )
+    classified: Any = jax.jit(backbone.apply)(plain, images)
+    found = head(classified.pooled)
+    assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.ptp(np.asarray(found), axis=0).max() > 1e-3  # not the bias alone
+
+
+@pytest.mark.parametrize("softness", [None, 0.05])
+def test_what_figures_show_is_what_the_second_stream_sees(softness):
+    from tests.helpers.echo_backbone import Echo
+
+    network = model.create(
+        "cra", Echo, art_size_px=8, redundancy="soft" if softness else "hard"
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    variables = jax.jit(network.init)(jax.random.key(1), images)
+    out = jax.jit(network.apply)(variables, images)
+    assert isinstance(out, model.Outputs)
+    assert out.gamma_res is not None
+    matrices = np.asarray(geometry.attention_matrix(out.gamma_res))
+    shown = art_module.shown_to_second_stream(images, matrices, 8, softness=softness)
+    for found, logits in zip(
+        shown, (out.attention_logits, out.redundancy_logits), strict=True
+    ):
+        assert logits is not None
+        assert_allclose(found.reshape(2, -1), logits, atol=1e-4)

@@ -1,0 +1,441 @@
+"""Prediction: evaluation's scores, places in the picture, and every way to name one."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+from cra_jax.datasets import sources
+from cra_jax.inference import evaluate, export, overlay, predict, trained
+from cra_jax.inference.predictor import Prediction, Predictor
+from cra_jax.inference.restore import restore
+from cra_jax.input import pictures, splits
+from tests.helpers import tiny_run
+
+SIZES = [(36, 36), (90, 60), (60, 90), (33, 200), (500, 40), (61, 47), (640, 480)]
+ROOT = Path(__file__).resolve().parents[2]
+_TURNED = 0x0112, 6  # EXIF: the camera was held upright
+
+
+def _picture(width, height, seed=0):
+    """A smooth picture, so that a JPEG of it decodes to much the same everywhere."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return tiny_run.save(folder), folder
+
+
+@pytest.fixture(scope="module")
+def predictor(run):
+    return predict.load(run[1])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of class folders whose test pictures are of all sizes and kinds."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        for name in tiny_run.CLASSES:
+            (root / split / name.replace("/", "_")[:4]).mkdir(parents=True)
+    folders = sorted((root / "test").iterdir())
+    for i, size in enumerate(SIZES):
+        exif = Image.Exif()
+        if i % 2:
+            exif[_TURNED[0]] = _TURNED[1]
+        file = folders[i % len(folders)] / f"{i}.jpg"
+        _picture(*size, seed=i).save(file, exif=exif)
+    for folder in (root / "train").iterdir():
+        _picture(40, 40).save(folder / "0.png")
+    return root
+
+
+def test_scores_are_those_of_evaluation(run, predictor, data):
+    config = run[0].copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {"data.source": "folder", "data.path": str(data), "eval.batch_size": 8}
+    )
+    dataset = sources.load_data(config)
+    split = splits.open_split(config, dataset, "test")
+    restored = restore(config, run[1])
+    evaluator = evaluate.Evaluator(restored.backbone, config)
+    expected = evaluator.center(restored.variables, split).logits
+    files = [Path(data) / record.name for record in split.records]
+    files = [f if f.exists() else data / "test" / f for f in files]
+    found = predictor([str(file) for file in files])
+    assert len(found) == len(SIZES)
+    assert_array_equal([answer.scores for answer in found], expected)
+    for answer, scores in zip(found, expected, strict=True):
+        assert list(answer.labels) == np.argsort(-scores)[:5].tolist()
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        assert_allclose(answer.probabilities, np.sort(shares)[::-1][:5], rtol=1e-12)
+        names = [tiny_run.CLASSES[label] for label in answer.labels]
+        assert list(answer.classes) == names
+    assert len({answer.classes for answer in found}) > 1  # else anything would do
+
+
+def test_one_picture_is_the_same_alone_as_bytes_and_as_pixels(predictor, data):
+    files = sorted(data.rglob("test/**/*.jpg"))
+    together = predictor(files)
+    for file, expected in zip(files, together, strict=True):
+        kinds = [str(file), file.read_bytes(), pictures.decode(str(file))]
+        for picture in kinds:
+            found = predictor(picture)
+            assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+            assert found.size_px == expected.size_px
+    assert predictor(kinds[1]).path == ""
+    assert together[0].path == str(files[0])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("size", [(72, 144), (144, 72), (45, 36), (36 * 20, 36)])
+def test_places_are_pixels_of_the_upright_picture(run, size, turned, tmp_path):
+    """By hand: an attention of half the crop, right of and above its centre."""
+    recipe = trained.of_run(run[0], run[1])
+    head = recipe.head
+    assert head is not None
+    x, y, scale = 0.25, -0.5, 0.4
+    bias = [np.arctanh(x), np.arctanh(y), np.arctanh(scale / head.alpha_s), 0.0]
+    head = dataclasses.replace(
+        head,
+        kernel=0 * head.kernel,
+        bias=np.array(bias, np.float32),
+        inside=False,  # Eq. 6 alone
+    )
+    fixed = Predictor(dataclasses.replace(recipe, head=head))
+    exif = Image.Exif()
+    exif[_TURNED[0]] = _TURNED[1] if turned else 1
+    stored = size[::-1] if turned else size
+    _picture(*stored).save(tmp_path / "a.png", exif=exif)
+    answer = fixed(tmp_path / "a.png")
+    assert answer.size_px == size
+    # 36 pixels of the resized picture, 32 of which are the crop, are so many here.
+    unit = min(size) / 36
+    shift = [(side / unit - 32) / 2 for side in size]
+    if size[0] == 45:
+        shift[0] = 6  # an odd remainder goes to the right
+    left, top = shift[0] * unit, shift[1] * unit
+    box = [left, top, left + 32 * unit, top + 32 * unit]
+    assert_allclose(answer.crop_box_px, box, atol=1e-9)
+    # -1 and 1 are the centres of the crop's first and last pixel.
+    centre = [left + (16 + 15.5 * x) * unit, top + (16 + 15.5 * y) * unit]
+    half = 15.5 * scale * unit
+    corners = [(-half, -half), (half, -half), (half, half), (-half, half)]
+    assert_allclose(answer.attention_px, np.add(centre, corners), atol=1e-4)
+    expected = [centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half]
+    assert answer.attention_box_px is not None
+    assert_allclose(answer.attention_box_px, expected, atol=1e-4)
+
+
+def test_a_box_ends_where_the_picture_does(predictor):
+    answer = predictor(np.zeros((36, 36, 3), np.uint8))
+    far = np.array([[-9.0, 5.0], [20.0, -3.0], [50.0, 20.0], [18.0, 40.0]])
+    moved = dataclasses.replace(answer, attention_px=far)
+    assert moved.attention_box_px == (0, 0, 36, 36)
+
+
+def test_a_run_its_checkpoint_and_its_export_agree(run, predictor, data, capsys):
+    config, folder = run
+    file = next(data.rglob("test/**/*.jpg"))
+    expected = predictor(file)
+    at_7 = predict.load(folder / "checkpoints" / "7")
+    assert_array_equal(at_7(file).scores, expected.scores)
+    others = [
+        predict.load(folder, checkpoint="best"),
+        predict.load(str(folder / "checkpoints" / "6")),
+    ]
+    first, second = (other(file).scores for other in others)
+    assert_array_equal(first, second)
+    assert not np.allclose(first, expected.scores)
+    export.run(config, folder)
+    exported = predict.load(folder / "export")
+    found = exported(file)
+    assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+    assert found.classes == expected.classes
+    assert found.crop_box_px == expected.crop_box_px
+    assert found.attention_px is None
+    assert "attention" not in found.to_json()
+
+
+def test_baseline_and_stn(tmp_path, data):
+    file = next(data.rglob("test/**/*.jpg"))
+    tiny_run.save(tmp_path / "baseline", "baseline")
+    assert predict.load(tmp_path / "baseline")(file).attention_px is None
+    tiny_run.save(tmp_path / "stn", "stn")
+    assert predict.load(tmp_path / "stn")(file).attention_px.shape == (4, 2)
+
+
+def test_reading_stays_a_few_batches_ahead(predictor):
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.read += 1
+            return super().__getitem__(index)
+
+    many = Counted([np.zeros((36, 36, 3), np.uint8)] * 500)
+    answers = predictor.each(many, workers=2)
+    next(answers)
+    assert Counted.read <= 4 * 16 + 2
+    answers.close()
+
+
+def test_an_unreadable_picture_stops_a_call_and_not_the_others(predictor, tmp_path):
+    good = tmp_path / "good.png"
+    _picture(40, 40).save(good)
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(good.read_bytes()[:100])
+    with pytest.raises(pictures.PictureError, match=r"bad\.jpg"):
+        predictor([good, bad])
+    kinds = [type(a) for a in predictor.each([bad, good, b"junk", good])]
+    broken = pictures.PictureError
+    assert kinds == [broken, Prediction, broken, Prediction]
+    assert predictor([]) == []
+
+
+def test_scores_that_are_not_finite_are_no_answer(run):
+    recipe = trained.of_run(*run)
+    params = {**recipe.variables["params"]}
+    params["fc"] = {k: v * np.nan for k, v in params["fc"].items()}
+    variables = {**recipe.variables, "params": params}
+    broken = Predictor(dataclasses.replace(recipe, variables=variables))
+    with pytest.raises(ValueError, match="not finite"):
+        broken(np.zeros((36, 36, 3), np.uint8))
+
+
+# --- what is damaged, or a stranger's -----------------------------------------------
+
+
+def test_what_is_no_network_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"neither a run .* nor an export"):
+        predict.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds no run"):
+        predict.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_px": 10**9, "resize_short_side_px": 10**9},
+        {"crop_px": 0},
+        {"crop_px": "32"},
+        {"crop_px": 37},
+        {"class_names": []},
+        {"class_names": 6},
+        {"mean": [0.5]},
+        {"std": None},
+        {"architecture": "resnet9"},
+        {"architecture": ["resnet10"]},
+        {"stem": "large"},
+        {"width": 10},
+        {"class_names": ["auk", "boobook"]},
+        "not json",
+        "[]",
+        None,
+    ],
+)
+def test_an_export_that_lies_is_refused(run, tmp_path, change, capsys):
+    config, folder = run
+    if not (folder / "export").is_dir():
+        export.run(config, folder)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((folder / "export" / name).read_bytes())
+    about = tmp_path / "config.json"
+    if isinstance(change, dict):
+        about.write_text(json.dumps(json.loads(about.read_text()) | change))
+    elif change is None:
+        about.unlink()
+    else:
+        about.write_text(change)
+    with pytest.raises(ValueError, match=r"config\.json|classifier") as caught:
+        predict.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# --- the mode -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Two good pictures, one in a folder of its own, a bad one, and a text."""
+    folder = tmp_path / "album"
+    (folder / "more").mkdir(parents=True)
+    _picture(50, 40, seed=1).save(folder / "b2.png")
+    _picture(40, 50, seed=2).save(folder / "more" / "b2.jpg")
+    (folder / "b10.jpg").write_text("<html>404</html>")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def _lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_folder_is_predicted_and_what_is_unreadable_reported(
+    run, predictor, album, capsys
+):
+    folder = run[1]
+    predict.run(run[0], folder, [str(album)], overlays=True)
+    printed = capsys.readouterr()
+    lines = _lines(printed.out)
+    assert (folder / "predictions.jsonl").read_text() == printed.out
+    names = [os.path.relpath(line["path"], album) for line in lines]
+    assert names == ["b2.png", "b10.jpg", "more/b2.jpg"]
+    assert "not a picture" in lines[1]["error"]
+    assert set(lines[1]) == {"path", "error"}
+    assert "2 predicted, 1 unreadable" in printed.err
+    assert "1 other files passed over (1 .txt)" in printed.err
+    for line in lines[::2]:
+        answer = predictor(line["path"])
+        assert [top["class"] for top in line["top"]] == list(answer.classes)
+        found = [top["probability"] for top in line["top"]]
+        assert_allclose(found, answer.probabilities, rtol=1e-4)
+        box = line["attention"]["box_px"]
+        assert_allclose(box, answer.attention_box_px, atol=0.02)
+        assert (line["width_px"], line["height_px"]) == answer.size_px
+    drawn = [Path(line["overlay"]) for line in lines[::2]]
+    assert [file.name for file in drawn] == ["b2.png", "b2~2.png"]
+    assert all(file.parent == folder / "overlays" for file in drawn)
+    for file in drawn:
+        with Image.open(file) as image:
+            assert min(image.size) >= 320
+
+
+def test_every_way_to_name_pictures(album, monkeypatch, capsys):
+    b2, b10 = str(album / "b2.png"), str(album / "b10.jpg")
+    inner = str(album / "more" / "b2.jpg")
+    assert predict.find_pictures([b10, "nowhere.jpg"]) == [b10, "nowhere.jpg"]
+    assert predict.find_pictures([str(album)]) == [b2, b10, inner]
+    assert predict.find_pictures([f"{album}/b*"]) == [b2, b10]
+    assert predict.find_pictures([f"{album}/**/*.jpg"]) == [b10, inner]
+    listed = io.TextIOWrapper(io.BytesIO(f"{b2}\n\n{inner}\n".encode() + b"\xff.jpg\n"))
+    monkeypatch.setattr(sys, "stdin", listed)
+    found = predict.find_pictures(["-", b10])
+    assert found == [b2, inner, os.fsdecode(b"\xff.jpg"), b10]
+    # A file whose name looks like a pattern is that file.
+    odd = album / "[1].png"
+    odd.write_bytes(b"")
+    assert predict.find_pictures([str(odd)]) == [str(odd)]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no pictures are named"),
+        (["{album}/empty"], "no pictures in this folder"),
+        (["{album}/*.gif"], "no pictures in this pattern"),
+        (["-"], "no pictures in this standard input"),
+        (["{album}/b10.jpg", "nowhere.jpg"], "none of 2 pictures can be read"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, album, images, message, monkeypatch, capsys):
+    (album / "empty").mkdir()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(ValueError, match=message):
+        predict.run(run[0], run[1], [name.format(album=album) for name in images])
+
+
+def test_from_the_command_line_until_the_reader_has_seen_enough(run, album, tmp_path):
+    """A list on standard input, a file beside it; then a pipe that is closed early."""
+    command = [sys.executable, str(ROOT / "launch.py"), "--mode=predict"]
+    command += [f"--workdir={run[1]}", "--config.eval.checkpoint=6", "--images=-"]
+    more = [str(album / "more" / "b2.jpg")]
+    process = subprocess.Popen(
+        [*command, *more * 300],  # more than a pipe holds
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(os.fsencode(album / "b2.png") + b"\n")
+        process.stdin.close()
+        line = json.loads(process.stdout.readline())
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert line["path"] == str(album / "b2.png")
+    expected = predict.load(run[1], checkpoint="6")(line["path"])
+    assert line["top"][0]["class"] == expected.classes[0]
+    assert "checkpoint 6 (epoch 1) of" in said
+    assert ": 301 pictures" in said
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+    assert process.returncode == 0
+
+
+def test_a_name_that_is_no_unicode_is_reported_too(run, album, capsys):
+    name = os.path.join(os.fsencode(album), b"caf\xe9.png")
+    with open(name, "wb") as file:
+        file.write((album / "b2.png").read_bytes())
+    predict.run(None, run[1] / "checkpoints" / "6", [os.fsdecode(name)], overlays=True)
+    (line,) = _lines(capsys.readouterr().out)
+    assert os.fsencode(line["path"]) == name
+    assert Path(line["overlay"]).is_file()
+    assert not list((run[1] / "checkpoints").rglob("*predictions*"))
+    assert len(_lines((run[1] / "predictions.jsonl").read_text())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said(run, album):
+    blocked = run[1] / ".predictions.jsonl.partial"
+    blocked.mkdir()
+    try:
+        with pytest.raises(ValueError, match="cannot write into"):
+            predict.run(run[0], run[1], [str(album)])
+    finally:
+        blocked.rmdir()
+
+
+# --- pictures of pictures -----------------------------------------------------------
+
+
+def test_heat_is_clear_where_nothing_speaks_for_the_class():
+    activation = np.array([[-3.0, 0.0], [1.0, 2.0]])
+    colours = overlay.heat(activation)
+    assert colours.shape == (2, 2, 4)
+    assert_array_equal(colours[0, :, 3], 0)
+    assert 0 < colours[1, 0, 3] < colours[1, 1, 3] < 255
+    grey = colours[..., :3] @ [0.299, 0.587, 0.114]
+    assert grey[1, 1] > grey[1, 0]
+    assert_array_equal(overlay.heat(-np.ones((3, 3)))[..., 3], 0)
+
+
+def test_an_overlay_draws_in_its_place_and_leaves_the_rest():
+    grey = np.full((400, 600, 3), 128, np.uint8)
+    activation = np.zeros((200, 200))
+    activation[50:100, 50:100] = 1
+    corners = np.array([[300, 150], [380, 150], [380, 230], [300, 230]])
+    drawn = np.asarray(
+        overlay.draw(
+            grey,
+            activation=activation,
+            crop_box_px=(200, 100, 400, 300),
+            attention_px=corners,
+            answer=[("auk" * 99, 0.9), ("two\nlines", 0.1)],
+        )
+    ).astype(int)
+    assert drawn.shape[:2] > (400, 600)
+    moved = np.abs(drawn[:400] - 128).max(-1)
+    assert_array_equal(moved[:99], 0)  # above the crop
+    assert_array_equal(moved[:, 401:], 0)
+    assert_array_equal(moved[160:298, 202:248], 0)  # in it, where nothing is
+    assert moved[155:195, 255:290].min() > 30  # where the activation is
+    assert (drawn[150, 310:370] == 255).all()  # on the attention's edge
+    assert_array_equal(moved[190:220, 320:360], 0)  # within it

@@ -1,0 +1,109 @@
+"""What prediction reads of a checkpoint, and what only pictures need."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from numpy.testing import assert_array_equal
+
+from cra_jax import train_step
+from cra_jax.inference.restore import (
+    classification_variables,
+    restore,
+    restore_attention,
+)
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import build, pretrained
+from tests.helpers import tiny_config
+
+NAMES = tuple("abcde")
+
+
+def _saved(folder, kind, **changes: Any):
+    """A run folder with the first state of a run, as step 3; its config and state."""
+    config = tiny_config.config(folder, **{"model.kind": kind, **changes})
+    training = build.build_training(config, len(NAMES), steps_per_epoch=2)
+    state = train_step.create_state(
+        jax.random.key(0),
+        training.network,
+        training.optimizer,
+        crop_px=32,
+        averaged=config.optim.ema_decay > 0,
+    )
+    # Averages that are not the newest weights.
+    average = jax.tree.map(lambda x: x + 1, state.average)
+    state = dataclasses.replace(state, average=average)
+    meta = {"class_names": NAMES, "epoch": 2, "config": config.to_dict()}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(3, state, meta, metric=0.5)
+    return config, state
+
+
+@pytest.mark.parametrize("kind", ["cra", "stn", "baseline"])
+def test_prediction_restores_the_plain_backbone_and_pictures_the_head(tmp_path, kind):
+    changes = {"art.alpha_p": 0.9, "art.normalize_head": False}
+    config, state = _saved(tmp_path, kind, **changes)
+    restored = restore(config, tmp_path)
+    stream = state.params["classification_stream"]
+    jax.tree.map(assert_array_equal, restored.variables["params"], stream)
+    assert set(restored.variables) == {"params", "batch_stats"}
+    assert (restored.step, restored.epoch, restored.class_names) == (3, 2, NAMES)
+
+    # The checkpoint knows its own bounds, whatever the config says now.
+    config.art.alpha_p, config.art.normalize_head = 0.5, True
+    head = restore_attention(config, tmp_path)
+    if kind == "baseline":
+        assert head is None
+        return
+    assert head is not None
+    trained = state.params["attention_head"]
+    assert_array_equal(head.kernel, trained["kernel"])
+    assert_array_equal(head.bias, trained["bias"])
+    assert (head.alpha_p, head.normalize) == (0.9, False)
+    assert head(jnp.ones((4, len(trained["kernel"])))).shape == (4, 2, 3)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    config, _ = _saved(tmp_path, "cra")
+    config.eval.checkpoint = "7"
+    for take in (restore, restore_attention):
+        with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
+            take(config, tmp_path)
+
+
+def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
+    config, state = _saved(tmp_path, "cra", **{"optim.ema_decay": 0.9})
+    for decay, params, stats in (
+        (0.9, state.average["params"], state.average["batch_stats"]),
+        (0.0, state.params, state.batch_stats),
+    ):
+        config.optim.ema_decay = decay
+        restored = restore(config, tmp_path)
+        wanted = classification_variables(params, stats)
+        jax.tree.map(assert_array_equal, restored.variables, wanted)
+        head = restore_attention(config, tmp_path)
+        assert head is not None
+        assert_array_equal(head.bias, params["attention_head"]["bias"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_run_starts_others_with_the_weights_that_it_predicts_with(tmp_path, decay):
+    config, state = _saved(tmp_path, "baseline", **{"optim.ema_decay": decay})
+    origin = pretrained.open_origin(str(tmp_path), arch=config.model.backbone)
+    params, _ = state.to_predict()
+    kernel = params["classification_stream"]["fc"]["kernel"]
+    assert_array_equal(origin.arrays["fc.weight"], jnp.asarray(kernel).T)
+
+
+def test_averages_that_are_not_there_are_named_with_the_cure(tmp_path):
+    config, state = _saved(tmp_path, "cra")
+    config.optim.ema_decay = 0.99
+    for take in (restore, restore_attention):
+        with pytest.raises(ValueError, match=r"optim.ema_decay=0.99.*checkpoint 3"):
+            take(config, tmp_path)
+    del config.optim.ema_decay  # a config that is older than the setting
+    restored = restore(config, tmp_path)
+    wanted = state.params["classification_stream"]
+    jax.tree.map(assert_array_equal, restored.variables["params"], wanted)

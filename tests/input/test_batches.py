@@ -1,0 +1,526 @@
+"""The order is a function of (seed, epoch, index), and every picture counts once."""
+
+import hashlib
+import itertools
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cra_jax.input.batches import TrainBatches, center_batches, full_batches
+from cra_jax.runtime import devices as devices_module
+from cra_jax.runtime.prefetch import prefetch
+
+CROP = 8
+
+
+def tell(picture: np.ndarray) -> int:
+    """The index that `numbered` wrote into the third channel of every pixel."""
+    return int(picture[0, 0, 2])
+
+
+def numbered(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    """Pictures whose pixel at (y, x) is (y, x, index): a window tells where it was."""
+    pictures = []
+    for i, (height, width) in enumerate(sizes):
+        y, x = np.mgrid[:height, :width]
+        pictures.append(np.stack([y, x, np.full_like(y, i)], -1).astype(np.uint8))
+    return pictures
+
+
+def train(
+    count=21, *, sizes=None, seed=0, batch_size=4, flip=True, shard=(0, 1)
+) -> TrainBatches:
+    sizes = sizes or [(10 + i % 5, 9 + i % 7) for i in range(count)]
+    labels = [i % 3 for i in range(len(sizes))]
+    return TrainBatches(
+        numbered(*sizes),
+        labels,
+        batch_size=batch_size,
+        crop_px=CROP,
+        seed=seed,
+        flip=flip,
+        shard=shard,
+    )
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_batch_holds_what_its_index_says():
+    batches = train()
+    for step in range(3 * batches.steps_per_epoch):
+        batch = batches.batch(step)
+        assert batch["image"].shape == (4, CROP, CROP, 3)
+        kinds = {name: value.dtype for name, value in batch.items()}
+        assert kinds == {
+            "image": np.uint8,
+            "flip": np.bool_,
+            "label": np.int32,
+            "index": np.int32,
+        }
+        assert [tell(image) for image in batch["image"]] == batch["index"].tolist()
+        np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
+
+
+def test_crops_are_windows_of_the_picture_as_it_stands():
+    y, x = np.mgrid[:CROP, :CROP]
+    for image in train().batch(0)["image"]:
+        np.testing.assert_array_equal(image[..., 0], y + image[0, 0, 0])
+        np.testing.assert_array_equal(image[..., 1], x + image[0, 0, 1])
+
+
+@pytest.mark.parametrize(("workers", "depth"), [(1, 1), (4, 1), (1, 8), (4, 8)])
+def test_workers_and_depth_change_nothing(workers, depth):
+    # A new object for each: what one has cached must not matter to the other.
+    ahead = prefetch(train().batch, 3, 18, workers=workers, depth=depth)
+    plain = train()
+    for step, batch in zip(range(3, 18), ahead, strict=True):
+        assert_same(batch, plain.batch(step))
+
+
+def test_resumed_at_any_step_goes_on_alike():
+    whole = [train().batch(step) for step in range(12)]
+    for step in reversed(range(12)):  # asked backwards, and by an object that is new
+        assert_same(train().batch(step), whole[step])
+
+
+def test_the_stream_is_pinned():
+    """Another NumPy, machine or version of this code must not shuffle differently."""
+    batches = train()
+    digest = hashlib.sha256()
+    for step in range(12):
+        for _, value in sorted(batches.batch(step).items()):
+            digest.update(np.ascontiguousarray(value).tobytes())
+    assert batches.batch(0)["index"].tolist() == [10, 2, 8, 9]
+    assert digest.hexdigest() == (
+        "3df0e121f52706a634faab99cab3d89dff5946d1eb80d0597e3e30e7bc4f5029"
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**64 - 1))
+def test_every_picture_at_most_once_an_epoch(count, batch_size, seed):
+    batch_size = min(batch_size, count)
+    batches = train(count, seed=seed, batch_size=batch_size)
+    steps = batches.steps_per_epoch
+    assert steps * batch_size + batches.dropped_per_epoch == count
+    for epoch in range(2):
+        index = np.concatenate(
+            [batches.batch(epoch * steps + i)["index"] for i in range(steps)]
+        )
+        assert len(set(index.tolist())) == len(index) == steps * batch_size
+
+
+def test_other_pictures_are_dropped_each_epoch():
+    batches = train(7, batch_size=4)
+    assert (batches.steps_per_epoch, batches.dropped_per_epoch) == (1, 3)
+    seen = [frozenset(batches.batch(step)["index"].tolist()) for step in range(30)]
+    assert len(set(seen)) > 10
+    assert frozenset.union(*seen) == frozenset(range(7))
+
+
+def test_seed_and_epoch_both_change_order_crop_and_flip():
+    def drawn(seed, epoch):
+        """Per picture, so that the order and the crops are told apart."""
+        batches = train(20, sizes=[(30, 30)] * 20, seed=seed, batch_size=20)
+        batch = batches.batch(epoch)
+        sort = np.argsort(batch["index"])
+        corner = batch["image"][sort, 0, 0]
+        return [batch["index"], corner[:, 0], corner[:, 1], batch["flip"][sort]]
+
+    base = drawn(0, 0)
+    for other in (drawn(1, 0), drawn(0, 1), drawn(2**64 - 1, 0)):
+        for one, two in zip(base, other, strict=True):
+            assert not np.array_equal(one, two)
+
+
+def test_a_picture_keeps_its_crop_whatever_the_batch_size():
+    def drawn(batch_size):
+        batches = train(20, batch_size=batch_size)
+        rows = {}
+        for step in range(batches.steps_per_epoch):
+            batch = batches.batch(step)
+            for i, image, flip in zip(
+                batch["index"], batch["image"], batch["flip"], strict=True
+            ):
+                rows[int(i)] = (image.tobytes(), bool(flip))
+        return rows
+
+    assert drawn(4) == drawn(10)
+
+
+def test_crops_cover_the_picture_evenly_and_independently():
+    """Chi-square over all places a crop can have, and flips, against uniform."""
+    rooms = (4, 4)  # the crop can start in 4 rows and 4 columns
+    size = (CROP + rooms[0] - 1, CROP + rooms[1] - 1)
+    batches = train(sizes=[size] * 60, batch_size=60)
+    counts = np.zeros((*rooms, 2))
+    for epoch in range(100):
+        batch = batches.batch(epoch)
+        corner = batch["image"][:, 0, 0].astype(int)
+        np.add.at(counts, (corner[:, 0], corner[:, 1], batch["flip"].astype(int)), 1)
+    expected = counts.sum() / counts.size
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert counts.sum() == 6000
+    assert chi_square < 61.1  # 31 degrees of freedom, 0.1 %; the seed is fixed
+
+
+def test_neighbours_in_the_order_are_uniformly_random_pairs():
+    """Places 2i and 2i + 1 become contrast pairs: all orders of 4 must be as likely."""
+    batches = train(4, batch_size=4)
+    counts = dict.fromkeys(itertools.permutations(range(4)), 0)
+    for epoch in range(2400):
+        counts[tuple(batches.batch(epoch)["index"].tolist())] += 1
+    chi_square = sum((n - 100) ** 2 / 100 for n in counts.values())
+    assert chi_square < 49.7  # 23 degrees of freedom, 0.1 %; the seed is fixed
+
+
+def test_flip_can_be_switched_off_and_moves_no_crop():
+    on, off = train().batch(0), train(flip=False).batch(0)
+    assert on["flip"].any()
+    assert not off["flip"].any()
+    np.testing.assert_array_equal(on["image"], off["image"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 21, 50])
+def test_center_counts_each_once(batch_size):
+    sizes = [(10 + i % 5, 9 + i % 7) for i in range(21)]
+    batches = center_batches(
+        numbered(*sizes), range(21), batch_size=batch_size, crop_px=CROP
+    )
+    assert len(batches) == -(-21 // batch_size)
+    for _ in range(2):  # a second pass is the same
+        counted = []
+        for batch in batches:
+            valid = batch["valid"]
+            assert batch["image"].shape == (batch_size, CROP, CROP, 3)
+            counted += batch["index"][valid].tolist()
+            np.testing.assert_array_equal(batch["label"][valid], batch["index"][valid])
+            assert not batch["image"][~valid].any()
+            assert (batch["index"][~valid] == -1).all()
+            for i, image in zip(batch["index"], batch["image"], strict=True):
+                if i >= 0:
+                    height, width = sizes[i]
+                    corner = [(height - CROP) // 2, (width - CROP) // 2, i]
+                    assert image[0, 0].tolist() == corner
+        assert counted == list(range(21))
+
+
+class Sized(list):
+    """Pictures that know their sizes, and count how often one is read."""
+
+    def __init__(self, pictures):
+        super().__init__(pictures)
+        self.shapes = np.array([picture.shape[:2] for picture in pictures])
+        self.reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+SIZES = [(8, 11), (8, 16), (12, 8), (8, 11), (9, 16), (8, 9), (16, 8), (8, 11)]
+
+
+@pytest.mark.parametrize("bucket_px", [0, 1, 4, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("kind", [Sized, list])
+def test_full_counts_each_once_and_keeps_every_pixel(bucket_px, batch_size, kind):
+    pictures = numbered(*SIZES)
+    batches = full_batches(
+        kind(pictures), range(8), batch_size=batch_size, bucket_px=bucket_px
+    )
+    counted = []
+    for number, batch in enumerate(batches):
+        assert_same(batch, batches[number])
+        shape = batch["image"].shape
+        assert shape[0] == batch_size
+        assert not batch["image"][~batch["valid"]].any()
+        assert (batch["extent_px"][~batch["valid"]] == shape[1:3]).all()
+        rows = zip(*(batch[k] for k in ("index", "label", "image")), strict=True)
+        for row, (i, label, image) in enumerate(rows):
+            if i < 0:
+                continue
+            counted.append(int(i))
+            height, width = batch["extent_px"][row]
+            assert ((height, width), label) == (SIZES[i], i)
+            step = max(bucket_px, 1)
+            assert shape[1:3] == (-(-height // step) * step, -(-width // step) * step)
+            np.testing.assert_array_equal(image[:height, :width], pictures[i])
+            assert not image[height:].any()
+            assert not image[:, width:].any()
+    assert sorted(counted) == list(range(8))
+
+
+def test_full_reads_no_picture_for_a_size_that_is_known():
+    pictures = Sized(numbered(*SIZES))
+    batches = full_batches(pictures, range(8), batch_size=3, bucket_px=4)
+    assert pictures.reads == 0
+    assert sum(batch["valid"].sum() for batch in batches) == pictures.reads == 8
+
+
+def test_groups_come_by_size_and_members_in_the_order_of_the_split():
+    batches = full_batches(numbered(*SIZES), range(8), batch_size=2, bucket_px=0)
+    assert [batch["index"].tolist() for batch in batches] == [
+        [5, -1],  # 8 x 9
+        [0, 3],  # 8 x 11
+        [7, -1],
+        [1, -1],  # 8 x 16
+        [4, -1],  # 9 x 16
+        [2, -1],  # 12 x 8
+        [6, -1],  # 16 x 8
+    ]
+
+
+def joined(batches: list[dict]) -> dict:
+    """The rows of several batches, one after another."""
+    return {
+        name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    hosts=st.integers(1, 6),
+    share=st.integers(1, 5),
+    spare=st.integers(0, 20),
+    seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 10_000),
+)
+def test_hosts_together_make_the_batch_of_one(hosts, share, spare, seed, step):
+    batch_size = hosts * share
+    kwargs: Any = {"batch_size": batch_size, "seed": seed}
+    count = batch_size + spare
+    parts = [train(count, shard=(i, hosts), **kwargs).batch(step) for i in range(hosts)]
+    assert all(len(part["image"]) == share for part in parts)
+    assert_same(joined(parts), train(count, **kwargs).batch(step))
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_shards_of_an_epoch_are_disjoint_and_cover_the_set(hosts):
+    made = [train(30, batch_size=6, shard=(i, hosts)) for i in range(hosts)]
+    for epoch in range(2):
+        steps = range(5 * epoch, 5 * epoch + 5)
+        seen = [
+            np.concatenate([batches.batch(step)["index"] for step in steps])
+            for batches in made
+        ]
+        assert [len(index) for index in seen] == [30 // hosts] * hosts
+        assert sorted(np.concatenate(seen).tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize(("hosts", "devices"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
+def test_the_devices_of_all_hosts_share_the_same_batch(hosts, devices, monkeypatch):
+    """Device k of all gets rows k b/n to (k + 1) b/n, whichever host it is at."""
+    monkeypatch.setattr("jax.local_device_count", lambda: devices)
+    parts = []
+    for i in range(hosts):
+        ahead = prefetch(
+            train(40, batch_size=16, shard=(i, hosts)).batch, 0, 5, workers=2
+        )
+        parts.append([devices_module.split(batch) for batch in ahead])
+    whole = train(40, batch_size=16)
+    for step, split in enumerate(zip(*parts, strict=True)):
+        of_devices = joined(list(split))
+        n = hosts * devices
+        assert of_devices["image"].shape[:2] == (n, 16 // n)
+        rows = {k: v.reshape(-1, *v.shape[2:]) for k, v in of_devices.items()}
+        assert_same(rows, whole.batch(step))
+
+
+@pytest.mark.parametrize("kind", [list, lambda pictures: Sized(pictures)])
+def test_a_plan_is_the_batch_without_its_pixels(kind):
+    sizes = [(10 + i % 5, 9 + i % 7) for i in range(21)]
+    pictures = kind(numbered(*sizes))
+    batches = TrainBatches(
+        pictures, [0] * 21, batch_size=4, crop_px=CROP, seed=3, shard=(1, 2)
+    )
+    plans = [batches.plan(step) for step in range(12)]
+    assert getattr(pictures, "reads", 0) == 0  # sizes that are known cost nothing
+    for step, plan in enumerate(plans):
+        batch = batches.batch(step)
+        corner = batch.pop("image")[:, 0, 0, :2]  # `numbered` wrote (y, x) there
+        np.testing.assert_array_equal(plan.pop("corner_px"), corner)
+        assert_same(plan, batch)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_evaluate_disjoint_rows_in_as_many_batches(hosts):
+    for make, extra in (
+        (center_batches, {"crop_px": CROP}),
+        (full_batches, {"bucket_px": 4}),
+    ):
+        pictures = numbered(*SIZES, (13, 8))
+        kwargs: Any = {"batch_size": 4, **extra}
+        whole = make(pictures, range(9), **kwargs)
+        parts = [
+            make(pictures, range(9), shard=(i, hosts), **kwargs) for i in range(hosts)
+        ]
+        assert {len(part) for part in parts} == {len(whole)}
+        for number, batch in enumerate(whole):
+            assert_same(joined([part[number] for part in parts]), batch)
+
+
+def test_hosts_that_cannot_share_a_batch_are_told():
+    match = r"a batch of 4 pictures cannot be shared evenly by 3 hosts: .*multiple of 3"
+    with pytest.raises(ValueError, match=match):
+        train(shard=(0, 3))
+    kwargs: Any = {"batch_size": 4, "shard": (0, 3)}
+    with pytest.raises(ValueError, match=match):
+        center_batches(numbered((9, 9)), [0], crop_px=8, **kwargs)
+    with pytest.raises(ValueError, match=match):
+        full_batches(numbered((9, 9)), [0], bucket_px=4, **kwargs)
+    for shard in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=r"shard is .*: give \(i, n\)"):
+            train(shard=shard)
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_prefetch_ends_its_threads_when_closed():
+    started = []
+
+    def make(i):
+        started.append(i)
+        time.sleep(0.02)
+        return i
+
+    ahead = prefetch(make, 0, 10_000, workers=3, depth=6)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    assert len(prefetch_threads()) == 3
+    ahead.close()
+    assert prefetch_threads() == []
+    assert len(started) <= 2 + 6 + 1
+
+
+def test_prefetch_begins_nothing_more_once_closed():
+    started = []
+
+    def make(i):
+        started.append(i)
+        time.sleep(0.02)
+        return i
+
+    ahead = prefetch(make, 0, 10_000, workers=1, depth=50)
+    next(ahead)
+    ahead.close()
+    assert len(started) < 50  # all 50 were asked for
+
+
+def test_prefetch_ends_its_threads_at_the_end():
+    assert list(prefetch(lambda i: i * i, 2, 40, workers=4, depth=3)) == [
+        i * i for i in range(2, 40)
+    ]
+    assert list(prefetch(lambda i: i, 5, 5)) == []
+    assert prefetch_threads() == []
+
+
+def test_prefetch_stays_in_order_when_later_work_is_done_first():
+    def make(i):
+        time.sleep(0.03 if i % 4 == 0 else 0)
+        return i
+
+    assert list(prefetch(make, 0, 16, workers=4, depth=8)) == list(range(16))
+
+
+def test_prefetch_raises_an_error_at_its_place():
+    def make(i):
+        if i == 5:
+            raise RuntimeError("at five")
+        return i
+
+    ahead = prefetch(make, 0, 100, workers=4, depth=8)
+    assert list(itertools.islice(ahead, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(RuntimeError, match="at five"):
+        next(ahead)
+    assert prefetch_threads() == []
+
+
+def test_prefetch_works_ahead_but_not_beyond_its_depth():
+    started = []
+    ahead = prefetch(lambda i: started.append(i), 0, 100, workers=2, depth=5)
+    next(ahead)
+    deadline = time.monotonic() + 5
+    while len(started) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert sorted(started) == [0, 1, 2, 3, 4]
+    ahead.close()
+
+
+@pytest.mark.parametrize("arguments", [{"workers": 0}, {"depth": 0}])
+def test_prefetch_refuses_no_workers_at_the_call(arguments):
+    with pytest.raises(ValueError, match="set both to 1 or more"):
+        prefetch(lambda i: i, 0, 3, **arguments)
+
+
+def test_too_few_pictures_for_a_batch():
+    with pytest.raises(ValueError, match=r"set train.batch_size to 3 or less"):
+        train(3, batch_size=4)
+
+
+@pytest.mark.parametrize("make", [Sized, list])
+def test_a_picture_smaller_than_the_crop_is_named(make):
+    pictures = make(numbered((9, 9), (12, 7), (9, 9)))
+    kwargs: dict[str, Any] = {"batch_size": 3, "crop_px": 8}
+    match = r"picture 1 is 12 x 7 .*data.crop_px to 7 or less, or data.short_side_px"
+    with pytest.raises(ValueError, match=match):
+        TrainBatches(pictures, [0, 0, 0], seed=0, **kwargs).batch(0)
+    with pytest.raises(ValueError, match=match):
+        list(center_batches(pictures, [0, 0, 0], **kwargs))
+
+
+def test_sizes_that_are_known_are_checked_before_training():
+    with pytest.raises(ValueError, match="picture 1 is 12 x 7"):
+        center_batches(
+            Sized(numbered((9, 9), (12, 7))), [0, 0], batch_size=1, crop_px=8
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"labels": [0, 0]}, "for 3 pictures: give one whole number a picture"),
+        ({"labels": [0.5, 1, 2]}, "labels are float64"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"crop_px": 0}, "data.crop_px is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "between 0 and 2"),
+        ({"pictures": []}, "the split has no pictures"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], match: str):
+    arguments: dict[str, Any] = {
+        "pictures": numbered((9, 9), (9, 9), (9, 9)),
+        "labels": [0, 1, 2],
+        "batch_size": 3,
+        "crop_px": 8,
+        "seed": 0,
+    }
+    with pytest.raises(ValueError, match=match):
+        TrainBatches(**(arguments | changes))
+
+
+def test_a_negative_step_or_bucket_is_refused():
+    with pytest.raises(ValueError, match="step is -1"):
+        train().batch(-1)
+    with pytest.raises(ValueError, match="bucket_px is -8"):
+        full_batches(numbered((9, 9)), [0], batch_size=1, bucket_px=-8)
+
+
+def test_pictures_of_another_kind_are_not_cast_in_silence():
+    grey = [np.zeros((9, 9), np.uint8)]
+    floats = [np.zeros((9, 9, 3))]
+    for pictures in (grey, floats):
+        with pytest.raises(ValueError, match=r"give uint8 \[h, w, 3\]"):
+            center_batches(pictures, [0], batch_size=1, crop_px=8)[0]

@@ -1,0 +1,180 @@
+"""Groups, means over seeds, paired tests; the page and the table that say them."""
+
+import re
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from cra_jax.reports import compare, compare_statistics
+from tests.helpers.fake_runs import make, write_start
+
+CENTER = ("test", "center")
+
+
+def test_runs_that_differ_in_the_seed_are_a_group(tmp_path):
+    runs = [
+        make(tmp_path / "a", right=6, seed=0),
+        make(tmp_path / "b", variant="baseline", right=5, seed=0),
+        make(tmp_path / "c", right=9, seed=1, changes={"data.workers": 7}),
+        make(tmp_path / "d", right=9, seed=2, changes={"eval.batch_size": 7}),
+    ]
+    found = compare_statistics.compare(runs)
+    assert [[r.workdir.name for r in g.runs] for g in found.groups] == [
+        ["a", "c", "d"],
+        ["b"],
+    ]
+    assert [g.label for g in found.groups] == [
+        "CRA-CNN, resnet50, CUB-200-2011",
+        "baseline, resnet50, CUB-200-2011",
+    ]
+    assert found.settings == {"model.kind": ["cra", "baseline"]}
+    three, one = found.tables[CENTER]
+    assert three.by_seed == {0: 0.6, 1: 0.9, 2: 0.9}
+    assert three.spread.mean == pytest.approx(0.8)
+    expected = stats.t.interval(0.95, 2, loc=0.8, scale=stats.sem([0.6, 0.9, 0.9]))
+    assert three.interval.low == pytest.approx(expected[0])
+    assert three.interval.high == 1  # not 1.23: no accuracy lies beyond 1
+    assert one.spread.sd is None
+    wilson = stats.binomtest(5, 10).proportion_ci(0.95, method="wilson")
+    assert one.interval == pytest.approx((wilson.low, wilson.high))
+    assert found.notes == []
+
+
+def test_the_same_pictures_are_paired(tmp_path):
+    runs = [
+        make(tmp_path / "a", right=3, seed=0),
+        make(tmp_path / "b", right=3, seed=1),
+        make(tmp_path / "c", variant="baseline", right=10, seed=0),
+        make(tmp_path / "d", variant="baseline", right=9, seed=1),
+    ]
+    found = compare_statistics.compare(runs)
+    names = [(x.first.workdir.name, x.second.workdir.name) for x in found.pairs]
+    assert names == [("a", "c"), ("b", "d")]  # of the same seed, of other groups
+    first, second = found.pairs
+    assert first.counts[:4] == (3, 0, 7, 0)
+    assert first.counts.p == pytest.approx(2 / 2**7)
+    assert second.counts.p == pytest.approx(2 / 2**6)
+    assert first.adjusted_p == pytest.approx(2 * first.counts.p)
+    (difference,) = found.differences
+    assert difference.letters == ("A", "B")
+    assert difference.spread.mean == pytest.approx(0.65)
+    assert difference.spread.count == 2
+
+
+def test_one_run_of_each_is_paired_whatever_the_seed(tmp_path):
+    runs = [make(tmp_path / "a", seed=3), make(tmp_path / "b", variant="baseline")]
+    assert len(compare_statistics.compare(runs).pairs) == 1
+
+
+def test_other_pictures_are_not_paired(tmp_path):
+    runs = [
+        make(tmp_path / "a"),
+        make(tmp_path / "b", variant="baseline", labels=(1, 0) * 5),
+    ]
+    found = compare_statistics.compare(runs)
+    assert found.pairs == []
+    assert "a and b saw different pictures or labels" in found.notes[0]
+
+
+@pytest.mark.parametrize("how", ["none", "of another checkpoint"])
+def test_what_is_not_known_of_each_picture_is_said(tmp_path, how):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", variant="baseline")]
+    path = runs[1] / "results" / "test-center.csv"
+    if how == "none":
+        path.unlink()
+    else:
+        path.write_text(re.sub(r",20$", ",10", path.read_text(), flags=re.MULTILINE))
+    found = compare_statistics.compare(runs)
+    assert found.pairs == []
+    assert len(found.notes) == 1
+    assert "what b says of each picture is not known" in found.notes[0]
+
+
+def test_a_run_again_is_no_second_draw(tmp_path):
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", right=8)]
+    found = compare_statistics.compare([*runs, runs[0]])
+    assert [r.workdir.name for r in found.groups[0].runs] == ["a"]
+    assert found.notes == [
+        "b is left out: it is a again, seed 0 and all, and no second draw"
+    ]
+
+
+def test_groups_of_one_title_say_what_sets_them_apart(tmp_path):
+    runs = [
+        make(tmp_path / "a"),
+        make(tmp_path / "b", changes={"contrast.margin": 0.5}),
+    ]
+    found = compare_statistics.compare(runs)
+    assert [g.label.rpartition(", ")[2] for g in found.groups] == [
+        "contrast.margin=0.7",
+        "contrast.margin=0.5",
+    ]
+
+
+def test_the_papers_row_stands_beside_the_same_and_nothing_else(tmp_path):
+    whole: Any = {"labels": (0, 1) * 2897, "right": 5000}
+    runs = [
+        make(tmp_path / "a", **whole),
+        make(tmp_path / "b", variant="baseline", **whole),
+        make(tmp_path / "c", variant="stn", **whole),
+        make(tmp_path / "part"),
+    ]
+    found = compare_statistics.compare(runs[:3])
+    rows = found.tables[CENTER]
+    assert [row.paper and row.paper.top1 for row in rows] == [0.862, 0.842, None]
+    assert found.notes == [
+        f"{letter} stands beside the paper's figure and departs from its recipe: "
+        "train.epochs=2 (140)"
+        for letter in "AB"
+    ]
+    (part,) = compare_statistics.compare(runs[3:]).tables[CENTER]
+    assert part.paper is None
+
+
+def test_doubts_are_said(tmp_path):
+    runs = [
+        make(tmp_path / "a", seed=0, changes={"train.epochs": 9}),
+        make(tmp_path / "b", seed=1, changes={"train.epochs": 9}),
+    ]
+    write_start(runs[0])
+    write_start(runs[1], code={"commit": "b" * 40, "changed": []})
+    notes = compare_statistics.compare(runs).notes
+    assert notes == [
+        "a was scored at epoch 2 of 9",
+        "b was scored at epoch 2 of 9",
+        "the runs of A were made with different code: aaaaaaa, bbbbbbb",
+    ]
+
+
+def test_mistakes_end_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match="no runs to compare"):
+        compare_statistics.compare([])
+    with pytest.raises(ValueError, match="holds no run"):
+        compare_statistics.compare([tmp_path])
+    workdir = make(tmp_path / "a")
+    (workdir / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no scores yet"):
+        compare_statistics.compare([workdir])
+
+
+def test_the_table_and_the_page(tmp_path, capsys):
+    scores = {"pointing": 0.5, "box_count": 10}
+    runs = [
+        make(tmp_path / "a", right=6, seed=0, scores=scores),
+        make(tmp_path / "b", right=9, seed=1, scores=scores),
+        make(tmp_path / "c<d", variant="baseline", right=8, seed=0),
+    ]
+    compare.run(None, tmp_path / "out", runs=runs)
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = [re.sub(" +", " ", line) for line in text.splitlines()]
+    assert "| A | 2 | 75.0 ± 21.2 | 0.0 to 100.0 | 60.0, 90.0 | – |" in lines
+    assert "| B | 1 | 80.0 | 49.0 to 94.3 (1) | 80.0 | – |" in lines
+    assert "| A | 100.0 ± 0.0 | 75.0 ± 21.2 | 50.0 ± 0.0 |" in lines
+    assert "| B | 100.0 | 80.0 | – |" in lines
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert "75.0 ± 21.2" in html
+    assert "c&lt;d" in html
+    assert "c<d" not in html
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)

@@ -1,0 +1,262 @@
+"""Figures of whole runs, and what each part of them is made from."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.patches import Polygon
+from PIL import Image
+
+from cra_jax import art_module, schedule, train_step
+from cra_jax.datasets import sources
+from cra_jax.input import splits
+from cra_jax.reports import (
+    confusions,
+    figure_panels,
+    figure_style,
+    figures,
+    training_curves,
+)
+from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.runtime.run_folder import Result
+from cra_jax.training import build
+from tests.helpers import tiny_config
+
+
+def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: Any):
+    """A run folder as training leaves it, without training; returns its config."""
+    config = tiny_config.config(cache, **{"model.kind": kind, "seed": seed, **changes})
+    dataset = sources.load_data(config)
+    names = dataset.class_names
+    training = build.build_training(config, len(names), steps_per_epoch=6)
+    state = train_step.create_state(
+        jax.random.key(seed), training.network, training.optimizer, crop_px=32
+    )
+    folder.mkdir()
+    run_folder.keep_config(folder, config.to_dict())
+    meta = {"class_names": names, "epoch": 2, "config": config.to_dict()}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(12, state, meta, metric=0.5)
+    numbers = {"loss_cls1": 2.0, "top1": 0.4, "images_per_second": 1, "eta_seconds": 1}
+    tests = {"top1": 0.5, "protocol": "center", "count": 40, "pointing": 0.5}
+    with training_log.Log(folder, first_step=0, total_steps=12) as log:
+        for epoch in (0, 1, 2):
+            if epoch:
+                log.train(step=6 * epoch, epoch=epoch, numbers={**numbers, "loss": 3.0})
+                log.test(step=6 * epoch, epoch=epoch, split="test", numbers=tests)
+            if kind != "baseline":
+                turned = [[0.4, -0.1 * epoch, 0.1], [0.1 * epoch, 0.4, 0]]
+                indices = splits.open_split(config, dataset, "test").firsts(4)
+                log.attention(
+                    step=6 * epoch,
+                    epoch=epoch,
+                    split="test",
+                    names={i: str(i) for i in indices},
+                    matrices=dict.fromkeys(indices, turned),
+                )
+    return config
+
+
+def _size(png: Path) -> tuple[int, int]:
+    with Image.open(png) as picture:
+        colours = picture.convert("RGB").getcolors(1 << 24)
+        assert colours is not None
+        assert len(colours) > 50, f"{png} is empty"
+        return picture.size
+
+
+def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
+    cache = tmp_path / "cache"
+    config = _saved(tmp_path / "ours", cache, "cra")
+    _saved(tmp_path / "theirs", cache, "baseline", seed=1)
+    drawn, notes = figures.draw_all(
+        config, tmp_path / "ours", baseline=tmp_path / "theirs"
+    )
+    names = [figure.name for figure in drawn]
+    # Two networks of random weights: each is right somewhere, so all can be drawn.
+    assert names == ["activation", "attention", "corrected", "curves", "confused"]
+    assert notes == []
+    for figure in drawn:
+        assert figure.png.parent == tmp_path / "ours" / "report"
+        assert min(_size(figure.png)) > 300
+        assert figure.pdf.read_bytes().startswith(b"%PDF")
+        assert figure.caption.endswith(".")
+    assert pyplot.get_fignums() == []
+
+
+def test_a_baseline_alone_says_what_it_cannot_draw(tmp_path, capsys):
+    config = _saved(tmp_path / "run", tmp_path / "cache", "baseline")
+    figures.run(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    for name in ("activation", "curves", "confused"):
+        assert f"report/{name}.png and .pdf: " in printed
+    assert "no figure of attention: a baseline has no attention" in printed
+    assert "no figure of corrected: there is no run to compare with" in printed
+    files = {x.name for x in (tmp_path / "run" / "report").iterdir()}
+    assert files == {
+        f"{name}.{kind}"
+        for name in ("activation", "curves", "confused")
+        for kind in ("png", "pdf")
+    }
+
+
+def test_an_stn_and_runs_that_do_not_compare(tmp_path):
+    cache = tmp_path / "cache"
+    config = _saved(tmp_path / "stn", cache, "stn")
+    drawn, _ = figures.draw_all(config, tmp_path / "stn")
+    assert "attention" in [x.name for x in drawn]
+    _saved(tmp_path / "other", cache, "baseline", **{"data.seed": 5})
+    with pytest.raises(ValueError, match=r"was tested on other pictures than .*stn"):
+        figures.draw_all(config, tmp_path / "stn", baseline=tmp_path / "other")
+    changed = config.copy_and_resolve_references()
+    changed.data.num_species = 5
+    with pytest.raises(ValueError, match="the data has 5 classes, the checkpoint 8"):
+        figures.draw_all(changed, tmp_path / "stn")
+    (tmp_path / "stn" / run_folder.SNAPSHOTS).unlink()
+    _, notes = figures.draw_all(config, tmp_path / "stn")
+    assert any("has no snapshots" in note for note in notes)
+
+
+def _results(pairs, confidence=()):
+    sure = confidence or [0.5] * len(pairs)
+    return [
+        Result(i, f"{i}.jpg", label, predicted, sure[i], 12)
+        for i, (label, predicted) in enumerate(pairs)
+    ]
+
+
+def test_pairs_are_counted_both_ways_and_shown_by_the_surest_mistake():
+    pairs = [(0, 1), (0, 1), (1, 0), (0, 0), (2, 3), (3, 3), (1, 2), (1, 1), (2, 4)]
+    found = confusions.confused_pairs(
+        _results(pairs, [0.3, 0.9, 0.5, 0.5, 0.5, 0.8, 0.5, 0.7, 0.5]), most=2
+    )
+    assert found == [
+        confusions.Pair((0, 1), wrong=(2, 1), count=(3, 3), examples=(1, 2)),
+        confusions.Pair((1, 2), wrong=(1, 0), count=(3, 2), examples=(6, 4)),
+    ]
+    every = confusions.confused_pairs(_results(pairs), most=9)
+    # Class 4 has no picture in the split.
+    assert [x.labels for x in every] == [(0, 1), (1, 2), (2, 3)]
+    assert confusions.confused_pairs(_results([(0, 0), (1, 1)]), most=9) == []
+    # Three one way and none the other are more than one each way.
+    one_way = _results([(0, 1), (1, 0), (3, 2), (3, 2), (3, 2), (2, 2)])
+    assert [x.labels for x in confusions.confused_pairs(one_way, most=1)] == [(2, 3)]
+
+
+def test_what_was_put_right_and_other_pictures_of_a_class():
+    before = _results([(0, 1), (0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (2, 1)])
+    after = _results([(0, 0), (0, 1), (1, 1), (1, 1), (0, 1), (0, 0), (2, 1)])
+    assert confusions.put_right(before, after) == [0, 2]
+    assert confusions.put_right(after, before) == [1]
+    alike = {"before": before, "after": after}
+    assert confusions.alike(1, but=2, **alike) == 3  # both get that one right
+    assert confusions.alike(0, but=0, **alike) == 5
+    assert confusions.alike(2, but=0, **alike) == 6  # none: the first other
+    assert confusions.alike(7, but=0, **alike) is None
+
+
+@pytest.mark.parametrize("first_epochs", [0, 3, 10])
+@pytest.mark.parametrize("period_epochs", [0, 2, 4])
+def test_phases_are_those_of_the_schedule(first_epochs, period_epochs):
+    if not first_epochs and not period_epochs:
+        return
+    found = training_curves.phases(
+        10,
+        restriction=(first_epochs, period_epochs),
+        rate=(first_epochs, period_epochs),
+        factor=0.1,
+    )
+    options = {"first_epochs": first_epochs, "period_epochs": period_epochs}
+    rate = [
+        float(schedule.learning_rate(e, steps_per_epoch=1, **options))
+        for e in range(10)
+    ]
+    falls = [e for e in range(1, 10) if rate[e] < 0.5 * rate[e - 1]]
+    assert [e for e in found.rate_falls if e] == falls
+    for epoch in range(10):
+        on = schedule.restriction_weight(epoch, steps_per_epoch=1, **options)
+        shaded = any(begin <= epoch < end for begin, end in found.restriction_off)
+        assert shaded == (on == 0)
+
+
+def test_curves_stand_at_the_epochs_that_they_were_logged_at():
+    lines = [
+        {
+            "split": "train",
+            "step": s,
+            "epoch": -(-s // 6),
+            "top1": s / 12,
+            "loss_cls1": 1,
+        }
+        for s in (4, 6, 8, 12)
+    ]
+    lines += [
+        {"split": "test", "step": 6 * e, "epoch": e, "top1": 0.5, "protocol": p}
+        for e, p in ((1, "center"), (2, "center"), (2, "full"))
+    ]
+    phases = training_curves.phases(2, restriction=(1, 1), rate=(1, 1), factor=0.1)
+    figure = training_curves.draw(lines, phases)
+    accuracy, losses = figure.axes  # no boxes, no third panel
+    train, test = accuracy.get_lines()[:2]
+    at, height = np.array(train.get_data(), float)
+    np.testing.assert_allclose(at, [4 / 6, 1, 8 / 6, 2])
+    np.testing.assert_allclose(height, [100 / 3, 50, 200 / 3, 100])
+    np.testing.assert_allclose(np.array(test.get_data(), float), [[1, 2], [50, 50]])
+    labels = [x.get_text() for x in losses.get_legend().get_texts()]  # pyright: ignore
+    assert labels == ["$L_{cls1}$"]
+    above = [x.get_text() for x in accuracy.texts]
+    assert above == ["rate × 0.1, no $L_{res}$"]
+
+
+def test_names_fit_into_narrow_columns():
+    assert figure_style.tidy("001.Black_footed_Albatross") == "Black footed\nAlbatross"
+    name = "Bentley Continental Supersports Conv. Convertible 2012"
+    assert figure_style.tidy(name, width=12) == "Bentley\nContinental…"
+    assert figure_style.tidy("Llanfairpwllgwyngyllgogerychwyrndrobwll", lines=1) == (
+        "Llanfairpwllgwy…"
+    )
+    assert figure_style.tidy("707.") == "707."
+
+
+def test_names_are_no_formulas_and_unknown_scripts_no_warnings(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    names = ("a $x^2 bird$", "鳥 of $\\notacommand$")
+    pair = figure_panels.Confusion(names, (picture, picture), (1, 0), (2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = figure_panels.confusions([pair])
+        first = figure_style.save(figure, tmp_path, "names")
+        second = figure_style.save(figure, tmp_path, "again")
+    for suffix in (".png", ".pdf"):  # the same bytes each time
+        files = [x.with_suffix(suffix).read_bytes() for x in (first, second)]
+        assert files[0] == files[1]
+    shown = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert "a $x^2 bird$" in shown
+
+
+def test_the_outline_is_drawn_where_the_attention_is():
+    picture = np.zeros((16, 16, 3), np.uint8)
+    corners = art_module.corners_px(np.array([[[0.5, 0, 0], [0, 0.5, 0]]]), 16)
+    one = figure_panels.Attended(picture, "auk", corners, picture[None], None, None)
+    figure = figure_panels.attention_over_epochs([one], [3], title="STN")
+    (outline,) = [p for p in figure.axes[0].patches if isinstance(p, Polygon)]
+    np.testing.assert_allclose(outline.get_xy()[:4], corners[0])
+    assert next(x.get_text() for x in figure.axes[0].texts) == "epoch 3"
+    assert len(figure.axes) == 2  # no redundancy
+
+
+def test_a_map_is_clear_where_nothing_is_active_and_lighter_where_more_is():
+    picture = np.full((4, 4, 3), 90, np.uint8)
+    activation = np.zeros((4, 4))
+    activation[0] = (-5, 1, 2, 4)
+    shown = figure_style.overlay(picture, activation).astype(int)
+    assert (shown[1:] == shown[3, 3]).all()
+    assert (shown[0, 0] == shown[3, 3]).all()
+    assert np.ptp(shown[3, 3]) == 0  # grey
+    luminance = shown[0] @ np.array([0.299, 0.587, 0.114])
+    assert luminance[3] > luminance[2] > luminance[1]

@@ -1,0 +1,213 @@
+"""The page of a run: what is on it, that it needs nothing else, and what goes wrong."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from configs.cub import get_config
+from cra_jax.reports import html_page, report, run_summary, uncertainty
+from cra_jax.runtime import run_folder
+from cra_jax.training import train
+from tests.helpers import tiny_config
+from tests.helpers.fake_runs import make, write_start
+
+_VOID = {"meta", "link", "img", "line", "circle", "path", "br", "wbr"}
+
+
+class _Page(HTMLParser):
+    """Texts, tables and addresses of a page; unclosed tags are an error."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.cells: list[list[str]] = []
+        self.text = ""
+        self.ids: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in _VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        self.addresses += [found[x] or "" for x in ("src", "href") if x in found]
+        self.ids |= {found["id"] or ""} if "id" in found else set()
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.cells[-1][-1] += data.strip()
+
+
+def _read(workdir):
+    return _Page((workdir / "report" / "index.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A whole run of the smallest size, and what it said."""
+    folder = tmp_path_factory.mktemp("report")
+    config = tiny_config.config(
+        folder / "cache", **{"train.report": True, "train.epochs": 1}
+    )
+    train.run(config, folder / "run")
+    return config, folder / "run"
+
+
+def test_a_run_leaves_a_page_that_needs_nothing_else(trained):
+    _, workdir = trained
+    found = _read(workdir)
+    anchors = [x for x in found.addresses if x.startswith("#")]
+    others = [x for x in found.addresses if not x.startswith("#")]
+    assert all(x.startswith("data:") for x in others)
+    assert {x[1:] for x in anchors} <= found.ids
+    assert "#figures" in anchors
+    pictures = [x for x in others if x.startswith("data:image/png;base64,")]
+    assert len(pictures) >= 3
+    for uri in pictures:
+        image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        assert min(image.size) > 100
+    text = (workdir / "report" / "index.html").read_text()
+    assert not re.search(r"url\(|@import|<script|https?://", text)
+
+
+def test_its_numbers_are_those_of_the_run(trained):
+    config, workdir = trained
+    found = _read(workdir)
+    lines = run_summary.newest(run_folder.read_metrics(workdir))
+    assert [x["split"] for x in lines] == ["test", "test_shifted"]
+    for line in lines:
+        low, high = uncertainty.wilson(round(line["top1"] * 40), 40)
+        interval = f"{html_page.percent(low)} to {html_page.percent(high)}"
+        (row,) = [r for r in found.cells if r[:2] == [line["split"], "center"]]
+        assert row[2] == html_page.percent(line["top1"])
+        assert row[4:] == [
+            interval,
+            html_page.percent(line["top5"]),
+            html_page.percent(line["mean_per_class"]),
+            "40",
+        ]
+        (row,) = [r for r in found.cells if len(r) == 7 and r[0] == line["split"]]
+        assert row[1] == html_page.percent(line["pointing"])
+        assert row[3] == html_page.percent(line["activation_in_box"])
+        assert row[4] == html_page.percent(line["attention_iou"])
+    (start,) = json.loads((workdir / "provenance.json").read_text())["starts"]
+    assert start["command"] in found.text
+    for version in start["versions"].values():
+        assert version in found.text
+    assert ["data.crop_px", "32", "448"] in found.cells
+    assert "data.flip" not in [row[0] for row in found.cells if row]
+    assert f"seed {config.seed}" in found.text
+
+
+def test_a_run_that_had_ended_keeps_its_page(trained, capsys):
+    config, workdir = trained
+    path = workdir / "report" / "index.html"
+    before = path.stat().st_mtime_ns
+    report.leave(config, workdir)
+    assert path.stat().st_mtime_ns == before
+    assert f"report: {path}" in capsys.readouterr().err
+
+
+def test_without_the_checkpoint_the_numbers_are_there_all_the_same(tmp_path, capsys):
+    workdir = make(tmp_path / "a<b")
+    config = get_config()
+    config.data.path = str(tmp_path)
+    report.run(config, workdir)
+    assert str(workdir / "report" / "index.html") in capsys.readouterr().out
+    found = _read(workdir)
+    assert "The figures could not be drawn" in found.text
+    assert "#figures" not in found.addresses
+    (row,) = [r for r in found.cells if r[:2] == ["test", "center"]]
+    assert (row[2], row[4]) == ("70.0", "39.7 to 89.2")
+    assert "a<b" in found.text  # escaped, and so it is text again
+    # Wrong are the last three, of classes 1, 0, 1: 2 of 5 and 1 of 5.
+    (one,) = [r for r in found.cells if r[0] == "class 1" and len(r) == 5]
+    assert one[1:3] + one[4:] == ["3 of 5", "60", "class 0(2)"]
+    surest = [r for r in found.cells if r[0].startswith("test/")]
+    assert [r[0] for r in surest] == ["test/009.jpg", "test/008.jpg", "test/007.jpg"]
+    assert surest[0][1:] == ["class 1", "class 0", "59.0"]
+    # 20 steps of 64 pictures at 64 pictures a second.
+    assert run_summary.time_trained(run_folder.read_metrics(workdir), 64) == (20, 1280)
+    assert "20 s" in found.text
+    assert "64 images/s" in found.text
+
+
+def test_doubts_stand_at_the_top(tmp_path):
+    workdir = make(tmp_path / "run", changes={"train.epochs": 9})
+    run_folder.append_metrics(
+        workdir,
+        {"step": 30, "epoch": 3, "split": "train", "images_per_second": 64.0}
+        | {"gamma_saturated": 0.8},
+    )
+    write_start(workdir, ended=None, outcome=None)
+    write_start(workdir, code={"commit": "b" * 40, "changed": ["x"]}, devices="1 x cpu")
+    report.write(get_config(), workdir)
+    found = _read(workdir)
+    for text in (
+        "Not finished: epoch 3 of 9.",
+        "The last scores are of epoch 2; training is at 3.",
+        "In 80 % of the pictures the attention sits in a corner",
+        "different code: aaaaaaa, bbbbbbb + 1 changed file.",
+        "different devices: 1 x cpu, 8 x test.",
+    ):
+        assert text in found.text
+    took = [row[2:4] for row in found.cells if row and row[0] == "2026-01-01 10:00 UTC"]
+    assert took == [["unknown", "killed, or still running"], ["2 h 05 min", "finished"]]
+
+
+def test_the_papers_figure_stands_beside_the_same(tmp_path):
+    workdir = make(tmp_path / "run", labels=(0, 1) * 2897, right=5000)
+    report.write(get_config(), workdir)
+    assert "Table 1 has 86.2 %" in _read(workdir).text
+
+
+def test_scores_are_of_the_last_checkpoint_alone():
+    def line(step, protocol="center", **more):
+        return {"step": step, "split": "test", "protocol": protocol, **more}
+
+    lines = [
+        line(10, "full", top1=0.9, count=4),
+        line(20, top1=0.5, count=4, attention_iou=0.3),
+        line(10, top1=0.9, count=4),  # evaluated later, of an older checkpoint
+        line(20, top1=0.5, count=4),  # by hand: the same, without the attention
+        {"step": 20, "split": "train", "top1": 1.0},
+    ]
+    assert run_summary.newest(lines) == [line(20, top1=0.5, count=4, attention_iou=0.3)]
+    # Of other data: what was known of the attention is not of it.
+    for other in (line(20, top1=0.25, count=4), line(20, top1=0.5, count=8)):
+        assert run_summary.newest([*lines, other]) == [other]
+
+
+def test_a_report_that_fails_costs_nothing(tmp_path, capsys):
+    workdir = make(tmp_path / "run")
+    (workdir / "report").write_text("a file where a folder should be")
+    report.leave(get_config(), workdir)
+    said = capsys.readouterr().err
+    assert "warning: the report could not be written (FileExistsError" in said
+    assert f"--mode report --workdir {workdir}" in said
+
+
+def test_mistakes_end_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        report.run(get_config(), tmp_path)
+    workdir = make(tmp_path / "run")
+    (workdir / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no numbers yet"):
+        report.run(get_config(), workdir)

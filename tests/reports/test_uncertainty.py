@@ -1,0 +1,90 @@
+"""Intervals and tests against scipy, hand-worked figures, and what they promise."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cra_jax.reports import uncertainty
+
+
+@pytest.mark.parametrize(
+    ("successes", "count"), [(0, 1), (1, 1), (3, 7), (4880, 5794), (0, 40), (40, 40)]
+)
+def test_wilson_is_scipys(successes, count):
+    expected = stats.binomtest(successes, count).proportion_ci(0.95, method="wilson")
+    found = uncertainty.wilson(successes, count)
+    assert found.low == pytest.approx(expected.low, abs=1e-12)
+    assert found.high == pytest.approx(expected.high, abs=1e-12)
+    assert 0 <= found.low <= successes / count <= found.high <= 1
+
+
+def test_wilson_covers_as_often_as_it_says():
+    """Over all outcomes of 200 draws, weighted by how likely each is."""
+    count = 200
+    for share in (0.1, 0.5, 0.84, 0.97):
+        covered = sum(
+            stats.binom.pmf(k, count, share)
+            for k in range(count + 1)
+            if uncertainty.wilson(k, count).low
+            <= share
+            <= uncertainty.wilson(k, count).high
+        )
+        assert 0.925 < covered < 0.975, share
+
+
+@pytest.mark.parametrize(("successes", "count"), [(1, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_what_is_no_proportion(successes, count):
+    with pytest.raises(ValueError, match=rf"{successes} of {count}"):
+        uncertainty.wilson(successes, count)
+
+
+def test_spread_by_hand():
+    found = uncertainty.spread([0.80, 0.84, 0.85])
+    assert found.mean == pytest.approx(0.83)
+    # Deviations -3, 1, 2 in hundredths: sum of squares 14, over 2.
+    assert found.sd == pytest.approx(math.sqrt(7) / 100)
+    assert found.interval is not None
+    # t of 2 degrees of freedom at 97.5 %, from any table.
+    half = 4.30265 * math.sqrt(7) / 100 / math.sqrt(3)
+    assert found.interval.low == pytest.approx(0.83 - half, abs=1e-6)
+    assert found.interval.high == pytest.approx(0.83 + half, abs=1e-6)
+    assert found.count == 3
+
+
+def test_one_run_has_no_spread():
+    assert uncertainty.spread([0.8]) == (0.8, None, 1, None)
+    with pytest.raises(ValueError, match="no values"):
+        uncertainty.spread([])
+
+
+def test_mcnemar_by_hand():
+    first = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 1], bool)
+    second = np.array([1, 1, 0, 1, 1, 1, 1, 1, 0, 1], bool)
+    found = uncertainty.mcnemar(first, second)
+    assert found[:4] == (3, 1, 5, 1)
+    # 6 pictures differ: 2 * (C(6,0) + C(6,1)) / 2 ** 6.
+    assert found.p == pytest.approx(2 * 7 / 64)
+    assert found.difference == pytest.approx(second.mean() - first.mean())
+    assert uncertainty.mcnemar(second, first).p == pytest.approx(found.p)
+
+
+def test_mcnemar_of_the_same_answers():
+    right = np.array([True, False, True])
+    assert uncertainty.mcnemar(right, right) == (2, 0, 0, 1, 1.0)
+
+
+def test_mcnemar_refuses_other_pictures():
+    with pytest.raises(ValueError, match="no pairs"):
+        uncertainty.mcnemar(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="no pairs"):
+        uncertainty.mcnemar(np.ones(0), np.ones(0))
+
+
+def test_holm_by_hand():
+    # 3 * .01, 2 * .03, and .04 raised to the one before it.
+    found = uncertainty.holm([0.04, 0.01, 0.03])
+    assert found == pytest.approx([0.06, 0.03, 0.06])
+    assert uncertainty.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert uncertainty.holm([]) == []

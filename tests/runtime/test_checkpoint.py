@@ -1,0 +1,116 @@
+"""Checkpoints restore what was saved, keep the right ones, and refuse strangers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.train_step import TrainState
+
+
+def _state(value: float) -> TrainState:
+    params = {
+        "classification_stream": {"conv1": {"kernel": jnp.full((2, 3), value)}},
+        "regularization_stream": {"conv1": {"kernel": jnp.full((4,), -value)}},
+    }
+    chain = optax.chain(optax.add_decayed_weights(0.1), optax.trace(0.9))
+    return TrainState(
+        step=jnp.int32(value),
+        params=params,
+        batch_stats={"classification_stream": {"bn1": {"mean": jnp.ones(3)}}},
+        opt_state=chain.init(params),
+    )
+
+
+def test_a_state_comes_back_with_its_structure(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(3, _state(3), {"epoch": 1, "window": [{"loss": 0.5}]})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored = checkpoints.restore(3, jax.eval_shape(lambda: _state(0)))
+        assert checkpoints.meta(3) == {"epoch": 1, "window": [{"loss": 0.5}]}
+    assert jax.tree.structure(restored) == jax.tree.structure(_state(3))
+    jax.tree.map(np.testing.assert_array_equal, restored, _state(3))
+
+
+def test_saving_copies_before_it_returns(tmp_path):
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"x": jnp.zeros(1 << 18)}
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(5):
+            state = step(state)
+        checkpoints.wait()
+        restored = checkpoints.restore(1, jax.eval_shape(lambda: state))
+    assert not restored["x"].any()
+
+
+def test_latest_and_best_are_kept(tmp_path):
+    accuracy = {2: 0.9, 4: 0.3, 6: 0.4, 8: 0.2}
+    with Checkpoints(tmp_path / "c", keep_latest=2) as checkpoints:
+        for step in range(1, 9):
+            metric = accuracy.get(step)
+            checkpoints.save(step, _state(step), {}, metric=metric)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 7, 8]
+        assert checkpoints.choose("latest") == 8
+        assert checkpoints.choose("best") == 2
+        assert checkpoints.choose("7") == 7
+        with pytest.raises(ValueError, match=r"no checkpoint '3'.*\[2, 7, 8\]"):
+            checkpoints.choose("3")
+
+
+def test_without_a_measured_step_there_is_no_best(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, _state(1), {})
+        checkpoints.wait()
+        assert checkpoints.best_step() is None
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, _state(1), {"epoch": 1})
+        checkpoints.save(1, _state(5), {"epoch": 2})
+        checkpoints.wait()
+        restored = checkpoints.restore(1, jax.eval_shape(lambda: _state(0)))
+        assert (int(restored.step), checkpoints.meta(1)) == (5, {"epoch": 2})
+
+
+def test_a_branch_restores_alone(tmp_path):
+    target = {
+        "params": {
+            "classification_stream": {
+                "conv1": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+            }
+        }
+    }
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, _state(1), {})
+    with Checkpoints(tmp_path / "c", writable=False) as checkpoints:
+        restored = checkpoints.restore(1, target)
+    assert jax.tree.structure(restored) == jax.tree.structure(target)
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    target = {
+        "params": {
+            "classification_stream": {
+                "conv1": {"kernel": jax.ShapeDtypeStruct((2, 4), jnp.float32)},
+                "fc": {"bias": jax.ShapeDtypeStruct((5,), jnp.float32)},
+            }
+        }
+    }
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, _state(1), {})
+        checkpoints.wait()
+        with pytest.raises(ValueError, match="of another model") as caught:
+            checkpoints.restore(1, target)
+    message = str(caught.value)
+    assert "conv1.kernel: checkpoint (2, 3), model (2, 4)" in message
+    assert "fc.bias: checkpoint has none, model (5,)" in message
+
+
+def test_no_checkpoints_to_read(tmp_path):
+    with pytest.raises(ValueError, match="there are no checkpoints at"):
+        Checkpoints(tmp_path / "nowhere", writable=False)

@@ -1,0 +1,500 @@
+"""`--mode prepare`: what is there, what is made, and what a build by tfds needs.
+
+Builds run in processes of their own, as always. TensorFlow is where it is installed.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import multiprocessing
+import socket
+import sys
+import tarfile
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from safetensors.numpy import save_file
+from tensorflow_datasets.core import registered
+from tensorflow_datasets.core.download import resource
+
+from cra_jax.backbones import families, weights
+from cra_jax.datasets import archives, sources, tfds_archives, tfds_build, tfds_read
+from cra_jax.input import splits
+from cra_jax.training import prepare
+from tests.helpers import tiny_config, tiny_tfds
+
+# A set of tfds that nobody else has; its code lies on the path of every process.
+BUILDER = """
+import os
+import tarfile
+import tensorflow_datasets as tfds
+
+
+class HandDrawn(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "get pictures.tar, with train/ and test/"
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=["wren", "tit"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager):
+        ACT
+        archive = dl_manager.manual_dir / "pictures.tar"
+        return {
+            split: self._generate_examples(archive, split)
+            for split in ("train", "test")
+        }
+
+    def _generate_examples(self, archive, split):
+        with tarfile.open(archive) as files:
+            for name in files.getnames():
+                if name.startswith(split):
+                    label = "wren" if "wren" in name else "tit"
+                    yield name, {"image": files.extractfile(name), "label": label}
+"""
+
+PICTURES = {
+    f"{split}/{label}{i}.jpg": tiny_tfds.jpeg(seed)
+    for seed, (split, label, i) in enumerate(
+        (split, label, i)
+        for split in ("train", "test")
+        for label in ("wren", "tit")
+        for i in range(8)
+    )
+}
+
+ON_TENSORFLOW = """
+        import tensorflow as tf
+        assert not tf.config.list_physical_devices("GPU")
+        assert tf.constant([1, 2]).numpy().sum() == 3"""
+
+
+@pytest.fixture
+def builder(tmp_path, monkeypatch):
+    """Puts the builder's code where tfds finds it, here and in new processes.
+
+    Returns what writes it; `act` is what the build does first.
+    """
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text("import hand_drawn\n")
+    monkeypatch.setenv("PYTHONPATH", str(code))
+    monkeypatch.syspath_prepend(code)
+    monkeypatch.setattr(tfds_archives, "MODULES", {})  # this builder needs none
+    before = dict(registered._DATASET_REGISTRY)
+
+    def write(act: str = "pass") -> None:
+        (code / "hand_drawn.py").write_text(BUILDER.replace("ACT", act.strip()))
+        importlib.import_module("hand_drawn")
+
+    yield write
+    registered._DATASET_REGISTRY.clear()
+    registered._DATASET_REGISTRY.update(before)
+    sys.modules.pop("hand_drawn", None)
+
+
+def place_pictures(folder: Path) -> Path:
+    """The archive, as got by hand."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "pictures.tar", "w") as archive:
+        for name, content in PICTURES.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def run(tmp_path: Path, capsys, **changes) -> list[str]:
+    """The lines that `--mode prepare` prints."""
+    config = tiny_config.config(tmp_path / "cache", **changes)
+    prepare.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    return capsys.readouterr().out.splitlines()
+
+
+# --- data sets ------------------------------------------------------------------------
+
+
+def test_drawings_are_stored_once(tmp_path, capsys):
+    first = run(tmp_path, capsys)
+    assert first[0] == "data: synthetic, 8 classes"
+    for name, count in {"train": 96, "test": 40, "test_shifted": 40}.items():
+        (line,) = [line for line in first if line.startswith(f"{name}: ")]
+        place = Path(first[first.index(line) + 1].strip())
+        files = [place, place.with_suffix(".json")]
+        size = sum(file.stat().st_size for file in files) / 1e6
+        assert line == (
+            f"{name}: {count} pictures of 8 classes, {size:.1f} MB, stored now"
+        )
+        assert place.parent == tmp_path / "cache"
+    assert first[-2].startswith("all is ready, after ")
+
+    second = run(tmp_path, capsys)
+    assert second[-2].startswith("all was there already (")
+    assert [line.replace("there already", "stored now") for line in second[:-2]] == (
+        first[:-2]
+    )
+    third = run(tmp_path, capsys, **{"data.short_side_px": 40})
+    assert third[-2].startswith("all is ready")
+
+
+def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
+    run(tmp_path, capsys)
+    config = tiny_config.config(tmp_path / "cache")
+    dataset = sources.load_data(config)
+    for name in dataset.splits:
+        splits.open_split(config, dataset, name)
+    assert "storing" not in capsys.readouterr().err
+
+
+def test_streamed_pictures_are_not_stored(tmp_path, capsys):
+    lines = run(tmp_path, capsys, **{"data.prepare": False})
+    assert "train: 96 pictures of 8 classes, decoded at each use" in lines[1]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_with_a_picture_that_cannot_be_read(tmp_path, capsys):
+    for name, content in PICTURES.items():
+        split, file = name.split("/")
+        place = tmp_path / "birds" / split / file[:-5] / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    (tmp_path / "birds" / "train" / "wren" / "wren0.jpg").write_bytes(b"no picture")
+    changes = {
+        "data.source": "folder",
+        "data.path": str(tmp_path / "birds"),
+        "model.kind": "baseline",
+        "train.batch_size": 8,
+    }
+    with pytest.raises(ValueError, match=r"1 of 16 pictures cannot be read:\n.*wren0"):
+        run(tmp_path, capsys, **changes)
+    capsys.readouterr()
+    changes["data.skip_unreadable"] = True
+    lines = run(tmp_path, capsys, **changes)
+    assert lines[:2] == ["data: folder, 2 classes", f"    {tmp_path / 'birds'}"]
+    assert lines[2].startswith(
+        "train: 15 pictures of 2 classes (1 left out as unreadable), "
+    )
+
+
+def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypatch):
+    published = tmp_path / "published" / "CUB_200_2011"
+    files = [f"00{c}.B{c}/{i}.jpg" for c in (1, 2) for i in range(16)]
+    lists = {
+        "images": files,
+        "image_class_labels": [1] * 16 + [2] * 16,
+        "train_test_split": [1, 0] * 16,
+        "classes": ["001.B1", "002.B2"],
+    }
+    for file in files:
+        (published / "images" / file).parent.mkdir(parents=True, exist_ok=True)
+        (published / "images" / file).write_bytes(tiny_tfds.jpeg(0))
+    for name, values in lists.items():
+        text = "".join(f"{i} {value}\n" for i, value in enumerate(values, 1))
+        (published / f"{name}.txt").write_text(text)
+
+    cub = {"data.source": "cub"}
+    lines = run(tmp_path, capsys, **cub, **{"data.path": str(published)})
+    assert lines[:2] == ["data: cub, 2 classes", f"    {published}"]
+    assert lines[2].startswith("train: 16 pictures of 2 classes, ")
+
+    home = tmp_path / "home" / "cra_jax" / "datasets"
+    home.mkdir(parents=True)
+    made = home / "CUB_200_2011.tgz"  # as if the network had brought it
+    with tarfile.open(made, "w:gz") as archive:
+        archive.add(published, "CUB_200_2011")
+    digest = hashlib.sha256(made.read_bytes()).hexdigest()
+    about = archives.Archive("nowhere", made.stat().st_size, digest, 10**6)
+    fetch = functools.partial(archives.cub_200_2011, archive=about)
+    monkeypatch.setattr(archives, "cub_200_2011", fetch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    place = home / "CUB_200_2011"
+    lines = run(tmp_path, capsys, **cub, **{"data.prepare": False})
+    assert lines[:2] == ["data: cub, 2 classes, fetched now", f"    {place}"]
+    assert lines[-2].startswith("all is ready")
+    lines = run(tmp_path, capsys, **cub, **{"data.prepare": False})
+    assert lines[0] == "data: cub, 2 classes, there already"
+    assert lines[-2].startswith("all was there already")
+
+
+def test_too_few_pictures_are_found_before_any_is_decoded(tmp_path, capsys):
+    with pytest.raises(ValueError, match="96 training pictures do not fill one batch"):
+        run(tmp_path, capsys, **{"train.batch_size": 128})
+    assert not (tmp_path / "cache").exists()
+
+
+# --- weights --------------------------------------------------------------------------
+
+
+def test_weights_are_named_before_the_data(tmp_path, capsys):
+    file = tmp_path / "mine.safetensors"
+    config = tiny_config.config(tmp_path)
+    network = families.backbone(config, 5)
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    weights.save_torch(file, jax.jit(network.init)(jax.random.key(0), images))
+    time.sleep(0.01)  # so that it is older than the run by any clock
+    lines = run(tmp_path, capsys, **{"model.pretrained": str(file)})
+    megabytes = file.stat().st_size / 1e6
+    assert lines[0] == f"weights: {file}, {megabytes:.1f} MB, there already"
+    assert lines[1] == f"    {file}"
+    assert lines[3] == "data: synthetic, 8 classes"
+
+
+def test_weights_that_do_not_fit_stop_it_before_pictures_are_stored(tmp_path, capsys):
+    file = tmp_path / "mine.safetensors"
+    save_file({"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, file)
+    with pytest.raises(ValueError, match="59 missing"):
+        run(tmp_path, capsys, **{"model.pretrained": str(file)})
+    assert not list(tmp_path.rglob("*.json"))  # of a store
+
+
+def test_weights_that_are_not_there_stop_it_first(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"there is no weights file 'none\.pth'"):
+        run(tmp_path, capsys, **{"model.pretrained": "none.pth"})
+    assert not (tmp_path / "cache").exists()
+
+
+# --- sets of tfds ---------------------------------------------------------------------
+
+
+def test_a_set_that_is_built_is_stored(tmp_path, capsys):
+    tiny_tfds.plain(tmp_path / "sets", train=tiny_tfds.rows(16), test=tiny_tfds.rows(2))
+    capsys.readouterr()
+    named = {
+        "data.source": "tfds",
+        "data.name": "plain",
+        "data.path": str(tmp_path / "sets"),
+    }
+    lines = run(tmp_path, capsys, **named)
+    assert lines[0] == "data: tfds, 2 classes, there already"
+    assert lines[1].strip() == str(tmp_path / "sets" / "plain" / "1.0.0")
+    assert lines[2].startswith("train: 16 pictures of 2 classes, ")
+    assert lines[-2].startswith("all is ready")
+    assert run(tmp_path, capsys, **named)[-2].startswith("all was there already")
+
+
+def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
+    builder()
+    manual = place_pictures(tmp_path / "by hand")
+    named = {
+        "data.source": "tfds",
+        "data.name": "hand_drawn",
+        "data.path": str(tmp_path / "sets"),
+        "data.manual_dir": str(manual),
+    }
+    lines = run(tmp_path, capsys, **named)
+    assert "tensorflow" not in sys.modules
+    assert lines[0] == "data: tfds, 2 classes, built now"
+    assert lines[2].startswith("train: 16 pictures of 2 classes, ")
+    assert lines[3].endswith(".pixels")
+    lines = run(tmp_path, capsys, **named)
+    assert lines[0] == "data: tfds, 2 classes, there already"
+    assert lines[-2].startswith("all was there already")
+
+    found = tfds_read.read_set("hand_drawn", tmp_path / "sets")
+    assert found.class_names == ("wren", "tit")
+    for split, examples in found.splits.items():
+        contents = {e.content(): found.class_names[e.label] for e in examples}
+        assert contents == {
+            content: "wren" if "wren" in name else "tit"
+            for name, content in PICTURES.items()
+            if name.startswith(split)
+        }
+
+
+def test_by_default_archives_are_sought_below_the_sets(tmp_path, builder, capfd):
+    builder()
+    place_pictures(tmp_path / "sets" / "downloads" / "manual")
+    assert tfds_build.build("hand_drawn", tmp_path / "sets") is True
+    said = capfd.readouterr()
+    assert said.out == ""  # tfds talks on standard output
+    assert "building hand_drawn in " in said.err
+    assert "Generating" not in said.err  # bars are for terminals
+    assert tfds_build.build("hand_drawn", tmp_path / "sets") is False
+
+
+def test_of_two_processes_one_builds(tmp_path, builder):
+    builder()
+    manual = place_pictures(tmp_path / "by hand")
+    build = functools.partial(
+        tfds_build.build, "hand_drawn", tmp_path / "sets", manual_dir=manual
+    )
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(lambda _: build(), range(2))) == [False, True]
+
+
+def test_tensorflow_works_without_a_gpu_in_its_own_process(tmp_path, builder):
+    if not importlib.util.find_spec("tensorflow"):
+        pytest.skip('SKIPPED, NOT PASSED: no TensorFlow; pip install ".[tfds-build]"')
+    builder(ON_TENSORFLOW)
+    manual = place_pictures(tmp_path / "by hand")
+    assert tfds_build.build("hand_drawn", tmp_path / "sets", manual_dir=manual)
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ("raise RuntimeError('the\\n  ink is dry')", "RuntimeError: the ink is dry$"),
+        ("os._exit(3)", "its process ended with 3 and said no more"),
+        ("raise KeyboardInterrupt", "it was interrupted"),
+    ],
+)
+def test_a_build_that_fails(act, message, tmp_path, builder):
+    builder(act)
+    place_pictures(tmp_path / "by hand")
+    with pytest.raises(ValueError, match=f"tfds cannot build hand_drawn: {message}"):
+        tfds_build.build(
+            "hand_drawn", tmp_path / "sets", manual_dir=tmp_path / "by hand"
+        )
+    assert tfds_read.where_to_build("hand_drawn", tmp_path / "sets") is not None
+
+
+def test_archives_that_were_never_placed(tmp_path, builder):
+    builder()
+    with pytest.raises(ValueError, match=r"manual does not exist.* get pictures\.tar"):
+        tfds_build.build("hand_drawn", tmp_path / "sets")
+    with pytest.raises(ValueError, match=r"data\.manual_dir is /.*/typo: there is no"):
+        tfds_build.build(
+            "hand_drawn", tmp_path / "sets", manual_dir=tmp_path / "sets" / "typo"
+        )
+
+
+def test_what_a_killed_build_has_left_is_named(tmp_path, builder, capsys):
+    builder("raise RuntimeError")
+    left = tmp_path / "sets" / "hand_drawn" / "incomplete.ABC_1.0.0"
+    left.mkdir(parents=True)
+    with pytest.raises(ValueError, match="tfds cannot build"):
+        tfds_build.build("hand_drawn", tmp_path / "sets")
+    assert f"{left}: left by a build that was killed" in capsys.readouterr().err
+
+
+def test_a_build_ends_with_the_process_that_wanted_it(tmp_path, builder):
+    note = tmp_path / "note"
+    builder(
+        f"""
+        import pathlib, time
+        pathlib.Path({str(note)!r}).write_text(str(os.getpid()))
+        time.sleep(100)"""
+    )
+    parent = multiprocessing.get_context("spawn").Process(
+        target=tiny_tfds.build_registered, args=("hand_drawn", tmp_path / "sets")
+    )
+    parent.start()
+    try:
+        assert _comes(lambda: note.exists() and note.read_text() != "")
+        at_work = Path("/proc") / note.read_text()
+        assert _comes(lambda: at_work.exists())
+    finally:
+        parent.kill()
+        parent.join()
+    assert _comes(lambda: not at_work.exists() or " Z " in _state(at_work))
+
+
+def _state(process: Path) -> str:
+    try:
+        return (process / "stat").read_text()
+    except OSError:
+        return " Z "
+
+
+def _comes(condition: Callable[[], bool]) -> bool:
+    """Whether something becomes so within half a minute."""
+    for _ in range(300):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_packages_are_asked_for_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_archives, "MODULES", {"no_such_module": "some-package"})
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    with pytest.raises(ValueError, match="building mnist needs no_such_module,") as e:
+        tfds_build.build("mnist", tmp_path / "sets")
+    assert 'pip install ".[tfds-build]"' in str(e.value)
+    assert sys.executable in str(e.value)
+    assert not (tmp_path / "sets").exists()
+
+
+def test_cars_says_what_is_missing_before_it_asks_for_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_archives, "MODULES", {"no_such_module": "some-package"})
+    manual = tmp_path / "sets" / "downloads" / "manual"
+    manual.mkdir(parents=True)
+    (manual / "car_devkit.tgz").write_bytes(bytes(330_960))
+    (manual / "cars_train.tgz").write_bytes(b"a page in place of the file")
+    known = tfds_archives.archives("cars196")
+    train, devkit, test, _ = (
+        known[f"{name}"]
+        for name in (
+            "cars_train.tgz",
+            "car_devkit.tgz",
+            "cars_test.tgz",
+            "cars_test_annos_withlabels.mat",
+        )
+    )
+    assert devkit.size == 330_960
+    # One that tfds itself has downloaded, when that could be done.
+    cached = resource.get_dl_fname(test.urls[0], test.sha256)
+    (tmp_path / "sets" / "downloads" / cached).touch()
+    with pytest.raises(ValueError, match="dead since 2023") as caught:
+        tfds_build.build("cars196", tmp_path / "sets")
+    first = str(caught.value).partition("\n")[0]
+    assert first == (
+        f"{manual}: cars_train.tgz has 27 bytes, not {train.size}; "
+        "not there: cars_test_annos_withlabels.mat"
+    )
+
+
+def test_without_a_network_archives_are_asked_for_at_once(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(tfds_archives, "MODULES", {"no_such_module": "some-package"})
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    with pytest.raises(
+        ValueError, match=r"no network .*caltech\.edu: Name or"
+    ) as error:
+        tfds_build.build("caltech_birds2011", tmp_path, manual_dir=tmp_path)
+    message = str(error.value)
+    infos = tfds.builder_cls("caltech_birds2011").url_infos or {}
+    for info in infos.values():
+        assert f"{info.filename}  {int(info.size)} bytes\n" in message
+        assert f"sha256 {info.checksum}\n" in message
+    assert message.count("  sha256 ") == len({i.filename for i in infos.values()}) == 2
+    # A proxy may know the way.
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "proxy"})
+    with pytest.raises(ValueError, match="needs no_such_module"):
+        tfds_build.build("caltech_birds2011", tmp_path)
+
+
+def test_names_that_tfds_does_not_know(tmp_path):
+    with pytest.raises(ValueError, match=r"'caltech_birds': .* meant is caltech_birds"):
+        tfds_build.build("caltech_birds", tmp_path)
+    with pytest.raises(ValueError, match=r"data\.name is empty: name a set of tfds"):
+        tfds_build.build("", tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, builder):
+    builder()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"cannot write to .*set data\.path to another"
+    ):
+        tfds_build.build("hand_drawn", tmp_path / "file" / "sets")

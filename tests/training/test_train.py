@@ -1,0 +1,389 @@
+"""Whole runs of the smallest size: they learn, stop, and go on to the same bits."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from safetensors.torch import load_file
+
+from cra_jax.datasets import sources
+from cra_jax.inference import evaluate, export
+from cra_jax.inference.restore import restore, restore_attention
+from cra_jax.input import splits
+from cra_jax.input.batches import center_batches
+from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import preview, train
+from tests.helpers import tiny_config
+from tests.oracles.torch_resnet import TorchResNet
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(cache_dir, tmp_path_factory) -> Any:
+    """A run of 3 epochs that nothing disturbed: its config, folder and scores."""
+    config = tiny_config.config(cache_dir, **{"train.epochs": 3})
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return config, workdir, train.run(config, workdir)
+
+
+def _arrays(workdir):
+    """All that the newest checkpoint holds, by path."""
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose("latest")
+        shapes = checkpoints.shapes(step)
+        restored = checkpoints.restore(step, shapes)
+        return step, checkpoints.meta(step), restored
+
+
+def test_a_run_learns_and_leaves_its_numbers(finished):
+    config, workdir, scores = finished
+    lines = run_folder.read_metrics(workdir)
+    training = [x for x in lines if x["split"] == "train"]
+    assert [x["step"] for x in training] == [4, 6, 8, 12, 16, 18]
+    assert [x["epoch"] for x in training] == [1, 1, 2, 2, 3, 3]
+    assert training[-1]["loss_cls1"] < training[0]["loss_cls1"]
+    assert training[-1]["loss"] < training[0]["loss"]
+    for name in (
+        *("loss", "loss_cls1", "loss_cls2", "loss_res", "loss_cntr"),
+        *("top1", "attention_top1", "learning_rate", "restriction_weight"),
+        *("gamma1_mean", "gamma4_std", "gamma_saturated", "gamma_guarded"),
+        *("gradient_norm", "images_per_second", "eta_seconds"),
+    ):
+        assert all(np.isfinite(x[name]) for x in training), name
+    for split in ("test", "test_shifted"):
+        tested = [x for x in lines if x["split"] == split]
+        assert [x["step"] for x in tested] == [6, 12, 18]
+        assert all(x["count"] == config.data.test_size for x in tested)
+        for name in ("pointing", "activation_in_box", "attention_iou", "box_share"):
+            assert all(0 < x[name] < 1 for x in tested), name
+        assert all(x["box_count"] == config.data.test_size for x in tested)
+        assert scores[split] == tested[-1]
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        json.dumps(run_folder.kept(config))
+    )
+
+
+def test_checkpoints_hold_what_evaluation_needs_and_the_best_is_kept(finished):
+    _, workdir, _ = finished
+    tested = [x for x in run_folder.read_metrics(workdir) if x["split"] == "test"]
+    best = max(tested, key=lambda x: (x["top1"], x["step"]))["step"]
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.choose("latest") == 18
+        assert checkpoints.choose("best") == best
+        assert set(checkpoints.steps()) == {12, 18, best}
+        assert len(checkpoints.meta(18)["class_names"]) == 8
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _stop_at(monkeypatch, step):
+    advance = training_log.Log.advance
+    seen = []
+
+    def maybe(log):
+        advance(log)
+        seen.append(log)
+        if len(seen) == step:
+            raise _Killed
+
+    monkeypatch.setattr(training_log.Log, "advance", maybe)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    finished, cache_dir, tmp_path, monkeypatch
+):
+    """Stopped twice, in mid-epoch and in mid-window of the log."""
+    config = tiny_config.config(
+        cache_dir, **{"train.epochs": 3, "checkpoint.every_steps": 3}
+    )
+    for stop in (5, 11):  # the second counts from where the first left off: step 3
+        with monkeypatch.context() as patch:
+            _stop_at(patch, stop)
+            with pytest.raises(_Killed):
+                train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    step, meta, arrays = _arrays(tmp_path)
+    expected_step, expected_meta, expected = _arrays(finished[1])
+    assert step == expected_step == 18
+    assert meta["window"] == expected_meta["window"]
+    assert jax.tree.structure(arrays) == jax.tree.structure(expected)
+    jax.tree.map(assert_array_equal, arrays, expected)
+    assert len(jax.tree.leaves(arrays)) > 50
+    timed = {"images_per_second", "eta_seconds"}
+    stopped, whole = (
+        [
+            {k: v for k, v in line.items() if k not in timed}
+            for line in run_folder.read_metrics(folder)
+        ]
+        for folder in (tmp_path, finished[1])
+    )
+    assert stopped == whole
+    watched = run_folder.read_snapshots(tmp_path)
+    assert watched == run_folder.read_snapshots(finished[1])
+    assert run_folder.read_results(tmp_path, "test", "center") == (
+        run_folder.read_results(finished[1], "test", "center")
+    )
+
+
+def test_several_steps_at_one_call_are_the_same_training(
+    finished, cache_dir, tmp_path, monkeypatch
+):
+    """And a run of them that was stopped goes on."""
+    changes = {"train.steps_per_dispatch": 3, "train.log_every_steps": 6}
+    changes |= {"train.epochs": 3, "checkpoint.every_steps": 3}
+    config = tiny_config.config(cache_dir, **changes)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 5)
+        with pytest.raises(_Killed):
+            train.run(config, tmp_path)
+    calls = []
+
+    def dispatches(*args: Any, **options: Any) -> list[range]:
+        calls.extend(found := schedule_dispatches(*args, **options))
+        return found
+
+    schedule_dispatches = train.dispatches
+    monkeypatch.setattr(train, "dispatches", dispatches)
+    train.run(config, tmp_path)
+    assert [(call.start, call.stop) for call in calls] == [
+        (step, step + 3) for step in range(3, 18, 3)
+    ]
+    # Another program rounds otherwise, and that grows: compare the first epoch.
+    (first, *_), (wanted, *_) = (
+        [x["loss"] for x in run_folder.read_metrics(folder) if x["split"] == "test"]
+        for folder in (tmp_path, finished[1])
+    )
+    assert first == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_picture(finished):
+    config, workdir, scores = finished
+    lines = run_folder.read_snapshots(workdir)
+    assert sorted({(x["step"], x["epoch"]) for x in lines}) == [
+        *((0, 0), (6, 1), (12, 2), (18, 3))
+    ]
+    split = splits.open_split(config, sources.load_data(config), "test")
+    for step in (0, 6, 12, 18):
+        here = [x for x in lines if x["step"] == step]
+        indices = [x["index"] for x in here]
+        assert [split.labels[i] for i in indices] == list(range(8))
+        assert all(split.labels.tolist().index(k) == i for k, i in enumerate(indices))
+        assert [x["name"] for x in here] == [split.records[i].name for i in indices]
+    # Training starts at art.init, and moves.
+    np.testing.assert_allclose(
+        lines[0]["matrix"], [[0.45, 0, 0], [0, 0.45, 0]], atol=0.01
+    )
+    assert np.abs(np.subtract(lines[-1]["matrix"], lines[7]["matrix"])).max() > 1e-4
+    # The last ones are those of the restored head.
+    head, restored = restore_attention(config, workdir), restore(config, workdir)
+    assert head is not None
+    evaluator = evaluate.Evaluator(restored.backbone, config)
+    found = evaluator.center(restored.variables, split, head=head)
+    last = [x for x in lines if x["step"] == 18]
+    for line in last:
+        assert found.matrices is not None
+        expected = found.matrices[line["index"]]
+        np.testing.assert_allclose(line["matrix"], expected, atol=2e-6)
+    measured = evaluator.scores(found, split, "center")
+    assert measured["attention_iou"] == pytest.approx(scores["test"]["attention_iou"])
+    for name in scores:
+        rows = run_folder.read_results(workdir, name, "center")
+        assert [x.index for x in rows] == list(range(config.data.test_size))
+        right = np.mean([x.label == x.predicted for x in rows])
+        assert right == scores[name]["top1"]
+        assert {x.step for x in rows} == {18}
+
+
+def test_eval_repeats_the_scores_of_training(finished, capsys):
+    config, workdir, scores = finished
+    lines = len(run_folder.read_metrics(workdir))
+    evaluate.run(config, workdir)
+    added = run_folder.read_metrics(workdir)[lines:]
+    # The centre crop's scores are what training said: they are there already.
+    found = [(x["split"], x["protocol"]) for x in added]
+    assert found == [("test", "full"), ("test_shifted", "full")]
+    assert all(x["count"] == config.data.test_size for x in added)
+    printed = capsys.readouterr().out
+    for split in ("test", "test_shifted"):
+        rows = run_folder.read_results(workdir, split, "full")
+        right = sum(x.label == x.predicted for x in rows)
+        (line,) = [x for x in added if x["split"] == split]
+        assert right / len(rows) == line["top1"]
+        top1 = f"{split}, center: top-1 {100 * scores[split]['top1']:.1f} %"
+        assert f"{top1}," in printed
+        assert f"{split}, full: top-1 " in printed
+
+
+def test_a_finished_run_has_nothing_left_to_do_even_after_eval(finished):
+    config, workdir, scores = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.run(config, workdir) == scores
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("which", ["best", 12])
+def test_eval_takes_another_checkpoint(finished, capsys, which):
+    config, workdir, _ = finished
+    changed = config.copy_and_resolve_references()
+    changed.eval.checkpoint = str(which)
+    changed.eval.protocol = "center"
+    before = (workdir / "metrics.jsonl").read_text()
+    evaluate.run(changed, workdir)
+    (workdir / "metrics.jsonl").write_text(before)
+    if which == 12:
+        tested = [x for x in run_folder.read_metrics(workdir) if x["split"] == "test"]
+        top1 = next(x["top1"] for x in tested if x["step"] == 12)
+        assert f"test, center: top-1 {100 * top1:.1f} %" in capsys.readouterr().out
+
+
+def test_an_export_holds_the_plain_network_alone_and_scores_the_same(finished):
+    """Into the independent PyTorch ResNet, strictly."""
+    config, workdir, scores = finished
+    export.run(config, workdir)
+    described = json.loads((workdir / "export" / "config.json").read_text())
+    arrays = load_file(workdir / "export" / "model.safetensors")
+    width, stem = config.model.width, config.model.stem
+    network = TorchResNet(described["architecture"], 8, width=width, stem=stem).eval()
+    network.load_state_dict(arrays, strict=True)
+    dataset = sources.load_data(config)
+    assert described["class_names"] == list(dataset.class_names)
+    split = splits.open_split(config, dataset, "test")
+    batches = center_batches(
+        split.pictures, split.labels, batch_size=40, crop_px=described["crop_px"]
+    )
+    images = batches[0]["image"] / np.float32(255)
+    images = (images - np.array(described["mean"])) / np.array(described["std"])
+    with torch.no_grad():
+        logits = network(torch.tensor(images.transpose(0, 3, 1, 2)).float()).numpy()
+    top1 = (logits.argmax(1) == split.labels).mean()
+    assert top1 == scores["test"]["top1"]
+
+
+def test_a_run_starts_from_an_export_and_resumes_without_it(
+    finished, cache_dir, tmp_path, capsys
+):
+    config, workdir, _ = finished
+    export.run(config, workdir)
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((workdir / "export" / "model.safetensors").read_bytes())
+    changes = {"model.pretrained": str(file), "optim.base_lr": 1e-9, "train.epochs": 1}
+    started = tiny_config.config(cache_dir, **changes)
+    train.run(started, tmp_path / "run")
+    assert "weights.safetensors" in capsys.readouterr().err
+    _, _, arrays = _arrays(tmp_path / "run")
+    _, _, source = _arrays(workdir)
+    for stream in ("classification_stream", "regularization_stream"):
+        trunk = arrays["params"][stream]["conv1"]["kernel"]
+        expected = source["params"]["classification_stream"]["conv1"]["kernel"]
+        np.testing.assert_allclose(trunk, expected, atol=1e-6)
+        fresh = arrays["params"][stream]["fc"]["kernel"]
+        trained = source["params"]["classification_stream"]["fc"]["kernel"]
+        assert np.abs(fresh - trained).max() > 1e-3
+    file.unlink()
+    train.run(started, tmp_path / "run")
+    capsys.readouterr()
+    # From the run itself the classifier comes, too: the classes are the same.
+    again = _changed(started, **{"model.pretrained": str(workdir)})
+    preview.run(again, tmp_path, what="weights")
+    shown = capsys.readouterr().out
+    assert "classification_stream.fc" in shown
+    assert "attention_head" in shown
+    with pytest.raises(ValueError, match=r"weights.safetensors"):
+        train.run(started, tmp_path / "another")
+
+
+def _changed(config, **changes):
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(changes)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 16}, "of another model"),
+        ({"model.backbone": "resnet18"}, "of another model"),
+        ({"data.num_species": 5}, "the data has 5 classes, the checkpoint 8"),
+        ({"eval.checkpoint": "7"}, "no checkpoint '7'"),
+        (
+            {"data.mean": (0.5, 0.5, 0.5), "model.pretrained": "timm/resnet50.tv_in1k"},
+            "set them to the former",
+        ),
+        ({"eval.protocol": "corner"}, "unknown eval.protocol 'corner'"),
+    ],
+)
+def test_eval_refuses_what_does_not_fit(finished, changes, message):
+    config, workdir, _ = finished
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(_changed(config, **changes), workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 20}, r"train.batch_size=20 cannot be shared"),
+        ({"train.batch_size": 8}, "at least 2 pictures on each"),
+        ({"train.batch_size": 112}, "96 training pictures do not fill one batch"),
+        ({"train.epochs": 0}, "train.epochs=0 must be 1 or more"),
+        ({"data.crop_px": 40}, "data.crop_px=40 does not fit"),
+        ({"data.source": "imagenet"}, "'imagenet'"),
+        ({"data.source": "cub", "data.path": "nowhere"}, "there is no such folder"),
+        ({"model.backbone": "vgg16"}, "unknown backbone 'vgg16'"),
+        ({"model.kind": "cnn"}, "unknown model.kind 'cnn'"),
+        ({"contrast.pairs": "some"}, "'some' is unknown"),
+        ({"contrast.distance": "cosine"}, "'cosine' is unknown"),
+        ({"bn.sync": True, "bn.group_size": 2}, "give only one"),
+    ],
+)
+def test_mistakes_are_named_before_a_run_begins(cache_dir, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.run(tiny_config.config(cache_dir, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused(finished):
+    config, workdir, _ = finished
+    with pytest.raises(ValueError, match=r"optim.base_lr: 0.05 in the run folder, 0.1"):
+        train.run(_changed(config, **{"optim.base_lr": 0.1}), workdir)
+
+
+def test_a_folder_without_a_checkpoint_belongs_to_no_config(cache_dir, tmp_path):
+    run_folder.keep_config(tmp_path, {"seed": 5})
+    changes = {"model.kind": "baseline", "train.epochs": 1}
+    train.run(tiny_config.config(cache_dir, **changes), tmp_path)
+    assert run_folder.read_config(tmp_path)["seed"] == 0
+
+
+def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):
+    config, workdir, _ = finished
+    changed = _changed(config, **{"model.width": 16})
+    with pytest.raises(ValueError, match="of another model"):
+        train.run(changed, workdir, allow_change=True)
+    run_folder.keep_config(workdir, config.to_dict(), allow_change=True)
+
+
+def test_a_diverged_run_stops_and_says_so(cache_dir, tmp_path):
+    changes = {"optim.base_lr": 1e6, "model.kind": "baseline", "train.epochs": 4}
+    with pytest.raises(ValueError, match=r"training has diverged; lower optim.base_lr"):
+        train.run(tiny_config.config(cache_dir, **changes), tmp_path)
+
+
+def test_attention_in_a_corner_is_warned_of_with_the_cure(cache_dir, tmp_path, capsys):
+    changes = {"art.init": (0.99, 0.99, 0.45, 0.0), "art.inside": False}
+    changes |= {"train.epochs": 1}
+    train.run(tiny_config.config(cache_dir, **changes), tmp_path)
+    assert (
+        "warning: at step 4 the attention sits in a corner" in capsys.readouterr().err
+    )
