@@ -67,16 +67,25 @@ def _main(argv: list[str]) -> None:
 
 def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
+    from cra_jax.inference import run_options
     from cra_jax.input import store
-    from cra_jax.runtime import devices, run_folder, signals
+    from cra_jax.runtime import devices, signals
+    from cra_jax.training import build, check_config
 
     devices.keep(store.default_cache_dir(None) / "compiled")
-    mode, config = values.mode, values.config
+    mode, subject = values.mode, values.config
     baseline = values.baseline and Path(values.baseline)
-    if mode in _OF_A_RUN and not any(re.match("--?config(=|$)", a) for a in sys.argv):
-        changes = config_flags.get_override_values(values["config"])
-        must = mode not in ("predict", "demo")  # which take exports, too
-        config = run_folder.of_run(workdir, config, changes, must=must)
+    if mode in _OF_A_RUN:
+        given = any(re.match("--?config(=|$)", a) for a in sys.argv)
+        # Prediction takes exports and checkpoints, too, which have no config to change.
+        is_run = mode not in ("predict", "demo") or (workdir / "checkpoints").is_dir()
+        if not given and is_run:
+            changes = config_flags.get_override_values(values["config"])
+            subject = build.config_of_run(workdir, subject, changes)
+        if mode == "eval":
+            check_config.check_normalization(subject)
+        takes_options = given or is_run
+        subject = run_options.from_config(subject) if takes_options else None
     more = {
         "train": {"allow_change": values.allow_config_change},
         **{look: {"what": look} for look in ("data", "weights")},
@@ -86,7 +95,7 @@ def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         "compare": {"runs": [Path(run) for run in rest]},
     }.get(mode, {})
     with signals.in_one_line():
-        import_module(f"cra_jax.{MODES[mode]}").run(config, workdir, **more)
+        import_module(f"cra_jax.{MODES[mode]}").run(subject, workdir, **more)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from benchmarks import timing
 from configs.cub import get_config
-from cra_jax.backbones import families
+from cra_jax.inference import run_options
 from cra_jax.inference.evaluate import Evaluator
 from cra_jax.input import splits
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
@@ -104,9 +104,10 @@ class Ours:
     """``protocol -> logits``, as `--mode eval` computes them."""
 
     def __init__(self, config: Any, peer: TorchResNet, pictures, num_classes: int):
-        backbone = families.backbone(config, num_classes)
+        options = run_options.from_config(config)
+        backbone = options.create_backbone(num_classes)
         self._variables = to_linen(peer.state_dict().items())
-        self._evaluator = Evaluator(backbone, config)
+        self._evaluator = Evaluator(backbone, options)
         labels = np.zeros(len(pictures), np.int32)
         self._split = splits.Split(pictures, labels, ())
 

@@ -20,7 +20,7 @@ from absl import logging
 
 from configs.cub import get_config
 from cra_jax.backbones import weights
-from cra_jax.inference import export
+from cra_jax.inference import export, run_options
 from cra_jax.inference.restore import restore
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
@@ -88,10 +88,10 @@ def costs(config: Any, folder: Path, num_classes: int) -> dict[str, Cost]:
         config.model.kind = kind
         workdir = folder / kind
         held = save_untrained(config, workdir, names)
-        restored = restore(config, workdir)
+        restored = restore(run_options.from_config(config), workdir)
         about = f"{kind}, restored (training holds {held:,})"
         rows[about] = cost(restored.backbone, restored.variables, crop_px)
-    export.run(config, workdir)
+    export.run(run_options.from_config(config), workdir)
     file = workdir / "export" / "model.safetensors"
     loaded = weights.load_torch(file, arch=config.model.backbone)
     rows["cra, exported"] = cost(restored.backbone, loaded, crop_px)

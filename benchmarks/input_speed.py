@@ -65,15 +65,15 @@ def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
     import jax
     import jax.numpy as jnp
 
-    from cra_jax.datasets import sources
-    from cra_jax.input import on_device, splits
+    from cra_jax.input import on_device
     from cra_jax.input.batches import TrainBatches
     from cra_jax.input.normalize import normalize
     from cra_jax.runtime import devices
     from cra_jax.runtime.prefetch import prefetch
+    from cra_jax.training import build
 
     config = config_of(data, cache_dir)
-    split = splits.open_split(config, sources.load_data(config), "train")
+    split = build.open_split(config, build.load_dataset(config), "train")
     batches = TrainBatches(
         split.pictures, split.labels, batch_size=BATCH_SIZE, crop_px=CROP_PX, seed=0
     )
@@ -84,7 +84,7 @@ def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
 
     if kind == "ours-on-device":
         pictures: Any = split.pictures
-        kept = on_device.Resident(pictures, crop_px=CROP_PX, progress=False)
+        kept = on_device.DeviceImages(pictures, crop_px=CROP_PX, progress=False)
 
         def make(step: int) -> Any:
             return jax.block_until_ready(kept.batch(batches.plan(step)))
@@ -188,13 +188,12 @@ def rate_of(batches: Iterator[Any], warm_up: int, seconds: float) -> dict[str, f
 def measure(kind: str, data: Path, cache_dir: Path, seconds: float) -> dict[str, float]:
     """What a process of its own does: its figures."""
     if kind == PREPARE:
-        from cra_jax.datasets import sources
-        from cra_jax.input import splits
+        from cra_jax.training import build
 
         config = config_of(data, cache_dir)
-        dataset = sources.load_data(config)
+        dataset = build.load_dataset(config)
         start, used = time.perf_counter(), cpu_seconds(os.getpid())
-        pictures = len(splits.open_split(config, dataset, "train").labels)
+        pictures = len(build.open_split(config, dataset, "train").labels)
         passed = time.perf_counter() - start
         used = cpu_seconds(os.getpid()) - used
         return {"rate": pictures / passed, "cpu_ms": 1000 * used / pictures}

@@ -19,6 +19,7 @@ import collections
 import itertools
 import math
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import timing
 from configs.cub import get_config
 from cra_jax import train_step
+from cra_jax.input.normalize import normalize
 from cra_jax.training import build
 
 
@@ -52,8 +54,7 @@ def one_device_step(
         loss,
         training.optimizer,
         learning_rate=lambda step: jnp.float32(config.optim.base_lr),
-        mean=config.data.mean,
-        std=config.data.std,
+        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
         all_mean=all_mean,
         accumulate=accumulate,
     )

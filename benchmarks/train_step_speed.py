@@ -17,6 +17,7 @@ import collections
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks import timing, torch_baseline
 from configs.cub import get_config
 from cra_jax import model, schedule, train_step
 from cra_jax.backbones import layers
+from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices
 from cra_jax.training import build
 
@@ -147,8 +149,9 @@ def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=Tru
                 learning_rate=lambda step: schedule.learning_rate(
                     step, steps_per_epoch=1000
                 ),
-                mean=config.data.mean,
-                std=config.data.std,
+                normalize=partial(
+                    normalize, mean=config.data.mean, std=config.data.std
+                ),
                 all_mean=devices.all_mean,
             )
         )

@@ -1,56 +1,340 @@
-"""Where a network looks: its class activation map, and the region that Gamma cuts out.
+"""The ART module: from pooled features to what the second stream sees (Sec. 3.1).
 
-Points are ``(x, y)``. Pixel coordinates are those of the crop that the network is
-shown, pixel centres at integers, so that the crop reaches from -0.5 to size - 0.5.
-Boxes are ``(x_min, y_min, x_max, y_max)``.
+`AttentionHead` predicts the attention parameters Gamma, Eq. (3) and (6); `views` cuts
+the attention and the redundancy out of the image, Eq. (4) and (5). Training, the
+figures and prediction all use these two.
+
+Points are ``(x, y)``. Pixel coordinates are those of the crop that the network sees,
+pixel centres at integers, so that the crop reaches from -0.5 to size - 0.5.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
 
 from cra_jax import geometry, losses
-from cra_jax.runtime.run_folder import Config
+
+CLASSIFICATION_STREAM = "classification_stream"
+REGULARIZATION_STREAM = "regularization_stream"
+ATTENTION_HEAD = "attention_head"
+"""Names of the parts in a tree of parameters."""
+
+REDUNDANCIES = ("hard", "soft")
+
+# Width of the edges of a soft redundancy; the image is 2 wide.
+_SOFTNESS = 0.05
+
+# Strength of the guard, in loss per image and squared unit of Gamma. The head moves
+# Gamma by at most 2 lr / (1 - momentum) times the gradient: stable up to lr 0.2.
+_GUARD_STRENGTH = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtConfig:
+    """The options of the ART module: `config.art` is made from it.
+
+    Raises:
+      ValueError: an option is unknown or out of range.
+    """
+
+    # --- the paper -----------------------------------------------------------------
+    size_px: int = 224
+    """Height and width of attention and redundancy (Sec. 4.1)."""
+    alpha_p: float = 1.0
+    """Bound of the attention's place, in (0, 1] (Eq. 6, Sec. 4.1)."""
+    alpha_s: float = 0.5
+    """Bound of its scale, in (0, 1] (Eq. 6, Sec. 4.1)."""
+    init: tuple[float, float, float, float] = (0.0, 0.0, 0.45, 0.0)
+    """Gamma_res before training, strictly inside the bounds. The paper is silent; a
+    bias of 0 would mean scale 0: a constant image without a gradient."""
+
+    # --- the four guards; the variant `paper` turns them off ------------------------
+    gradient_clip: float = 1.0
+    """Limit on the gradient of one image's loss to each entry of the affine matrix, as
+    in the authors' released code; 0: none. An inner attention has no matrix of its
+    own: the gradient of both attentions to the one matrix is clipped."""
+    normalize_head: bool = True
+    """Whether the head sees pooled features of length 1. With raw ones a step moves
+    Gamma in proportion to their squared length, which is in the hundreds."""
+    inside: bool = True
+    """Whether the attention stays inside the image, see `geometry.restrict`: else its
+    padding can tell the second stream the class. Needs alpha_s of at most 0.7."""
+    guard: float = 0.95
+    """The share of its bound, in [0, 1), beyond which place and scale are pulled back,
+    see `guard_gradient`; 0: never."""
+
+    # --- beyond the paper -----------------------------------------------------------
+    redundancy: str = "hard"
+    """Edges of the redundancy: "hard", Eq. (5), has no gradient; "soft", logistic."""
+    gradient_share: float = 1.0
+    """Share, in [0, 1], of Gamma's gradient that reaches N_cls. The head itself always
+    learns from all of it."""
+    inner_scale: float = 0.0
+    """N_ar also sees an inner attention, of the same place and angle and this share of
+    the scale, in [0, 1); L_cls2 is then the mean of both. 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.redundancy not in REDUNDANCIES:
+            raise ValueError(
+                f"unknown art.redundancy {self.redundancy!r}; choose from "
+                f"{', '.join(REDUNDANCIES)}"
+            )
+        for name, holds, rule in (
+            ("size_px", self.size_px >= 1, "1 or more"),
+            ("alpha_p", 0 < self.alpha_p <= 1, "in (0, 1]"),
+            ("alpha_s", 0 < self.alpha_s <= 1, "in (0, 1]"),
+            ("gradient_clip", self.gradient_clip >= 0, "0 or more"),
+            ("guard", 0 <= self.guard < 1, "in [0, 1)"),
+            ("gradient_share", 0 <= self.gradient_share <= 1, "in [0, 1]"),
+            ("inner_scale", 0 <= self.inner_scale < 1, "in [0, 1)"),
+        ):
+            if not holds:
+                raise ValueError(f"art.{name}={getattr(self, name)} must be {rule}")
+        if self.inside and self.alpha_s > math.sqrt(0.5):
+            raise ValueError(
+                f"art.inside=True cannot keep an attention of art.alpha_s="
+                f"{self.alpha_s} in the image at every angle: set art.alpha_s to 0.7 "
+                "or less"
+            )
+        bounds = (self.place_bound, self.place_bound, self.alpha_s)
+        if any(abs(x) >= bound for x, bound in zip(self.init, bounds, strict=False)):
+            raise ValueError(
+                f"art.init={tuple(self.init)} must lie strictly inside the bounds of "
+                f"Eq. 6{' and in the image' if self.inside else ''}, {bounds}"
+            )
+
+    @property
+    def place_bound(self) -> float:
+        """The bound of the place at `init`, see `geometry.restrict`."""
+        if not self.inside:
+            return self.alpha_p
+        _, _, scale, angle_rad = self.init
+        return float(geometry.place_bound(scale, angle_rad, alpha_p=self.alpha_p))
 
 
 @struct.dataclass
-class AttentionHead:
-    """The attention head of a trained network: pooled features -> affine matrices.
-
-    A tree of arrays, so that it may be handed to a step beside the variables.
+class Attention:
+    """Where the attention lies in each image of a batch.
 
     Attributes:
-      kernel: ``[c, 4]`` of a CRA-CNN, Eq. (3); ``[c, 6]`` of an STN, Eq. (2).
-      bias: ``[4]`` or ``[6]``.
-      alpha_p: bound of the place, Eq. (6).
-      alpha_s: bound of the scale, Eq. (6).
-      normalize: whether it sees pooled features of length 1, as in training.
-      inside: whether the attention stays in the picture, see `geometry.restrict`.
+      gamma: ``[b, 4]`` attention parameters before the restriction, Eq. (3); for the
+        STN ``[b, 6]``, Theta in rows, Eq. (2).
+      gamma_res: ``[b, 4]`` after it, Eq. (6); None for the STN.
+      matrix: ``[b, 2, 3]``, affine, for `geometry.affine_grid`.
     """
 
-    kernel: Array
-    bias: Array
-    alpha_p: float = struct.field(pytree_node=False)
-    alpha_s: float = struct.field(pytree_node=False)
-    normalize: bool = struct.field(pytree_node=False)
-    inside: bool = struct.field(pytree_node=False, default=False)
+    gamma: Array
+    gamma_res: Array | None
+    matrix: Array
+
+
+class AttentionHead(nn.Module):
+    """Pooled features ``[b, c]`` -> `Attention`, in training and in prediction.
+
+    Attributes:
+      config: of the ART module.
+      kind: "cra", or "stn", which learns the six parameters of Eq. (2).
+    """
+
+    config: ArtConfig
+    kind: str = "cra"
+
+    @nn.compact
+    def __call__(self, pooled: Array) -> Attention:
+        """Predicts Gamma with one fully connected layer (Sec. 4.1)."""
+        config = self.config
+        if config.normalize_head:
+            pooled = losses.l2_normalize(pooled)
+        if config.gradient_share < 1:
+            pooled = scale_gradient(pooled, config.gradient_share)
+        dense = nn.Dense(
+            6 if self.kind == "stn" else 4,
+            kernel_init=nn.initializers.normal(1e-3),
+            bias_init=lambda *_: jnp.array(self._bias(), jnp.float32),
+            precision="highest",  # accelerators round products; coordinates need digits
+        )
+        nn.share_scope(self, dense)
+        gamma = dense(pooled)
+        if self.kind == "stn":
+            return Attention(gamma, None, self._clip(gamma.reshape(-1, 2, 3)))
+        gamma_res = geometry.restrict(
+            guard_gradient(gamma, config.guard) if config.guard else gamma,
+            alpha_p=config.alpha_p,
+            alpha_s=config.alpha_s,
+            inside=config.inside,
+        )
+        matrix = self._clip(geometry.attention_matrix(gamma_res))
+        return Attention(gamma, gamma_res, matrix)
+
+    def _bias(self) -> list[float]:
+        """The bias with which training starts at `ArtConfig.init`."""
+        x, y, scale, angle_rad = self.config.init
+        if self.kind == "stn":
+            cos, sin = scale * math.cos(angle_rad), scale * math.sin(angle_rad)
+            return [cos, -sin, x, sin, cos, y]
+        p, s = self.config.place_bound, self.config.alpha_s
+        return [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s), angle_rad]
+
+    def _clip(self, matrix: Array) -> Array:
+        """The matrices ``[b, 2, 3]`` themselves; their gradient is clipped."""
+        if not self.config.gradient_clip:
+            return matrix
+        # The loss is a mean over the batch, so an image's own gradient is b times what
+        # arrives here.
+        return clip_gradient(matrix, self.config.gradient_clip / len(matrix))
+
+
+@struct.dataclass
+class TrainedHead:
+    """An attention head and its weights: a tree of arrays, to be handed to a step.
+
+    Attributes:
+      params: of the head.
+      head: the module.
+    """
+
+    params: Any
+    head: AttentionHead = struct.field(pytree_node=False)
 
     def __call__(self, pooled: Array) -> Array:
-        """Matrices ``[b, 2, 3]`` for `geometry.affine_grid`, of pooled ``[b, c]``."""
-        if self.normalize:
-            pooled = losses.l2_normalize(pooled)
-        # At full precision, as in training: coordinates need the digits.
-        gamma = jnp.matmul(pooled, self.kernel, precision="highest") + self.bias
-        if gamma.shape[-1] == 6:
-            return gamma.reshape(-1, 2, 3)
-        restricted = geometry.restrict(
-            gamma, alpha_p=self.alpha_p, alpha_s=self.alpha_s, inside=self.inside
+        """Matrices ``[b, 2, 3]`` of pooled features ``[b, c]``."""
+        attention = self.head.apply({"params": self.params}, pooled)
+        assert isinstance(attention, Attention)
+        return attention.matrix
+
+
+def trained_head(
+    params: Mapping[str, Any], config: ArtConfig, kind: str
+) -> TrainedHead | None:
+    """The attention head in a tree of parameters; None where the kind has none.
+
+    Args:
+      params: of `model.create`'s network, or the head's part of them.
+      config: that they were trained with.
+      kind: that they were trained as.
+    """
+    if ATTENTION_HEAD not in params:
+        return None
+    return TrainedHead(params[ATTENTION_HEAD], AttentionHead(config, kind))
+
+
+@struct.dataclass
+class Views:
+    """What N_ar sees of a batch, ``[b, size, size, c]`` each, 0 where nothing is left.
+
+    Attributes:
+      attention: what the matrices cut out, Eq. (4).
+      redundancy: the whole image without it, Eq. (5); None for the STN.
+      inner: a smaller attention inside the first; None without `ArtConfig.inner_scale`.
+    """
+
+    attention: Array
+    redundancy: Array | None = None
+    inner: Array | None = None
+
+
+def views(images: Array, attention: Attention, config: ArtConfig) -> Views:
+    """Cuts out what N_ar sees of images ``[b, H, W, c]``.
+
+    Source: Sec. 3.1, Eq. (4) and (5).
+    """
+    size = (config.size_px, config.size_px)
+
+    def cut_out(matrix: Array) -> Array:
+        return geometry.bilinear_sample(images, geometry.affine_grid(matrix, size))
+
+    if attention.gamma_res is None:
+        return Views(cut_out(attention.matrix))
+    if config.redundancy == "hard":
+        grid = geometry.redundancy_grid(attention.gamma_res, size)
+        redundancy = geometry.bilinear_sample(images, jax.lax.stop_gradient(grid))
+    else:
+        whole = cut_out(jnp.tile(jnp.eye(2, 3), (len(images), 1, 1)))
+        weight = geometry.redundancy_weight(
+            attention.gamma_res, size, softness=_SOFTNESS
         )
-        return geometry.attention_matrix(restricted)
+        redundancy = whole * weight[..., None].astype(whole.dtype)
+    inner = None
+    if config.inner_scale:
+        # Eq. (4) with a share of the scale, which is in all but the last column.
+        share = config.inner_scale
+        shares = jnp.array([share, share, 1.0], attention.matrix.dtype)
+        inner = cut_out(shares * attention.matrix)
+    return Views(cut_out(attention.matrix), redundancy, inner)
+
+
+@jax.custom_vjp
+def clip_gradient(x: Array, limit: float) -> Array:
+    """`x` itself; its gradient is clipped to ``[-limit, limit]``, entry by entry."""
+    del limit
+    return x
+
+
+clip_gradient.defvjp(
+    lambda x, limit: (x, limit),
+    lambda limit, cotangent: (jnp.clip(cotangent, -limit, limit), None),
+)
+
+
+@jax.custom_vjp
+def scale_gradient(x: Array, share: float) -> Array:
+    """`x` itself; its gradient is multiplied by `share`."""
+    del share
+    return x
+
+
+scale_gradient.defvjp(
+    lambda x, share: (x, share),
+    lambda share, cotangent: (share * cotangent, None),
+)
+
+
+@jax.custom_vjp
+def guard_gradient(gamma: Array, share: float) -> Array:
+    """`gamma` itself; its gradient cannot push it far out, and pulls it back.
+
+    Far out tanh is flat, and no loss could move Gamma back. So where ``|tanh gamma|``
+    exceeds `share` for place or scale, the part of the gradient that pushes an image's
+    Gamma further out is dropped, and a restoring gradient is added in proportion to the
+    excess. It outweighs what images that are still inside do to the shared weights.
+
+    Args:
+      gamma: ``[b, 4]``, before the restriction; the loss is a mean over ``b``.
+      share: of the bound of Eq. (6), in 0..1.
+
+    Returns:
+      ``[b, 4]``.
+
+    Differs: the paper has no such guard.
+    """
+    del share
+    return gamma
+
+
+def beyond(gamma: Array, share: float) -> Array:
+    """Which of place and scale use more than `share` of their bound: ``[b, 3]``."""
+    return jnp.abs(jnp.tanh(gamma[..., :3])) > share
+
+
+def _guard_backward(residuals, cotangent: Array):
+    gamma, share = residuals
+    guarded = jnp.pad(beyond(gamma, share), ((0, 0), (0, 1)))
+    outwards = cotangent * gamma < 0  # descent adds minus the gradient
+    excess = gamma - jnp.sign(gamma) * jnp.arctanh(share)
+    restoring = _GUARD_STRENGTH * excess / len(gamma)
+    inwards = jnp.where(outwards, 0, cotangent) + restoring
+    return jnp.where(guarded, inwards, cotangent), None
+
+
+guard_gradient.defvjp(lambda gamma, share: (gamma, (gamma, share)), _guard_backward)
 
 
 def corners_px(matrix: np.ndarray, crop_px: int) -> np.ndarray:
@@ -60,7 +344,7 @@ def corners_px(matrix: np.ndarray, crop_px: int) -> np.ndarray:
     outside the crop, where the attention is padding.
 
     Args:
-      matrix: ``[..., 2, 3]``, of a `Head`.
+      matrix: ``[..., 2, 3]``, of an `Attention`.
       crop_px: height and width of the crop.
 
     Source: Eq. (2) and (4), at the corners of the grid.
@@ -81,55 +365,3 @@ def gamma_of(matrix: np.ndarray) -> np.ndarray:
         np.arctan2(m[..., 1, 0], m[..., 0, 0]),
     )
     return np.stack([m[..., 0, 2], m[..., 1, 2], scale, angle_rad], -1)
-
-
-def shown_to_second_stream(
-    images: Array, matrices: np.ndarray, size_px: int, *, softness: float | None = None
-) -> tuple[Array, Array]:
-    """Attention and redundancy of pictures, as N_ar is shown them (Sec. 3.1).
-
-    Args:
-      images: ``[b, H, W, 3]``, normalised.
-      matrices: ``[b, 2, 3]`` of Eq. (4).
-      size_px: of what comes back.
-      softness: of the redundancy's edge; None: hard, Eq. (5).
-
-    Returns:
-      Two ``[b, size, size, 3]``, normalised: 0 outside a picture and where it is left
-      out. The second means nothing for an STN, whose matrices are not of Eq. (4).
-    """
-    size = (size_px, size_px)
-    theta = jnp.asarray(matrices, jnp.float32)
-    gamma_res = jnp.asarray(gamma_of(matrices), jnp.float32)
-    attended = geometry.bilinear_sample(images, geometry.affine_grid(theta, size))
-    if softness is None:
-        grid = geometry.redundancy_grid(gamma_res, size)
-        return attended, geometry.bilinear_sample(images, grid)
-    identity = jnp.tile(jnp.eye(2, 3), (len(images), 1, 1))
-    whole = geometry.bilinear_sample(images, geometry.affine_grid(identity, size))
-    weight = geometry.redundancy_weight(gamma_res, size, softness=softness)
-    return attended, whole * weight[..., None]
-
-
-ATTENTION_HEAD = "attention_head"
-
-
-def attention_head(config: Config, params: Mapping[str, Any]) -> AttentionHead | None:
-    """What turns pooled features into attention; None where the kind has no such thing.
-
-    Args:
-      config: that the parameters were trained with.
-      params: of `build_network`, or of them the attention head's alone.
-    """
-    if ATTENTION_HEAD not in params:
-        return None
-    head = params[ATTENTION_HEAD]
-    art = config.art
-    return AttentionHead(
-        kernel=head["kernel"],
-        bias=head["bias"],
-        alpha_p=art.alpha_p,
-        alpha_s=art.alpha_s,
-        normalize=art.normalize_head,
-        inside=art.get("inside", False),  # older checkpoints know Eq. 6 alone
-    )

@@ -8,8 +8,11 @@ Shapes: ``b`` batch, ``H W`` the picture's and ``h w`` the grid's height and wid
 ``c`` channels.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 # Covered points are sent here, to the left of and above every picture: with two pixels
@@ -43,8 +46,12 @@ def restrict(
     return jnp.concatenate([bound * jnp.tanh(place), scale, angle_rad], -1)
 
 
-def place_bound(scale: Array, angle_rad: Array, *, alpha_p: float = 1.0) -> Array:
+def place_bound(
+    scale: Array | float, angle_rad: Array | float, *, alpha_p: float = 1.0
+) -> Array:
     """How far out the attention's centre may lie with all of it in the picture.
+
+    Numbers are computed by NumPy, so that a config can be checked without a device.
 
     Args:
       scale: of either sign, ``[...]``.
@@ -54,8 +61,9 @@ def place_bound(scale: Array, angle_rad: Array, *, alpha_p: float = 1.0) -> Arra
     Returns:
       ``[...]``; 0 or more where the scale is at most ``1 / sqrt 2``.
     """
-    reach = jnp.abs(scale) * (jnp.abs(jnp.cos(angle_rad)) + jnp.abs(jnp.sin(angle_rad)))
-    return jnp.minimum(alpha_p, 1 - reach)
+    xp: Any = jnp if isinstance(scale, Array) else np
+    reach = xp.abs(scale) * (xp.abs(xp.cos(angle_rad)) + xp.abs(xp.sin(angle_rad)))
+    return xp.minimum(alpha_p, 1 - reach)
 
 
 def attention_matrix(gamma_res: Array) -> Array:

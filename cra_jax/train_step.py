@@ -4,7 +4,7 @@ The step is told how to average over devices (`all_mean`); by itself it knows no
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,14 @@ import optax
 from flax import struct
 from jax import Array
 
-from cra_jax import losses, model
-from cra_jax.input import normalize
+from cra_jax import art_module, losses, model
+from cra_jax.art_module import ATTENTION_HEAD, CLASSIFICATION_STREAM, Attention
 from cra_jax.losses import MixedLabels
 
 Batch = Mapping[str, Any]
 Terms = dict[str, Array]
 
-_PREDICTING = ("classification_stream", "attention_head")
+_PREDICTING = (CLASSIFICATION_STREAM, ATTENTION_HEAD)
 
 # Beyond this share of its bound, tanh has lost nine tenths of its slope.
 SATURATED = 0.95
@@ -76,7 +76,7 @@ def create_state(
     Args:
       key: of `jax.random`.
       network: of `model.create`.
-      optimizer: of `optim`.
+      optimizer: of optax.
       crop_px: height and width of a picture.
       averaged: whether the step is one of `step_wrappers.average_weights`.
     """
@@ -105,18 +105,60 @@ def predicting_part(params: Any, batch_stats: Any) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """The numbers of Eq. (7), (8) and (9).
+
+    Attributes:
+      cls2_weight: of L_cls2 in Eq. (9); the paper's is 1, as are the next two.
+      res_weight: of L_res.
+      cntr_weight: of L_cntr; 0: it is not computed.
+      expectation: E of Eq. (7).
+      threshold: T of Eq. (7).
+      margin: of Eq. (8).
+      distance: of Eq. (8), one of `losses.DISTANCES`.
+      normalize_features: whether N_ar's outputs are scaled to length 1 for Eq. (8).
+      pairs: which images Eq. (8) contrasts, one of `losses.PAIRS`.
+      label_smoothing: of both cross-entropies, see `losses.cross_entropy`.
+
+    Raises:
+      ValueError: an option is unknown or out of range.
+    """
+
+    cls2_weight: float
+    res_weight: float
+    cntr_weight: float
+    expectation: tuple[float, ...]
+    threshold: tuple[float, ...]
+    margin: float
+    distance: str
+    normalize_features: bool
+    pairs: str
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        if self.pairs not in losses.PAIRS:
+            raise ValueError(
+                f"unknown contrast.pairs {self.pairs!r}; choose from "
+                f"{', '.join(losses.PAIRS)}"
+            )
+        if self.distance not in losses.DISTANCES:
+            raise ValueError(
+                f"unknown contrast.distance {self.distance!r}; choose from "
+                f"{', '.join(losses.DISTANCES)}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"loss.label_smoothing={self.label_smoothing} must be in [0, 1): 0.1 "
+                "is usual, 0 leaves the labels as they are"
+            )
+
+
 def make_loss(
     network: nn.Module,
+    options: LossOptions,
     *,
     restriction_weight: Callable[[Array], Array],
-    expectation: Sequence[float] = (0.0, 0.0, 0.5, 0.0),
-    threshold: Sequence[float],
-    margin: float = 0.7,
-    normalize_features: bool = True,
-    distance: str = "euclidean",
-    pairs: str = "random",
-    weights: Mapping[str, float],
-    label_smoothing: float = 0.0,
 ) -> Callable[..., tuple[Array, tuple[Any, Terms]]]:
     """Eq. (9) as a function of ``(params, batch_stats, images, labels, step)``.
 
@@ -125,43 +167,15 @@ def make_loss(
 
     Args:
       network: of `model.create`.
-      restriction_weight: step -> weight of L_res, from `schedule`.
-      expectation: E of Eq. (7).
-      threshold: T of Eq. (7).
-      margin: of Eq. (8).
-      normalize_features: whether N_ar's outputs are scaled to length 1 for Eq. (8).
-      distance: of Eq. (8), one of `losses.DISTANCES`.
-      pairs: which pictures Eq. (8) contrasts, one of `losses.PAIRS`.
-      weights: of the terms ``cls2``, ``res``, ``cntr`` of Eq. (9); the paper's are 1.
-      label_smoothing: of both cross-entropies, see `losses.cross_entropy`.
+      options: weights, margins and thresholds.
+      restriction_weight: step -> 0 or 1, from `schedule`.
 
     Returns:
       A function that returns the loss and ``(batch_stats, terms)``, all means over the
-      batch (over pairs for L_cntr).
+      batch (over pairs for L_cntr). A term that the kind lacks is missing.
     """
-    if pairs not in losses.PAIRS:
-        raise ValueError(f"contrast.pairs {pairs!r} is unknown; one of {losses.PAIRS}")
-    if distance not in losses.DISTANCES:
-        raise ValueError(
-            f"contrast.distance {distance!r} is unknown; one of {losses.DISTANCES}"
-        )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"loss.label_smoothing={label_smoothing} must be in [0, 1): 0.1 is usual, "
-            "0 leaves the labels as they are"
-        )
-    draw_pairs = losses.neighbour_pairs if pairs == "random" else losses.all_pairs
-
-    def classification_loss(logits: Array, labels: Array | MixedLabels) -> Array:
-        if isinstance(labels, MixedLabels):
-            each = losses.mixed_cross_entropy(logits, labels, smoothing=label_smoothing)
-        else:
-            each = losses.cross_entropy(logits, labels, smoothing=label_smoothing)
-        return each.mean()
 
     def loss_function(params, batch_stats, images, labels, step):
-        is_mixed = isinstance(labels, MixedLabels)
-        right = labels.heavier() if is_mixed else labels
         out, updated = network.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -169,57 +183,93 @@ def make_loss(
             mutable=["batch_stats"],
         )
         assert isinstance(out, model.Outputs)
-        correct = out.logits.argmax(-1) == right
-        terms: Terms = {
-            "loss_cls1": classification_loss(out.logits, labels),
-            "top1": correct.mean(),
-        }
-        if is_mixed:
-            terms["mixed"] = labels.other_weight.mean()
-        loss = terms["loss_cls1"]
-        if out.attention_logits is not None:
-            attended = classification_loss(out.attention_logits, labels)
-            correct = out.attention_logits.argmax(-1) == right
-            if out.inner_logits is not None:
-                # Their mean: L_cls2 weighs what it weighs without an inner attention.
-                attended += classification_loss(out.inner_logits, labels)
-                attended /= 2
-                terms["inner_top1"] = (out.inner_logits.argmax(-1) == right).mean()
-            terms |= {"loss_cls2": attended, "attention_top1": correct.mean()}
-            loss += weights["cls2"] * attended
-        if out.gamma is not None and out.gamma_res is not None:
-            outside = losses.restriction_loss(
-                out.gamma_res, expectation=expectation, threshold=threshold
-            ).mean()
-            on = restriction_weight(step)
-            terms |= {"loss_res": outside, "restriction_weight": on}
-            loss += weights["res"] * on * outside
-            terms |= _describe_gamma(out.gamma, out.gamma_res, network)
-        if out.redundancy_logits is not None and weights["cntr"]:
-            m, n = draw_pairs(len(images))
-            attention, redundancy = out.attention_logits, out.redundancy_logits
-            assert attention is not None
-            if normalize_features:
-                attention = losses.l2_normalize(attention)
-                redundancy = losses.l2_normalize(redundancy)
-            contrast = losses.contrastive_loss(
-                attention[m],
-                attention[n],
-                redundancy[m],
-                redundancy[n],
-                margin=margin,
-                distance=distance,
-            )
-            terms["loss_cntr"] = contrast.mean()
-            loss += weights["cntr"] * terms["loss_cntr"]
-            # Pairs that teach nothing, and how far apart the features are.
-            terms["contrast_dead"] = (contrast == 0).mean()
-            apart = jax.lax.stop_gradient(attention - redundancy)
-            terms["contrast_distance"] = jnp.linalg.norm(apart, axis=-1).mean()
-        terms["loss"] = loss
-        return loss, (updated["batch_stats"], terms)
+        terms = classification_terms(out, labels, options)
+        if out.attention is not None and out.attention.gamma_res is not None:
+            terms |= restriction_terms(out.attention.gamma_res, options)
+            terms |= {"restriction_weight": restriction_weight(step)}
+            terms |= _describe_gamma(out.attention, network)
+        if out.redundancy_logits is not None and options.cntr_weight:
+            terms |= contrastive_terms(out, options)
+        terms["loss"] = total_loss(terms, options)
+        return terms["loss"], (updated["batch_stats"], terms)
 
     return loss_function
+
+
+def total_loss(terms: Terms, options: LossOptions) -> Array:
+    """The loss of Eq. (9): a term that the kind lacks counts as 0."""
+    cls1, cls2, res, cntr, on = (
+        terms.get(name, 0.0)
+        for name in (
+            *("loss_cls1", "loss_cls2", "loss_res", "loss_cntr"),
+            "restriction_weight",
+        )
+    )
+    w = options
+    loss = cls1 + w.cls2_weight * cls2 + w.res_weight * on * res + w.cntr_weight * cntr
+    return jnp.asarray(loss)
+
+
+def classification_terms(
+    out: model.Outputs, labels: Array | MixedLabels, options: LossOptions
+) -> Terms:
+    """L_cls1, L_cls2 and the shares of right answers of both streams."""
+    is_mixed = isinstance(labels, MixedLabels)
+    right = labels.heavier() if is_mixed else labels
+
+    def loss(logits: Array) -> Array:
+        entropy = losses.mixed_cross_entropy if is_mixed else losses.cross_entropy
+        return entropy(logits, labels, smoothing=options.label_smoothing).mean()  # pyright: ignore[reportArgumentType]
+
+    def accuracy(logits: Array) -> Array:
+        return (logits.argmax(-1) == right).mean()
+
+    terms = {"loss_cls1": loss(out.logits), "top1": accuracy(out.logits)}
+    if is_mixed:
+        terms["mixed"] = labels.other_weight.mean()
+    if out.attention_logits is not None:
+        terms["loss_cls2"] = loss(out.attention_logits)
+        terms["attention_top1"] = accuracy(out.attention_logits)
+    if out.inner_logits is not None:
+        # Their mean: L_cls2 weighs what it weighs without an inner attention.
+        terms["loss_cls2"] = (terms["loss_cls2"] + loss(out.inner_logits)) / 2
+        terms["inner_top1"] = accuracy(out.inner_logits)
+    return terms
+
+
+def restriction_terms(gamma_res: Array, options: LossOptions) -> Terms:
+    """L_res, Eq. (7)."""
+    each = losses.restriction_loss(
+        gamma_res, expectation=options.expectation, threshold=options.threshold
+    )
+    return {"loss_res": each.mean()}
+
+
+def contrastive_terms(out: model.Outputs, options: LossOptions) -> Terms:
+    """L_cntr, Eq. (8), the share of pairs without a loss, and the mean distance."""
+    attention, redundancy = out.attention_logits, out.redundancy_logits
+    assert attention is not None
+    assert redundancy is not None
+    if options.normalize_features:
+        attention = losses.l2_normalize(attention)
+        redundancy = losses.l2_normalize(redundancy)
+    is_random = options.pairs == "random"
+    draw_pairs = losses.neighbour_pairs if is_random else losses.all_pairs
+    m, n = draw_pairs(len(attention))
+    each = losses.contrastive_loss(
+        attention[m],
+        attention[n],
+        redundancy[m],
+        redundancy[n],
+        margin=options.margin,
+        distance=options.distance,
+    )
+    distance = jnp.linalg.norm(jax.lax.stop_gradient(attention - redundancy), axis=-1)
+    return {
+        "loss_cntr": each.mean(),
+        "contrast_dead": (each == 0).mean(),
+        "contrast_distance": distance.mean(),
+    }
 
 
 def make_train_step(
@@ -227,8 +277,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     learning_rate: Callable[[Array], Array],
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalize: Callable[[Array], Array],
     all_mean: Callable[[Any], Any] = lambda tree: tree,
     accumulate: int = 1,
     mix: Callable[[TrainState, Array, Batch], tuple[Array, MixedLabels]] | None = None,
@@ -237,10 +286,9 @@ def make_train_step(
 
     Args:
       loss_function: of `make_loss`.
-      optimizer: of `optim`.
+      optimizer: of optax.
       learning_rate: the optimiser's own schedule, to log it.
-      mean: of the channels, for `normalize`.
-      std: of the channels.
+      normalize: uint8 images -> what the network takes.
       all_mean: averages a tree over devices.
       accumulate: micro-batches, runs of neighbours in the batch, that are worked
         through one after the other, each in the memory of the last. All start from the
@@ -261,7 +309,7 @@ def make_train_step(
         images = jnp.where(
             batch["flip"][:, None, None, None], images[:, :, ::-1], images
         )
-        images, labels = normalize.normalize(images, mean=mean, std=std), batch["label"]
+        images, labels = normalize(images), batch["label"]
         if mix:
             images, labels = mix(state, images, batch)
         return jax.grad(loss_function, has_aux=True)(
@@ -302,15 +350,17 @@ def _mean_over_parts(function: Callable[[Batch], Any], batch: Batch, count: int)
     return jax.tree.map(lambda x: x / count, total)
 
 
-def _describe_gamma(gamma: Array, gamma_res: Array, network: nn.Module) -> Terms:
-    """Mean and spread of Gamma_res, and how often it is stuck or held."""
+def _describe_gamma(attention: Attention, network: Any) -> Terms:
+    """Mean and spread of Gamma_res, and how often it is saturated or guarded."""
+    gamma_res = attention.gamma_res
+    assert gamma_res is not None
     mean, spread = gamma_res.mean(0), gamma_res.std(0)
     terms = {f"gamma{i + 1}_mean": mean[i] for i in range(4)}
     terms |= {f"gamma{i + 1}_std": spread[i] for i in range(4)}
-    # Not the scale: at its bound the attention is half the picture, as Eq. 7 expects.
-    stuck = model.beyond(gamma, SATURATED)[:, :2].any(-1)
-    terms["gamma_saturated"] = stuck.mean()
-    if network.guard:  # pyright: ignore[reportAttributeAccessIssue]
-        held = model.beyond(gamma, network.guard)  # pyright: ignore[reportAttributeAccessIssue]
-        terms["gamma_guarded"] = held.any(-1).mean()
+    # Not the scale: at its bound the attention is half the image, as Eq. 7 expects.
+    saturated = art_module.beyond(attention.gamma, SATURATED)[:, :2].any(-1)
+    terms["gamma_saturated"] = saturated.mean()
+    if network.art.guard:
+        guarded = art_module.beyond(attention.gamma, network.art.guard)
+        terms["gamma_guarded"] = guarded.any(-1).mean()
     return terms

@@ -43,7 +43,7 @@ def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
         lengths = restriction.first_epochs, restriction.period_epochs
         on.append(_at(schedule.restriction_weight, epoch, *lengths))
         lengths = options.freeze_first_epochs, options.freeze_period_epochs
-        held.append(_at(step_wrappers.is_held, epoch, *lengths))
+        held.append(_at(step_wrappers.is_frozen, epoch, *lengths))
     assert rates == pytest.approx([1e-3] * 50 + [1e-4] * 90 + [1e-5] * 60)
     assert on == [1] * 140 + [0] * 60
     assert held == [0] * 50 + [1] * 45 + [0] * 45 + [1] * 45 + [0] * 15

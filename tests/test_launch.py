@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from cra_jax.input.normalize import normalize
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.runtime.run_folder import flatten, read_metrics
 from cra_jax.training import check_config
@@ -191,8 +193,7 @@ def test_the_papers_config_takes_steps_at_its_size():
             build.build_loss(config, network, steps_per_epoch=93),
             optimizer,
             learning_rate=lambda step: jnp.float32(config.optim.base_lr),
-            mean=config.data.mean,
-            std=config.data.std,
+            normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
         )
     )
     rng = np.random.default_rng(0)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from cra_jax import model
+from cra_jax import art_module, model
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones.layers import Outputs
 from tests.helpers.echo_backbone import Echo
 from tests.oracles import equations
@@ -20,7 +21,8 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 12, 12, 3))
 
 
 def _network(kind="cra", **options: Any):
-    return model.create(kind, Echo, art_size_px=SIZE, **options)
+    options = {"inside": False, **options}
+    return model.create(kind, Echo, ArtConfig(size_px=SIZE, **options))
 
 
 def _run(network, head=None, train=False):
@@ -50,22 +52,22 @@ GAMMA = (0.31, -0.52, 0.83, 0.4)
 def test_training_starts_at_the_expected_attention():
     out = _run(_network(init=(0.1, -0.2, 0.45, 0.3)))
     # The kernel is near 0, not 0: pictures differ a little from the first step on.
-    assert_allclose(out.gamma_res, [[0.1, -0.2, 0.45, 0.3]] * 2, atol=5e-3)
-    assert np.ptp(np.asarray(out.gamma_res), axis=0).max() > 0
+    assert_allclose(out.attention.gamma_res, [[0.1, -0.2, 0.45, 0.3]] * 2, atol=5e-3)
+    assert np.ptp(np.asarray(out.attention.gamma_res), axis=0).max() > 0
 
 
 def test_an_attention_that_stays_in_the_picture_starts_where_it_is_told_to():
     init = (0.3, -0.2, 0.45, 0.1)
     network = _network(init=init, inside=True)
-    assert_allclose(_run(network).gamma_res, [init] * 2, atol=5e-3)
+    assert_allclose(_run(network).attention.gamma_res, [init] * 2, atol=5e-3)
     far = _run(network, _head((9.0, -9.0, 9.0, 0.0)))
-    assert_allclose(far.gamma_res, [[0.5, -0.5, 0.5, 0.0]] * 2, atol=1e-5)
+    assert_allclose(far.attention.gamma_res, [[0.5, -0.5, 0.5, 0.0]] * 2, atol=1e-5)
 
 
 def test_the_second_stream_sees_attention_and_redundancy():
     out = _run(_network(), _head(GAMMA))
     gamma_res = equations.restrict(np.array([GAMMA] * 2))
-    assert_allclose(out.gamma_res, gamma_res, rtol=1e-6)
+    assert_allclose(out.attention.gamma_res, gamma_res, rtol=1e-6)
     grid = equations.attention_grid(gamma_res, (SIZE, SIZE))
     assert_allclose(
         _seen(out.attention_logits), equations.bilinear_sample(IMAGES, grid), atol=2e-5
@@ -76,15 +78,10 @@ def test_the_second_stream_sees_attention_and_redundancy():
     assert_allclose(_seen(out.redundancy_logits), rest, atol=2e-5)
 
 
-def test_one_pass_or_two_see_the_same():
-    one, two = (_run(_network(ar_passes=n), _head(GAMMA)) for n in (1, 2))
-    assert_array_equal(one.attention_logits, two.attention_logits)
-    assert_array_equal(one.redundancy_logits, two.redundancy_logits)
-
-
-def test_soft_edges_tend_to_the_set_difference():
+def test_soft_edges_tend_to_the_set_difference(monkeypatch):
+    monkeypatch.setattr(art_module, "_SOFTNESS", 1e-4)
     hard = _seen(_run(_network(), _head(GAMMA)).redundancy_logits)
-    soft = _run(_network(redundancy="soft", softness=1e-4), _head(GAMMA))
+    soft = _run(_network(redundancy="soft"), _head(GAMMA))
     assert_allclose(_seen(soft.redundancy_logits), hard, atol=1e-4)
 
 
@@ -96,7 +93,7 @@ def test_the_head_sees_features_of_length_one_unless_told_otherwise(normalized):
     pooled = IMAGES.mean((1, 2))
     if normalized:
         pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
-    assert_allclose(out.gamma, pooled @ kernel, rtol=1e-4, atol=1e-5)
+    assert_allclose(out.attention.gamma, pooled @ kernel, rtol=1e-4, atol=1e-5)
 
 
 def test_the_stn_learns_all_six_parameters():
@@ -106,16 +103,16 @@ def test_the_stn_learns_all_six_parameters():
     assert_allclose(
         _seen(out.attention_logits), equations.bilinear_sample(IMAGES, grid), atol=2e-5
     )
-    assert out.gamma.shape == (2, 6)
-    assert out.gamma_res is None
+    assert out.attention.gamma.shape == (2, 6)
+    assert out.attention.gamma_res is None
     assert out.redundancy_logits is None
 
 
 def test_the_stn_starts_where_cra_cnn_does():
     init = (0.1, -0.2, 0.45, 0.3)
     stn, cra = (_run(_network(kind, init=init)) for kind in ("stn", "cra"))
-    expected = [equations.attention_matrix(g).ravel() for g in cra.gamma_res]
-    assert_allclose(stn.gamma, expected, atol=0.01)
+    expected = [equations.attention_matrix(g).ravel() for g in cra.attention.gamma_res]
+    assert_allclose(stn.attention.gamma, expected, atol=0.01)
 
 
 def test_every_kind_has_the_plain_backbone_and_the_same_weights_for_it():
@@ -164,24 +161,25 @@ WEIGHTS = (
 FREE: Any = {"gradient_clip": 0.0, "guard": 0.0}
 
 
-def test_a_hard_redundancy_sends_no_gradient_and_a_soft_one_does():
+def test_a_hard_redundancy_sends_no_gradient_and_a_soft_one_does(monkeypatch):
+    monkeypatch.setattr(art_module, "_SOFTNESS", 0.1)
     only_redundancy = (0 * WEIGHTS[0], WEIGHTS[1])
     hard = _gradient_to_gamma(_network(**FREE), GAMMA, only_redundancy)
     assert_array_equal(hard, 0)
-    soft = _network("cra", redundancy="soft", softness=0.1, **FREE)
+    soft = _network("cra", redundancy="soft", **FREE)
     assert np.abs(_gradient_to_gamma(soft, GAMMA, only_redundancy)).min() > 1e-3
 
 
-def test_the_guard_is_a_valve_and_a_spring():
+def test_the_guard_stops_what_pushes_outwards_and_pulls_back():
     gamma = jnp.array([[2.0, -2.0, 0.1, 9.0]] * 2)
     edge = np.arctanh(0.9)
-    pull_in = model._STIFFNESS * (2 - edge) / 2  # a mean over two pictures
-    spring = np.array([pull_in, -pull_in, 0, 0])
+    pull_in = art_module._GUARD_STRENGTH * (2 - edge) / 2  # a mean over two pictures
+    restoring = np.array([pull_in, -pull_in, 0, 0])
     for push, passed in ((-1.0, [0, 1, 1, 1]), (1.0, [1, 0, 1, 1])):
-        value, pull = jax.vjp(lambda g: model.hold_inside(g, 0.9), gamma)
+        value, pull = jax.vjp(lambda g: art_module.guard_gradient(g, 0.9), gamma)
         assert_array_equal(value, gamma)
         # Descent moves every entry by -push: it is stopped where that is outwards.
-        expected = push * np.array(passed) + spring
+        expected = push * np.array(passed) + restoring
         for row in pull(jnp.full((2, 4), push))[0]:
             assert_allclose(row, expected, rtol=1e-5)
 
@@ -193,7 +191,7 @@ def test_a_guarded_gamma_comes_back_against_a_steady_push():
         gamma = jnp.array([[0.0, 0.0, 1.0, 0.0]])
 
         def loss(gamma):
-            held = model.hold_inside(gamma, guard) if guard else gamma
+            held = art_module.guard_gradient(gamma, guard) if guard else gamma
             return -jnp.tanh(held)[0, 0]
 
         velocity = jnp.zeros_like(gamma)
@@ -215,14 +213,16 @@ def test_the_guard_acts_in_the_network_beyond_its_share_alone():
         inwards_gradient = _gradient_to_gamma(network, gamma, outwards)
         outwards_gradient = _gradient_to_gamma(network, gamma, -outwards)
         assert inwards_gradient[0] > 0
-        # Held, the push is gone and the spring is left, which also points inwards.
+        # Guarded, the push is gone and what restores is left: it points inwards, too.
         assert (outwards_gradient[0] > 0) == held
         assert outwards_gradient[1] != 0
 
 
 def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
     def loss(matrix):
-        return (model.clip_gradient(matrix, 0.5) * jnp.array([[3.0, -4.0, 0.2]])).sum()
+        return (
+            art_module.clip_gradient(matrix, 0.5) * jnp.array([[3.0, -4.0, 0.2]])
+        ).sum()
 
     assert_allclose(jax.grad(loss)(jnp.zeros((1, 3))), [[0.5, -0.5, 0.2]])
     steep = tuple(1e3 * w for w in WEIGHTS)
@@ -249,10 +249,11 @@ class Loud(nn.Module):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
     images = jnp.asarray(IMAGES, jnp.float32)
-    options = {**FREE, "art_size_px": SIZE, "normalize_head": False}
+    options = {**FREE, "size_px": SIZE, "normalize_head": False, "inside": False}
 
     def gradients(share):
-        network = model.create("cra", Loud, gradient_share=share, **options)
+        config = ArtConfig(gradient_share=share, **options)
+        network = model.create("cra", Loud, config)
         params = network.init(jax.random.key(0), images)["params"]
         params = {**params, "attention_head": {**params["attention_head"]}}
         params["attention_head"]["kernel"] = jnp.full((3, 4), 0.3)
@@ -278,14 +279,13 @@ def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
     [
         ({"kind": "cnn"}, "unknown model.kind 'cnn'; choose from cra, baseline, stn"),
         ({"redundancy": "none"}, "unknown art.redundancy 'none'"),
-        ({"ar_passes": 3}, "must be 1 or 2, not 3"),
         ({"alpha_s": 1.5}, "art.alpha_s=1.5"),
         ({"init": (0, 0, 0.5, 0)}, "must lie strictly inside"),
         ({"inside": True, "alpha_s": 0.8}, "art.inside=True cannot keep"),
-        ({"inside": True, "init": (0.56, 0, 0.45, 0)}, "and in the picture"),
-        ({"guard": 1.0}, "art.guard must be in"),
+        ({"inside": True, "init": (0.56, 0, 0.45, 0)}, "and in the image"),
+        ({"guard": 1.0}, "art.guard=1.0 must be in"),
         ({"gradient_clip": -1.0}, "art.gradient_clip=-1.0"),
-        ({"gradient_share": 1.5}, r"art.gradient_share must be in \[0, 1\], not 1.5"),
+        ({"gradient_share": 1.5}, r"art.gradient_share=1.5 must be in \[0, 1\]"),
     ],
 )
 def test_wrong_options_are_named(options, message):

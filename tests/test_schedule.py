@@ -69,7 +69,8 @@ def test_other_lengths_and_factors():
 
 
 @pytest.mark.parametrize(
-    "door", [schedule.learning_rate, schedule.restriction_weight, step_wrappers.is_held]
+    "door",
+    [schedule.learning_rate, schedule.restriction_weight, step_wrappers.is_frozen],
 )
 @pytest.mark.parametrize("step", [0, 14, 15, 24, 25, 400])
 def test_a_number_and_a_traced_step_agree(door, step):
@@ -130,7 +131,7 @@ def test_runs_end_where_the_loop_has_something_to_do():
 def test_n_cls_is_held_by_turns_after_a_first_phase():
     epochs = [
         [
-            step_wrappers.is_held(step, steps_per_epoch=5, **SHORT)
+            step_wrappers.is_frozen(step, steps_per_epoch=5, **SHORT)
             for step in steps_of(e, 5)
         ]
         for e in range(9)
@@ -142,7 +143,7 @@ def test_n_cls_is_held_by_turns_after_a_first_phase():
     assert all(first == last for first, last in epochs)
     never = {"first_epochs": 0, "period_epochs": 0}
     assert not any(
-        step_wrappers.is_held(step, steps_per_epoch=5, **never) for step in (0, 99)
+        step_wrappers.is_frozen(step, steps_per_epoch=5, **never) for step in (0, 99)
     )
 
 

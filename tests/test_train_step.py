@@ -1,5 +1,6 @@
 """One update: what it adds up, what it changes, and that nothing blows up."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -10,17 +11,20 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import losses, model, schedule, train_step
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import efficientnet, resnet
+from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices
 from cra_jax.training import step_wrappers
 from cra_jax.training.optimizer import make_optimizer
 from tests.helpers.echo_backbone import Echo
+from tests.helpers.loss_options import LOSS
 from tests.oracles import equations
 
 SIZE = 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NORMALIZE = partial(normalize, mean=MEAN, std=STD)
 ON = partial(schedule.restriction_weight, steps_per_epoch=10)
-THRESHOLD = (0.4, 0.4, 0.4, math.pi)
 ONES = {"cls2": 1.0, "res": 1.0, "cntr": 1.0}
 
 
@@ -41,14 +45,12 @@ def _images(batch):
     return (np.array(flipped) / 255 - np.array(MEAN)) / np.array(STD)
 
 
-def _loss(network, **options):
-    options = {
-        "restriction_weight": ON,
-        "threshold": THRESHOLD,
-        "weights": ONES,
-        **options,
-    }
-    return train_step.make_loss(network, **options)
+def _loss(network, *, restriction_weight=ON, **options):
+    return train_step.make_loss(
+        network,
+        dataclasses.replace(LOSS, **options),
+        restriction_weight=restriction_weight,
+    )
 
 
 def _cross_entropy(scores, labels):
@@ -71,14 +73,16 @@ def _terms(
     smoothing=0.0,
 ):
     """The terms of an Echo network with a fixed Gamma, and the pictures shown to it."""
-    network = model.create("cra", Echo, art_size_px=SIZE, guard=0.9)
+    network = model.create(
+        "cra", Echo, ArtConfig(size_px=SIZE, guard=0.9, inside=False)
+    )
     batch = _batch()
     images = jnp.asarray(_images(batch), jnp.float32)
     variables = network.init(jax.random.key(0), images)
     head = {"kernel": jnp.zeros((3, 4)), "bias": jnp.array(GAMMA)}
     loss = _loss(
         network,
-        weights=weights,
+        **{f"{name}_weight": value for name, value in weights.items()},
         pairs=pairs,
         normalize_features=normalize,
         distance=distance,
@@ -197,7 +201,7 @@ def _tiny(kind="cra", **options):
     def make():
         return resnet.create("resnet10", 5, width=8, stem="small", **options)
 
-    return model.create(kind, make, art_size_px=16)
+    return model.create(kind, make, ArtConfig(size_px=16, inside=False))
 
 
 def _step(network, all_mean=lambda x: x, rate=0.05, accumulate=1, **options):
@@ -209,8 +213,7 @@ def _step(network, all_mean=lambda x: x, rate=0.05, accumulate=1, **options):
         _loss(network, **options),
         optimizer,
         learning_rate=learning_rate,
-        mean=MEAN,
-        std=STD,
+        normalize=NORMALIZE,
         all_mean=all_mean,
         accumulate=accumulate,
     )
@@ -255,19 +258,19 @@ def test_several_steps_in_one_program_are_those_steps_in_their_order():
     for each in batches:
         state, terms = alone(state, each)
         one_by_one.append(terms)
-    several, together = jax.jit(step_wrappers.several(step))(first, batches)
+    several, together = jax.jit(step_wrappers.run_steps(step))(first, batches)
     assert len(together) == 3
     near = partial(assert_allclose, rtol=1e-4, atol=1e-5)
     for terms, expected in zip(together, one_by_one, strict=True):
         assert terms.keys() == expected.keys()
         assert float(terms["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
     jax.tree.map(near, several, state)
-    (only,) = jax.jit(step_wrappers.several(step))(first, batches[:1])[1]
+    (only,) = jax.jit(step_wrappers.run_steps(step))(first, batches[:1])[1]
     assert only == one_by_one[0]
 
 
 def test_pictures_are_flipped_and_normalised_on_the_device():
-    network = model.create("baseline", Echo)
+    network = model.create("baseline", Echo, ArtConfig())
     step, optimizer = _step(network)
     batch = _batch()
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
@@ -282,8 +285,7 @@ def test_pictures_are_flipped_and_normalised_on_the_device():
         first_pixel,
         make_optimizer(lambda s: 0.0),
         learning_rate=lambda s: jnp.zeros(()),
-        mean=MEAN,
-        std=STD,
+        normalize=NORMALIZE,
     )
     params = {"g": jnp.ones(())}
     tiny = train_step.TrainState(
@@ -297,7 +299,7 @@ def test_pictures_are_flipped_and_normalised_on_the_device():
 
 def test_nothing_is_nan_where_distances_are_zero():
     """Identical pictures: every distance of Eq. (8) between pictures is exactly 0."""
-    network = model.create("cra", Echo, art_size_px=SIZE)
+    network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     batch = _batch(4)
     batch["image"][:] = batch["image"][0]
@@ -321,7 +323,7 @@ def _picture_scatters(function, *arguments):
 
 def test_the_training_step_scatters_nothing():
     """Pictures are data: the sampler's gradient to them must not be computed."""
-    network = model.create("cra", Echo, art_size_px=SIZE)
+    network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     batch = {k: jnp.asarray(v) for k, v in _batch().items()}
@@ -339,7 +341,7 @@ def test_the_training_step_scatters_nothing():
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_batch_of_odd_size_pairs_what_it_can(n):
-    network = model.create("cra", Echo, art_size_px=SIZE)
+    network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     _, terms = jax.jit(step)(state, _batch(n))
@@ -347,7 +349,7 @@ def test_a_batch_of_odd_size_pairs_what_it_can(n):
 
 
 def test_a_batch_of_one_cannot_be_contrasted():
-    network = model.create("cra", Echo, art_size_px=SIZE)
+    network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     with pytest.raises(ValueError, match="at least 2 per device"):
@@ -438,8 +440,7 @@ def test_micro_batches_of_each_device():
         loss,
         optimizer,
         learning_rate=lambda s: jnp.ones(()),
-        mean=MEAN,
-        std=STD,
+        normalize=NORMALIZE,
         all_mean=devices.all_mean,
         accumulate=3,
     )

@@ -10,7 +10,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from cra_jax import train_step
-from cra_jax.backbones import families
+from cra_jax.inference import run_options
+from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices, run_folder
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, check_config, train
@@ -27,8 +28,7 @@ def _one_device(config):
         build.build_loss(config, network, steps_per_epoch=10),
         optimizer,
         learning_rate=lambda step: jnp.float32(0.01),
-        mean=config.data.mean,
-        std=config.data.std,
+        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
     )
     make = partial(
         train_step.create_state, network=network, optimizer=optimizer, crop_px=32
@@ -111,14 +111,12 @@ def test_a_run_goes_on_in_the_other_precision(tmp_path):
         for step in checkpoints.steps():
             kinds = {x.dtype for x in jax.tree.leaves(checkpoints.shapes(step))}
             assert kinds == {np.dtype(np.float32), np.dtype(np.int32)}
-    backbone = families.backbone(first, 8)
+    backbone = run_options.from_config(first).create_backbone(8)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     traced = jax.make_jaxpr(backbone.init)(jax.random.key(0), images)
     assert "bf16" not in str(traced)
     assert "bf16" in str(
-        jax.make_jaxpr(families.backbone(first, 8, training=True).init)(
-            jax.random.key(0), images
-        )
+        jax.make_jaxpr(build.build_backbone(first, 8).init)(jax.random.key(0), images)
     )
 
 

@@ -20,16 +20,14 @@ from absl import logging
 
 from benchmarks import timing
 from configs.cub import get_config
-from cra_jax import art_module, geometry
-from cra_jax.backbones import families
-from cra_jax.datasets import sources
-from cra_jax.inference import restore
+from cra_jax import geometry
+from cra_jax.art_module import REGULARIZATION_STREAM
+from cra_jax.inference import restore, run_options
 from cra_jax.input import normalize, splits
 from cra_jax.input.batches import center_batches
-from cra_jax.runtime import run_folder
 from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import build
 
-SECOND_STREAM = "regularization_stream"
 _MOST = 1024  # pictures of a split that are looked at
 
 COLUMNS = {
@@ -60,7 +58,7 @@ def measure(workdir: Path, split: str = "test") -> dict[str, float]:
     Raises:
       ValueError: the run has no second stream, or no such split.
     """
-    config: Any = run_folder.of_run(workdir, get_config(), {})
+    config: Any = build.config_of_run(workdir, get_config(), {})
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose("latest")
         names = tuple(checkpoints.meta(step)["class_names"])
@@ -68,33 +66,33 @@ def measure(workdir: Path, split: str = "test") -> dict[str, float]:
         state = checkpoints.restore(
             step, {name: shapes[name] for name in ("params", "batch_stats")}
         )
-    if SECOND_STREAM not in state["params"]:
+    if REGULARIZATION_STREAM not in state["params"]:
         raise ValueError(
             f"{workdir} is a {config.model.kind}, which has no N_ar: name a run of cra "
             "or stn"
         )
     asked = _Asked(config, state, len(names))
-    dataset = sources.load_data(config)
+    dataset = build.load_dataset(config)
     if split not in dataset.splits:
         raise ValueError(
             f"unknown split {split!r}: {dataset.name} has {', '.join(dataset.splits)}"
         )
-    train = asked.matrices(splits.open_split(config, dataset, "train"))
-    return asked.about(splits.open_split(config, dataset, split), train)
+    train = asked.matrices(build.open_split(config, dataset, "train"))
+    return asked.about(build.open_split(config, dataset, split), train)
 
 
 class _Asked:
     """Both streams and the head of a checkpoint, and the questions to them."""
 
-    def __init__(self, config: run_folder.Config, state: Any, num_classes: int):
+    def __init__(self, config: Any, state: Any, num_classes: int):
         self._config = config
-        backbone = families.backbone(config, num_classes)
+        backbone = run_options.from_config(config).create_backbone(num_classes)
         params, batch_stats = state["params"], state["batch_stats"]
-        head: Any = art_module.attention_head(config, params)
+        head: Any = build.trained_head(config, params)
         first = restore.classification_variables(params, batch_stats)
         second = {
-            "params": params[SECOND_STREAM],
-            "batch_stats": batch_stats[SECOND_STREAM],
+            "params": params[REGULARIZATION_STREAM],
+            "batch_stats": batch_stats[REGULARIZATION_STREAM],
         }
 
         def predict(images):

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from benchmarks import timing
 from benchmarks.study.rows import BIRDS
 from configs.quickstart import get_config
-from cra_jax import art_module, geometry, losses, train_step
-from cra_jax.datasets import sources
+from cra_jax import geometry, losses, train_step
+from cra_jax.art_module import AttentionHead
 from cra_jax.input import normalize, splits
 from cra_jax.input.batches import TrainBatches, center_batches
 from cra_jax.reports import figure_style
@@ -146,7 +146,7 @@ class Probe:
         def terms_of(shift):
             def interceptor(call, args, kwargs, context):
                 out = call(*args, **kwargs)
-                if context.module.name != art_module.ATTENTION_HEAD:
+                if not isinstance(context.module.parent, AttentionHead):
                     return out
                 seen["features"] = args[0]
                 return out + shift
@@ -222,11 +222,14 @@ class _Asked:
 
     def __init__(self, network: Any, seen: dict[str, Any]):
         self._network, self._seen = network, seen
-        self.guard = 0.0
+        self.art = network.art
 
     def apply(self, *args, **kwargs):
         out, updated = self._network.apply(*args, **kwargs)
-        self._seen |= {"gamma": out.gamma, "gamma_res": out.gamma_res}
+        self._seen |= {
+            "gamma": out.attention.gamma,
+            "gamma_res": out.attention.gamma_res,
+        }
         return out, updated
 
 
@@ -246,10 +249,10 @@ def watch(config: Any, at: list[int]) -> list[dict[str, float]]:
       ``step`` and `COLUMNS` of each.
     """
     check_config.check(config)
-    dataset = sources.load_data(config)
-    split = splits.open_split(config, dataset, "train")
+    dataset = build.load_dataset(config)
+    split = build.open_split(config, dataset, "train")
     num_classes = len(dataset.class_names)
-    probe = Probe(config, num_classes, splits.open_split(config, dataset, "test"))
+    probe = Probe(config, num_classes, build.open_split(config, dataset, "test"))
     batches = TrainBatches(
         split.pictures,
         split.labels,

@@ -556,6 +556,8 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     Args:
       settings: a config, flat; of a run folder or of `settings_of`.
     """
+    # Keys that are gone are part of older fingerprints.
+    settings = {**run_folder.REMOVED, **settings}
     skipped = _INDIFFERENT
     if settings["model.kind"] == "baseline":
         skipped += _OF_ATTENTION

@@ -15,8 +15,6 @@ import numpy as np
 from cra_jax.backbones import efficientnet, resnet
 from cra_jax.backbones.layers import Outputs
 from cra_jax.backbones.weight_record import WeightRecord
-from cra_jax.runtime import devices
-from cra_jax.runtime.run_folder import Config
 
 
 class Backbone(Protocol):
@@ -208,24 +206,12 @@ def looks_like(names: Iterable[str]) -> str | None:
     return None
 
 
-def backbone(config: Config, num_classes: int, *, training: bool = False) -> nn.Module:
-    """The network that predicts, or in training its twin of the same variables.
+def variable_shapes(backbone: nn.Module, crop_px: int) -> dict[str, Any]:
+    """Abstract variables ``{"params", "batch_stats"}`` of a network; nothing is drawn.
 
-    Training may compute in bfloat16 and share BatchNorm statistics. Prediction computes
-    in float32 everywhere: a score must not depend on where it is taken.
+    Args:
+      backbone: or any module that takes ``[b, crop_px, crop_px, 3]`` images.
+      crop_px: height and width of the images.
     """
-    extra: dict[str, Any] = {}
-    if training:
-        extra["dtype"] = devices.compute_dtype(config.model.dtype)
-        extra["bn_group_size"] = config.bn.group_size
-        extra["remat"] = config.model.remat
-        if config.bn.sync:
-            extra["all_mean"] = devices.all_mean
-            extra["num_replicas"] = devices.device_count()
-    return create_backbone(
-        config.model.backbone,
-        num_classes,
-        width=config.model.width,
-        stem=config.model.stem,
-        **extra,
-    )
+    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
+    return dict(jax.eval_shape(backbone.init, jax.random.key(0), images))

@@ -31,7 +31,7 @@ from cra_jax.datasets import (
 from cra_jax.datasets.listing import Corners, Listing, name_below, some
 from cra_jax.input import pictures, store
 from cra_jax.input.records import Box, Dataset, Record
-from cra_jax.runtime.run_folder import Config
+from cra_jax.input.splits import DataOptions
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "synthetic": ("num_species", "habitat_share", "train_size", "test_size"),
@@ -311,14 +311,15 @@ def _check(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def load_data(config: Config) -> Dataset:
-    """Lists the records of the config's data set; opens no picture.
+def load_dataset(options: DataOptions) -> Dataset:
+    """Lists the records of a dataset; opens no image.
 
     CUB-200-2011 is fetched where no path is given: it is the one set that can be.
+
+    Raises:
+      ValueError: as `load`.
     """
-    data = config.data
-    path = data.path
-    if data.source == "cub" and not path:
+    path = options.path
+    if options.source == "cub" and not path:
         path = archives.cub_200_2011(store.default_cache_dir(None) / "datasets")
-    options = {key: data[key] for key in OPTIONS.get(data.source, ())}
-    return load(data.source, path, seed=data.seed, **options)
+    return load(options.source, path, seed=options.seed, **options.source_options)

@@ -23,8 +23,8 @@ from PIL import Image
 
 from cra_jax.inference import overlay, predict
 from cra_jax.inference.predictor import Prediction, Predictor
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import pictures
-from cra_jax.runtime import run_folder
 from cra_jax.runtime.progress import say
 
 LARGEST_BYTES = 20_000_000
@@ -44,19 +44,19 @@ _NAME = "this file"  # the page knows its name; the server need not
 _SHOWN_LONG_SIDE_PX = 1280
 
 
-def run(config: run_folder.Config | None, workdir: Path, *, port: int = 8000) -> None:
+def run(options: RunOptions | None, workdir: Path, *, port: int = 8000) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
-      config: as for `predict.run`.
+      options: as for `predict.run`.
       workdir: as for `predict.run`.
       port: on this machine; 0: any that is free.
 
     Raises:
       ValueError: there is no such network, or the port is taken.
     """
-    predictor = predict.open_predictor(config, workdir)
-    say(f"{predictor.recipe.about}: warming up")
+    predictor = predict.open_predictor(options, workdir)
+    say(f"{predictor.network.about}: warming up")
     predictor.warm_up()
     with make_server(predictor, port=port) as server:
         print(f"http://{_HOST}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
@@ -137,13 +137,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self._send(200, page()[0], "text/html; charset=utf-8")
         elif self.path == "/about":
-            recipe = self.server.predictor.recipe
+            network = self.server.predictor.network
             self._send_json(
                 200,
                 {
-                    "about": recipe.about,
-                    "classes": len(recipe.class_names),
-                    "attention": recipe.head is not None,
+                    "about": network.about,
+                    "classes": len(network.class_names),
+                    "attention": network.head is not None,
                     "largest_bytes": LARGEST_BYTES,
                 },
             )

@@ -17,15 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from cra_jax import art_module
+from cra_jax.art_module import TrainedHead
 from cra_jax.backbones import class_activation
 from cra_jax.datasets import sources
 from cra_jax.inference import accuracy, localization
 from cra_jax.inference.protocols import make_center_step, make_full_step
 from cra_jax.inference.restore import restore
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.input.batches import Batches, center_batches, full_batches
 from cra_jax.input.splits import Split, describe_data, open_split
 from cra_jax.runtime import devices, hosts, prefetch, run_folder, training_log
-from cra_jax.training import check_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Evaluator:
 
     Args:
       backbone: the plain network.
-      config: of the run; reads ``data`` and ``eval``.
+      options: of the run; ``data`` and ``evaluation`` count.
       shard: which share of each batch is this host's, where all score together; by
         default it works alone.
     """
@@ -114,18 +115,20 @@ class Evaluator:
     def __init__(
         self,
         backbone: nn.Module,
-        config: run_folder.Config,
+        options: RunOptions,
         *,
         shard: tuple[int, int] = (0, 1),
     ):
-        data = config.data
+        data = options.data
         self._backbone = backbone
         self._crop_px = data.crop_px
         self._workers = data.workers
         self._shard = shard
-        self._batch_size = devices.round_up(config.eval.batch_size, hosts=shard[1])
-        self._bucket_px = config.eval.bucket_px
-        normalization = {"mean": tuple(data.mean), "std": tuple(data.std)}
+        self._batch_size = devices.round_up(
+            options.evaluation.batch_size, hosts=shard[1]
+        )
+        self._bucket_px = options.evaluation.bucket_px
+        normalization = {"mean": data.mean, "std": data.std}
         self._center_step = make_center_step(backbone, **normalization)
         self._full_step = make_full_step(
             backbone,
@@ -139,7 +142,7 @@ class Evaluator:
         variables: Any,
         split: Split,
         *,
-        head: art_module.AttentionHead | None = None,
+        head: TrainedHead | None = None,
     ) -> Predictions:
         """Protocol "center"; with a head, where the attention is, too."""
         batches = center_batches(
@@ -170,7 +173,7 @@ class Evaluator:
         split: Split,
         protocol: str,
         *,
-        head: art_module.AttentionHead | None = None,
+        head: TrainedHead | None = None,
     ) -> Predictions:
         """Under the protocol of that name; the head is for "center" alone."""
         if protocol == "full":
@@ -242,7 +245,7 @@ class Evaluator:
 
 
 def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.Result]:
-    """What a checkpoint says of each picture, for `run_folder.write_results`."""
+    """The prediction for each image, for `run_folder.write_results`."""
     shifted = found.logits - found.logits.max(1, keepdims=True)
     confidence = 1 / np.exp(shifted).sum(1)  # softmax of the highest score
     predicted = found.logits.argmax(1)
@@ -259,38 +262,37 @@ def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.R
     ]
 
 
-def run(config: run_folder.Config, workdir: Path) -> None:
+def run(options: RunOptions, workdir: Path) -> None:
     """Restores a checkpoint's classification stream, scores the test splits, prints.
 
-    The numbers are added to the run folder's `metrics.jsonl`, and what is said of each
-    picture is written to `results/<split>-<protocol>.csv`.
+    The numbers are added to the run directory's `metrics.jsonl`, and the prediction for
+    each image is written to `results/<split>-<protocol>.csv`.
 
     Args:
-      config: the run's, or one that reads other data with the same classes;
-        ``eval.checkpoint`` says which checkpoint.
-      workdir: the run folder.
+      options: the run's, or those of other data with the same classes;
+        ``eval.checkpoint`` names the checkpoint.
+      workdir: the run directory.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another model.
     """
-    hosts.start(**config.hosts)
-    check_config.check(config)
+    hosts.start(**options.hosts)
     with hosts.all_or_none():
-        restored = restore(config, workdir)
-        dataset = sources.load_data(config)
+        restored = restore(options, workdir)
+        dataset = sources.load_dataset(options.data)
         check_classes(dataset.class_names, restored.class_names, workdir)
-        splits = {
-            name: open_split(config, dataset, name)
+        test_splits = {
+            name: open_split(options.data, dataset, name)
             for name in dataset.splits
             if name != "train"
         }
-    hosts.check_same(describe_data(splits), "their data")
-    evaluator = Evaluator(restored.backbone, config, shard=hosts.shard())
-    chosen = config.eval.protocol
+    hosts.check_same(describe_data(test_splits), "their data")
+    evaluator = Evaluator(restored.backbone, options, shard=hosts.shard())
+    chosen = options.evaluation.protocol
     step, epoch = restored.step, restored.epoch
     if hosts.is_first():
         print(f"checkpoint {step} (epoch {epoch}) of {workdir}")
-    for name, split in splits.items():
+    for name, split in test_splits.items():
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
             found = evaluator.predict(restored.variables, split, protocol)
             if not hosts.is_first():
@@ -301,7 +303,7 @@ def run(config: run_folder.Config, workdir: Path) -> None:
             )
             print(f"{name}, {protocol}: {training_log.describe_scores(scores)}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
-            # Training's own line says the same, and of the attention as well.
+            # Training's own line has the same numbers, and those of the attention.
             known = run_folder.read_metrics(workdir)
             if not any(line.items() <= other.items() for other in known):
                 run_folder.append_metrics(workdir, line)

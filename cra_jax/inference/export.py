@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from cra_jax.backbones import weights
 from cra_jax.inference.restore import restore
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import normalize
-from cra_jax.runtime import files, run_folder
+from cra_jax.runtime import files
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def run(config: run_folder.Config, workdir: Path) -> None:
+def run(options: RunOptions, workdir: Path) -> None:
     """Writes `export/` of a run: `model.safetensors`, `model.stablehlo`, `config.json`.
 
     The weights have their family's published names: torchvision's and timm's ResNets
@@ -27,17 +28,17 @@ def run(config: run_folder.Config, workdir: Path) -> None:
     regularization stream and the attention head are nowhere in them.
 
     Args:
-      config: the run's own; ``eval.checkpoint`` says which checkpoint.
+      options: the run's own; ``eval.checkpoint`` names the checkpoint.
       workdir: the run folder.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another backbone.
     """
-    restored = restore(config, workdir)
+    restored = restore(options, workdir)
     folder = workdir / "export"
     folder.mkdir(exist_ok=True)
     weights.save_torch(folder / "model.safetensors", restored.variables)
-    data, model = config.data, config.model
+    data = options.data
     program = serialize(
         restored.backbone,
         restored.variables,
@@ -49,9 +50,9 @@ def run(config: run_folder.Config, workdir: Path) -> None:
     partial.write_bytes(program)
     partial.replace(folder / "model.stablehlo")
     description = {
-        "architecture": model.backbone,
-        "width": model.width,
-        "stem": model.stem,
+        "architecture": options.backbone,
+        "width": options.width,
+        "stem": options.stem,
         "num_classes": len(restored.class_names),
         "class_names": list(restored.class_names),
         "mean": list(data.mean),

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cra_jax.datasets import listing
 from cra_jax.inference import overlay, trained
 from cra_jax.inference.predictor import Prediction, Predictor
-from cra_jax.runtime import run_folder
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.runtime.progress import Progress, say
 
 
@@ -37,19 +37,19 @@ def load(path: str | Path, *, checkpoint: str = "latest") -> Predictor:
     return Predictor(trained.find(path, checkpoint=checkpoint))
 
 
-def open_predictor(config: run_folder.Config | None, workdir: Path) -> Predictor:
-    """What predicts from a run under its config, or else from anything `load` takes.
+def open_predictor(options: RunOptions | None, workdir: Path) -> Predictor:
+    """What predicts from a run under its options, or else from anything `load` takes.
 
     Raises:
       ValueError: as `load`.
     """
-    if config is None:
+    if options is None:
         return load(workdir)
-    return Predictor(trained.of_run(config, workdir))
+    return Predictor(trained.of_run(options, workdir))
 
 
 def run(
-    config: run_folder.Config | None,
+    options: RunOptions | None,
     workdir: Path,
     images: Sequence[str],
     *,
@@ -60,7 +60,7 @@ def run(
     A picture that cannot be read has a line with "error", and the rest goes on.
 
     Args:
-      config: the run's, whose ``eval.checkpoint`` says which checkpoint; None: the
+      options: the run's, whose ``eval.checkpoint`` says which checkpoint; None: the
         latest, or `workdir` is an export or a checkpoint.
       workdir: as for `load`; what is written goes into it (for a checkpoint: into its
         run folder).
@@ -74,8 +74,8 @@ def run(
         read, or nothing can be written into the folder.
     """
     paths = find_pictures(images)
-    predictor = open_predictor(config, workdir)
-    say(f"{predictor.recipe.about}: {_pictures(len(paths))}")
+    predictor = open_predictor(options, workdir)
+    say(f"{predictor.network.about}: {_pictures(len(paths))}")
     folder = trained.home(workdir)
     file = folder / "predictions.jsonl"
     partial = file.with_name(f".{file.name}.partial")

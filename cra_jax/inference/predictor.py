@@ -8,7 +8,7 @@ attention head, it says in addition what that would have cut out.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ import numpy as np
 from cra_jax import art_module
 from cra_jax.backbones import class_activation
 from cra_jax.inference import trained
+from cra_jax.inference.protocols import make_center_step
 from cra_jax.input import batches, center_crop, pictures
-from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices
 from cra_jax.runtime.prefetch import prefetch
 
@@ -123,15 +123,20 @@ class Predictor:
     Not for several threads at once.
 
     Attributes:
-      recipe: what predicts.
+      network: what predicts.
     """
 
-    def __init__(self, recipe: trained.Recipe):
-        self.recipe = recipe
-        self._step = _make_step(recipe)
+    def __init__(self, network: trained.TrainedNetwork):
+        self.network = network
+        self._step = make_center_step(
+            network.backbone, mean=network.mean, std=network.std
+        )
+        variables = dict(network.variables)
+        if network.head:
+            variables["head"] = network.head
         # On the device once, not with every batch.
-        self._state = jax.tree.map(jnp.asarray, (recipe.variables, recipe.head))
-        self._most = devices.round_up(recipe.batch_size)
+        self._variables = jax.tree.map(jnp.asarray, variables)
+        self._most = devices.round_up(network.batch_size)
 
     def __call__(self, picture: Picture | Sequence[Picture]) -> Any:
         """The `Prediction` of a picture, or the list of those of several.
@@ -192,7 +197,7 @@ class Predictor:
 
     def warm_up(self) -> None:
         """Compiles for single pictures, so that the first does not wait."""
-        side = self.recipe.crop_px
+        side = self.network.crop_px
         self(np.zeros((side, side, 3), np.uint8))
 
     def _read(self, picture: Picture, keep: bool) -> _Sample | pictures.PictureError:
@@ -201,10 +206,10 @@ class Predictor:
                 picture = pictures.decode(picture, name=_name(picture) or None)
         except pictures.PictureError as error:
             return error
-        resized = pictures.resize_short_side(picture, self.recipe.short_side_px)
+        resized = pictures.resize_short_side(picture, self.network.short_side_px)
         # The very crop of evaluation.
         (batch,) = batches.center_batches(
-            [resized], [0], batch_size=1, crop_px=self.recipe.crop_px
+            [resized], [0], batch_size=1, crop_px=self.network.crop_px
         )
         return _Sample(
             batch["image"][0],
@@ -216,12 +221,12 @@ class Predictor:
     def _answers(
         self, items: Sequence[tuple[str, _Sample | pictures.PictureError]], size: int
     ) -> Iterator[Prediction | pictures.PictureError]:
-        side = self.recipe.crop_px
+        side = self.network.crop_px
         images = np.zeros((size, side, side, 3), np.uint8)
         for row, (_, sample) in enumerate(items):
             if isinstance(sample, _Sample):
                 images[row] = sample.crop
-        found = self._step(self._state, {"image": images})
+        found = self._step(self._variables, {"image": images})
         for row, (name, sample) in enumerate(items):
             if isinstance(sample, _Sample):
                 yield self._answer(name, sample, {k: v[row] for k, v in found.items()})
@@ -234,15 +239,16 @@ class Predictor:
         scores = found["logits"].astype(np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(
-                f"the scores of {self.recipe.about} are not finite: it is damaged, or "
+                f"the scores of {self.network.about} are not finite: it is damaged, or "
                 "training had diverged; take another one (eval.checkpoint)"
             )
         powers = np.exp(scores - scores.max())
+        probabilities = powers / powers.sum()
         labels = np.argsort(-scores, kind="stable")[:TOP]
-        side = self.recipe.crop_px
+        side = self.network.crop_px
         kept = np.array(pictures.kept_region(*sample.size_px))
         outline = np.array([[-0.5, -0.5], [side - 0.5, side - 0.5]])
-        matrix = found.get("matrix")
+        matrix = found.get("matrices")
         corners = None if matrix is None else art_module.corners_px(matrix, side)
 
         def place(points: np.ndarray) -> np.ndarray:
@@ -253,9 +259,9 @@ class Predictor:
         return Prediction(
             path=name,
             size_px=sample.size_px,
-            classes=tuple(self.recipe.class_names[i] for i in labels),
+            classes=tuple(self.network.class_names[i] for i in labels),
             labels=tuple(labels.tolist()),
-            probabilities=tuple((powers / powers.sum())[labels].tolist()),
+            probabilities=tuple(probabilities[labels].tolist()),
             scores=scores,
             crop_box_px=_box(place(outline)),
             attention_px=None if corners is None else place(corners),
@@ -271,33 +277,15 @@ class Predictor:
     ) -> View | None:
         if sample.resized is None:
             return None
-        side = self.recipe.crop_px
+        side = self.network.crop_px
         shift = center_crop.centre_offset_px(sample.resized_px, side) + 0.5
-        places = class_activation.places_px(self.recipe.backbone, cells.shape, side)
+        places = class_activation.places_px(self.network.backbone, cells.shape, side)
         return View(
             picture=sample.resized,
             activation=class_activation.enlarge(cells, *places, side),
             crop_box_px=_box(outline + shift),
             attention_px=None if corners is None else corners + shift,
         )
-
-
-def _make_step(recipe: trained.Recipe) -> Callable:
-    """``((variables, head), batch) -> logits, activation and, with a head, matrix``."""
-
-    def step(state: Any, batch: Any) -> dict[str, jax.Array]:
-        variables, head = state
-        images = normalize(batch["image"], mean=recipe.mean, std=recipe.std)
-        out: Any = recipe.backbone.apply(variables, images)
-        found = {
-            "logits": out.logits,
-            "activation": class_activation.class_activation(
-                recipe.backbone, variables, out.features, out.logits.argmax(-1)
-            ),
-        }
-        return found if head is None else found | {"matrix": head(out.pooled)}
-
-    return devices.eval_step(step)
 
 
 def _name(picture: Picture) -> str:

@@ -25,7 +25,7 @@ def make_center_step(
 
     Returns:
       ``(variables, batch) -> {"logits": [b, k], "activation": [b, h, w]}``. Where the
-      variables hold an `AttentionHead` under "head", ``matrices [b, 2, 3]`` as well.
+      variables hold a `TrainedHead` under "head", ``matrices [b, 2, 3]`` as well.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:

@@ -3,17 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from cra_jax import art_module
+from cra_jax.art_module import TrainedHead
 from cra_jax.backbones import families, weights
+from cra_jax.inference import run_options
 from cra_jax.inference.restore import restore, restore_attention
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.runtime import run_folder
 
 _LARGEST_PX = 4096  # of what an export may ask for: its description may be a stranger's
@@ -31,7 +31,7 @@ _EXPORT_KEYS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class TrainedNetwork:
     """All that prediction needs of a run or an export.
 
     Attributes:
@@ -39,17 +39,17 @@ class Recipe:
       variables: its own.
       head: pooled features -> attention; None where there is none.
       class_names: in the order of the scores.
-      short_side_px: what a picture's shorter side is resized to.
-      crop_px: height and width of what is cut out of its centre.
-      mean: of the channels, pictures in 0..1.
+      short_side_px: what an image's shorter side is resized to.
+      crop_px: height and width of the centre crop.
+      mean: of the channels, images in 0..1.
       std: of the channels.
       about: where this comes from, in one line.
-      batch_size: pictures that are scored at a time, at most.
+      batch_size: images that are scored at a time, at most.
     """
 
     backbone: nn.Module
     variables: Any
-    head: art_module.AttentionHead | None
+    head: TrainedHead | None
     class_names: tuple[str, ...]
     short_side_px: int
     crop_px: int
@@ -59,25 +59,34 @@ class Recipe:
     batch_size: int = 32
 
 
-def find(path: str | Path, *, checkpoint: str = "latest") -> Recipe:
-    """What predicts, of a run folder, one of its checkpoints, or an export.
+class Place(NamedTuple):
+    """Where trained weights are.
+
+    Attributes:
+      folder: the run directory, or the folder of the export.
+      is_run: else it is an export.
+      checkpoint: the step, where the path named a checkpoint; else empty.
+    """
+
+    folder: Path
+    is_run: bool
+    checkpoint: str
+
+
+def locate(path: str | Path) -> Place:
+    """Tells a run directory, one of its checkpoints and an export apart.
 
     Args:
       path: `runs/cub`, `runs/cub/checkpoints/1234` or `runs/cub/export`.
-      checkpoint: "latest", "best" or a step, where `path` is a run folder.
 
     Raises:
-      ValueError: it is none of these, or what it holds is damaged.
+      ValueError: it is none of these.
     """
-    folder = home(path)
-    if folder != Path(path).expanduser():
-        checkpoint = Path(path).name
+    given, folder = Path(path).expanduser(), home(path)
     if (folder / "checkpoints").is_dir():
-        config: Any = ConfigDict(run_folder.read_config(folder))
-        config.eval.checkpoint = checkpoint
-        return of_run(config, folder)
+        return Place(folder, True, given.name if folder != given else "")
     if (folder / "model.safetensors").is_file():
-        return of_export(folder)
+        return Place(folder, False, "")
     raise ValueError(
         f"{folder} is neither a run (no checkpoints/ in it) nor an export (no "
         "model.safetensors): name one of those, or a checkpoint in the former"
@@ -85,35 +94,53 @@ def find(path: str | Path, *, checkpoint: str = "latest") -> Recipe:
 
 
 def home(path: str | Path) -> Path:
-    """Where something about `path` is written: itself, or a checkpoint's run folder."""
+    """Where something about `path` is written: itself, or a checkpoint's run."""
     folder = Path(path).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
         return folder.parent.parent
     return folder
 
 
-def of_run(config: run_folder.Config, workdir: Path) -> Recipe:
-    """What a run has trained; ``eval.checkpoint`` says at which checkpoint.
+def find(path: str | Path, *, checkpoint: str = "latest") -> TrainedNetwork:
+    """What predicts, of a run directory, one of its checkpoints, or an export.
+
+    Args:
+      path: as for `locate`.
+      checkpoint: "latest", "best" or a step, where `path` is a run directory.
+
+    Raises:
+      ValueError: it is none of these, or what it holds is damaged.
+    """
+    place = locate(path)
+    if not place.is_run:
+        return of_export(place.folder)
+    options = run_options.from_config(run_folder.read_config(place.folder))
+    options = options.at_checkpoint(place.checkpoint or checkpoint)
+    return of_run(options, place.folder)
+
+
+def of_run(options: RunOptions, workdir: Path) -> TrainedNetwork:
+    """What a run has trained; ``eval.checkpoint`` names the checkpoint.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another backbone.
     """
-    restored, data = restore(config, workdir), config.data
-    return Recipe(
+    restored, data = restore(options, workdir), options.data
+    return TrainedNetwork(
         backbone=restored.backbone,
         variables=restored.variables,
-        head=restore_attention(config, workdir),
+        head=restore_attention(options, workdir),
         class_names=restored.class_names,
         short_side_px=data.short_side_px,
         crop_px=data.crop_px,
-        mean=tuple(data.mean),
-        std=tuple(data.std),
+        mean=data.mean,
+        std=data.std,
         about=f"checkpoint {restored.step} (epoch {restored.epoch}) of {workdir}",
-        batch_size=config.eval.batch_size,
+        batch_size=options.evaluation.batch_size,
     )
 
 
-def of_export(folder: Path) -> Recipe:
+def of_export(folder: Path) -> TrainedNetwork:
     """What `--mode export` wrote: the plain network; it has no attention head.
 
     Raises:
@@ -141,14 +168,13 @@ def of_export(folder: Path) -> Recipe:
     variables = weights.load_torch(
         folder / "model.safetensors", arch=arch, num_classes=len(class_names)
     )
-    images = jax.ShapeDtypeStruct((1, crop_px, crop_px, 3), jnp.float32)
-    wanted = jax.eval_shape(backbone.init, jax.random.key(0), images)
-    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, dict(wanted)):
+    wanted = families.variable_shapes(backbone, crop_px)
+    if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
         raise ValueError(
             f"{folder / 'model.safetensors'} is not the {arch} of width {width} that "
             "config.json beside it describes: export the run again"
         )
-    return Recipe(
+    return TrainedNetwork(
         backbone=backbone,
         variables=variables,
         head=None,

@@ -31,7 +31,7 @@ class Sized(Protocol):
     def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
-class Resident:
+class DeviceImages:
     """Pictures in the memory of every device, and the crops that are cut out there.
 
     Attributes:

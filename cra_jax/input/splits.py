@@ -6,12 +6,59 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cra_jax.input import center_crop, store
 from cra_jax.input.records import Box, Dataset, Record
-from cra_jax.runtime.run_folder import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which dataset, and how its images are read.
+
+    The part of `config.data` that training, evaluation and prediction share.
+
+    Attributes:
+      source: one of `sources.SOURCES`.
+      path: of the dataset; empty: none is needed, or it is fetched.
+      seed: of drawn images, and of a test split that is drawn.
+      source_options: the options of `sources.load` that the source reads.
+      short_side_px: what an image's shorter side is resized to.
+      crop_px: height and width of the crop.
+      mean: of the channels, images in 0..1.
+      std: of the channels.
+      prepare: whether images are decoded once into the image cache.
+      skip_unreadable: whether unreadable images are left out, by name.
+      cache_dir: where the image cache is; empty: in or near the dataset.
+      workers: threads that make batches.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+
+    source: str
+    path: str
+    seed: int
+    source_options: Mapping[str, Any]
+    short_side_px: int
+    crop_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    prepare: bool
+    skip_unreadable: bool
+    cache_dir: str
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.crop_px > self.short_side_px:
+            raise ValueError(
+                f"data.crop_px={self.crop_px} does not fit into images whose shorter "
+                f"side is data.short_side_px={self.short_side_px}: raise the latter"
+            )
+        if self.workers < 1:
+            raise ValueError(f"data.workers={self.workers} must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,38 +129,34 @@ def describe_data(splits: Mapping[str, Split]) -> str:
     return ", ".join(said)
 
 
-def check_count(config: Config, dataset: Dataset) -> None:
-    """Checks that the training pictures fill a batch.
+def check_fills_batch(dataset: Dataset, batch_size: int) -> None:
+    """Checks that the training images fill a batch, before any is decoded.
 
     Raises:
       ValueError: they do not.
     """
-    count, batch_size = len(dataset.splits["train"]), config.train.batch_size
+    count = len(dataset.splits["train"])
     if count < batch_size:
         raise ValueError(
-            f"{count} training pictures do not fill one batch of {batch_size}: set "
+            f"{count} training images do not fill one batch of {batch_size}: set "
             f"train.batch_size to {count} or less"
         )
 
 
-def open_split(config: Config, dataset: Dataset, name: str) -> Split:
-    """Opens a split, preparing its store where the config wants one."""
-    data = config.data
+def open_split(options: DataOptions, dataset: Dataset, name: str) -> Split:
+    """Opens a split, with its images in the image cache where that is wanted."""
     records = dataset.splits[name]
-    if data.prepare:
-        cache_dir = (
-            Path(data.cache_dir).expanduser()
-            if data.cache_dir
-            else store.default_cache_dir(dataset.root)
-        )
-        pictures = store.prepare(
+    if options.prepare:
+        images = store.prepare(
             records,
-            short_side_px=data.short_side_px,
-            cache_dir=cache_dir,
+            short_side_px=options.short_side_px,
+            cache_dir=Path(options.cache_dir).expanduser()
+            if options.cache_dir
+            else store.default_cache_dir(dataset.root),
             name=f"{dataset.name}-{name}",
-            skip_unreadable=data.skip_unreadable,
+            skip_unreadable=options.skip_unreadable,
         )
     else:
-        pictures = store.Streamed(records, data.short_side_px)
-    labels = np.array([record.label for record in pictures.records], np.int32)
-    return Split(pictures, labels, pictures.records)
+        images = store.Streamed(records, options.short_side_px)
+    labels = np.array([record.label for record in images.records], np.int32)
+    return Split(images, labels, images.records)

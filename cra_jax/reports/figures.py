@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from cra_jax import art_module
 from cra_jax.backbones import class_activation
 from cra_jax.datasets import sources
-from cra_jax.inference import evaluate
+from cra_jax.inference import evaluate, run_options
 from cra_jax.inference.restore import Restored, restore, restore_attention
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import batches, normalize, splits
 from cra_jax.reports import (
     confusions,
@@ -54,9 +55,9 @@ class Drawn:
         return self.png.with_suffix(".pdf")
 
 
-def run(config: run_folder.Config, workdir: Path, *, baseline: Path | None = None):
+def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None):
     """As `draw_all`; prints where the figures are and what they show."""
-    drawn, notes = draw_all(config, workdir, baseline=baseline)
+    drawn, notes = draw_all(options, workdir, baseline=baseline)
     for figure in drawn:
         print(f"{figure.png} and .pdf: {figure.caption}")
     for note in notes:
@@ -64,12 +65,12 @@ def run(config: run_folder.Config, workdir: Path, *, baseline: Path | None = Non
 
 
 def draw_all(
-    config: run_folder.Config, workdir: Path, *, baseline: Path | None = None
+    options: RunOptions, workdir: Path, *, baseline: Path | None = None
 ) -> tuple[list[Drawn], list[str]]:
     """Draws what can be drawn of a run; each figure as PNG and as vector PDF.
 
     Args:
-      config: the run's; ``eval.checkpoint`` says which checkpoint.
+      options: the run's; ``eval.checkpoint`` names the checkpoint.
       workdir: the run folder.
       baseline: folder of a run to compare it with, of the same test pictures.
 
@@ -79,8 +80,8 @@ def draw_all(
     Raises:
       ValueError: a run has no checkpoint, or the two do not compare.
     """
-    ours = _Run(config, workdir)
-    theirs = _Run(_config_of(baseline, like=config), baseline) if baseline else None
+    ours = _Run(options, workdir)
+    theirs = _Run(_options_of(baseline, like=options), baseline) if baseline else None
     if theirs:
         ours.check_same_pictures(theirs)
     folder = workdir / "report"
@@ -95,32 +96,30 @@ def draw_all(
     return drawn, notes
 
 
-def _config_of(workdir: Path, *, like: run_folder.Config) -> run_folder.Config:
-    """Another run's config; keys younger than that run are `like`'s."""
-    config = like.copy_and_resolve_references()
-    config.update(run_folder.read_config(workdir))
-    chosen = str(like.eval.checkpoint)  # a step of one run is none of another
-    config.eval.checkpoint = chosen if chosen.isalpha() else "latest"
-    return config
+def _options_of(workdir: Path, *, like: RunOptions) -> RunOptions:
+    """Another run's options."""
+    options = run_options.from_config(run_folder.read_config(workdir))
+    chosen = like.evaluation.checkpoint  # a step of one run is none of another
+    return options.at_checkpoint(chosen if chosen.isalpha() else "latest")
 
 
 class _Run:
     """A run, restored, and the test pictures that it is shown with."""
 
-    def __init__(self, config: run_folder.Config, workdir: Path):
-        self.config = config
+    def __init__(self, options: RunOptions, workdir: Path):
+        self.options = options
         self.workdir = workdir
-        self.restored: Restored = restore(config, workdir)
-        self.head = restore_attention(config, workdir)
-        self.crop_px: int = config.data.crop_px
+        self.restored: Restored = restore(options, workdir)
+        self.head = restore_attention(options, workdir)
+        self.crop_px: int = options.data.crop_px
         self.lines = run_folder.read_metrics(workdir)
-        self.kind = run_summary.KINDS[config.model.kind]
-        dataset = sources.load_data(config)
+        self.kind = run_summary.KINDS[options.kind]
+        dataset = sources.load_dataset(options.data)
         names = self.restored.class_names
         evaluate.check_classes(dataset.class_names, names, workdir)
-        self.split = splits.open_split(config, dataset, "test")
+        self.split = splits.open_split(options.data, dataset, "test")
         self.class_names = dataset.class_names
-        self._evaluator = evaluate.Evaluator(self.restored.backbone, config)
+        self._evaluator = evaluate.Evaluator(self.restored.backbone, options)
 
     def check_same_pictures(self, other: "_Run") -> None:
         """Checks that a comparison means something.
@@ -134,7 +133,7 @@ class _Run:
                 [record.name for record in run.split.records],
                 run.split.labels.tolist(),
                 run.crop_px,
-                run.config.data.short_side_px,
+                run.options.data.short_side_px,
             )
             for run in (self, other)
         )
@@ -259,7 +258,7 @@ def _attention(run: _Run) -> _Drawing:
                 picture,
                 run.class_names[run.split.labels[index]],
                 art_module.corners_px(matrices, run.crop_px),
-                *_sampled(run.config, picture, matrices),
+                *_sampled(run.options, picture, matrices),
                 box=boxes.get(index),
             )
         )
@@ -274,22 +273,29 @@ def _attention(run: _Run) -> _Drawing:
 
 
 def _sampled(
-    config: run_folder.Config, picture: np.ndarray, matrices: np.ndarray
+    options: RunOptions, picture: np.ndarray, matrices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Attention and redundancy ``[e, s, s, 3]`` of a picture in its own colours."""
-    mean, std, art = config.data.mean, config.data.std, config.art
-    image = normalize.normalize(jnp.asarray(picture)[None], mean=mean, std=std)
-    attended, redundancy = (
-        np.clip(np.round(255 * (np.asarray(x) * np.array(std) + mean)), 0, 255)
-        for x in art_module.shown_to_second_stream(
-            jnp.tile(image, (len(matrices), 1, 1, 1)),
-            matrices,
-            art.size_px,
-            softness=art.softness if art.redundancy == "soft" else None,
-        )
+    """Attention and redundancy ``[e, s, s, 3]`` of an image in its own colours."""
+    data = options.data
+    image = normalize.normalize(
+        jnp.asarray(picture)[None], mean=data.mean, std=data.std
     )
-    shown = redundancy.astype(np.uint8)
-    return attended.astype(np.uint8), None if config.model.kind == "stn" else shown
+    gamma_res = None
+    if options.kind == "cra":
+        gamma_res = jnp.asarray(art_module.gamma_of(matrices), jnp.float32)
+    matrix = jnp.asarray(matrices, jnp.float32)
+    views = art_module.views(
+        jnp.tile(image, (len(matrices), 1, 1, 1)),
+        art_module.Attention(matrix, gamma_res, matrix),
+        options.art,
+    )
+
+    def colours(view: jnp.ndarray) -> np.ndarray:
+        values = 255 * (np.asarray(view) * np.array(data.std) + np.array(data.mean))
+        return np.clip(np.round(values), 0, 255).astype(np.uint8)
+
+    redundancy = None if views.redundancy is None else colours(views.redundancy)
+    return colours(views.attention), redundancy
 
 
 def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
@@ -345,18 +351,18 @@ def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
 
 
 def _curves(ours: _Run, theirs: _Run | None) -> _Drawing:
-    config = ours.config
     names = [run.kind for run in (ours, theirs) if run]
     if not ours.lines:
         return None, f"{ours.workdir} has no numbers"
-    restriction, rate = config.restriction, config.optim
+    settings = run_folder.read_config(ours.workdir)
+    restriction, rate = settings["restriction"], settings["optim"]
     phases = training_curves.phases(
-        config.train.epochs,
-        restriction=(restriction.first_epochs, restriction.period_epochs)
-        if config.model.kind == "cra"
+        settings["train"]["epochs"],
+        restriction=(restriction["first_epochs"], restriction["period_epochs"])
+        if ours.options.kind == "cra"
         else None,
-        rate=(rate.first_epochs, rate.period_epochs),
-        factor=rate.factor,
+        rate=(rate["first_epochs"], rate["period_epochs"]),
+        factor=rate["factor"],
     )
     figure = training_curves.draw(
         ours.lines,

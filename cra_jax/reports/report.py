@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cra_jax.inference.run_options import RunOptions
 from cra_jax.reports import figures, html_page, run_summary, uncertainty
 from cra_jax.runtime import files, progress, provenance, run_folder
 
@@ -30,35 +31,33 @@ class Fact(NamedTuple):
     about: str
 
 
-def run(
-    config: run_folder.Config, workdir: Path, *, baseline: Path | None = None
-) -> None:
+def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> None:
     """Writes `report/index.html` of a run folder, and prints where it is.
 
     Args:
-      config: the run's own; figures are drawn with it.
+      options: the run's own; figures are drawn with it.
       workdir: the run folder.
       baseline: folder of a run that its figures compare it with.
 
     Raises:
       ValueError: the folder holds no run, or a run without numbers.
     """
-    print(f"report: {write(config, workdir, baseline=baseline)}")
+    print(f"report: {write(options, workdir, baseline=baseline)}")
 
 
-def leave(config: run_folder.Config, workdir: Path) -> None:
+def write_after_training(options: RunOptions, workdir: Path) -> None:
     """Writes the report at the end of training; whatever fails, the run goes on.
 
     The numbers are in the run folder by then: a page is not worth losing a run over.
 
     Args:
-      config: the run's own.
+      options: the run's own.
       workdir: the run folder.
     """
     path, numbers = workdir / _PAGE, workdir / "metrics.jsonl"
     try:
         known = path.is_file() and path.stat().st_mtime > numbers.stat().st_mtime
-        progress.say(f"report: {path if known else write(config, workdir)}")
+        progress.say(f"report: {path if known else write(options, workdir)}")
     except Exception as error:
         progress.say(
             f"warning: the report could not be written ({type(error).__name__}: "
@@ -67,13 +66,11 @@ def leave(config: run_folder.Config, workdir: Path) -> None:
         )
 
 
-def write(
-    config: run_folder.Config, workdir: Path, *, baseline: Path | None = None
-) -> Path:
+def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> Path:
     """Writes `report/index.html`, which needs nothing but itself.
 
     Args:
-      config: the run's own.
+      options: the run's own.
       workdir: the run folder.
       baseline: folder of a run that its figures compare it with.
 
@@ -92,7 +89,7 @@ def write(
         )
     (workdir / _PAGE).parent.mkdir(exist_ok=True)
     values = _values(settings, lines, workdir)
-    values["pictures"], values["missing"], failed = _figures(config, workdir, baseline)
+    values["pictures"], values["missing"], failed = _figures(options, workdir, baseline)
     values["notes"] += failed
     values["sections"] = [
         (anchor, text)
@@ -295,11 +292,11 @@ def _list(texts: Iterable[str]) -> str:
 
 
 def _figures(
-    config: run_folder.Config, workdir: Path, baseline: Path | None
+    options: RunOptions, workdir: Path, baseline: Path | None
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """The run's figures for the page, why others are not there, and what failed."""
     try:
-        drawn, missing = figures.draw_all(config, workdir, baseline=baseline)
+        drawn, missing = figures.draw_all(options, workdir, baseline=baseline)
     except Exception as error:
         # Figures need the checkpoint and the pictures; the numbers need neither.
         text = f"The figures could not be drawn ({type(error).__name__}): {error}"

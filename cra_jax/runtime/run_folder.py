@@ -130,7 +130,39 @@ def read_config(workdir: Path) -> dict[str, Any]:
             f"{workdir} holds no run (there is no config.json in it): name the folder "
             "of a run that was trained, with --workdir"
         ) from None
-    return _with_tuples(config)
+    return upgraded(_with_tuples(config))
+
+
+# What the code did before it had these keys: runs of then have none of them.
+_BEFORE_THE_KEY = {
+    "art.gradient_share": 1.0,
+    "art.inner_scale": 0.0,
+    "art.inside": False,
+    "art.normalize_head": False,
+    "data.name": "",
+    "data.skip_unreadable": False,
+    "optim.ema_decay": 0.0,
+}
+# Keys that are gone, and the value with which they changed nothing.
+REMOVED = {
+    "art.softness": 0.05,
+    "model.ar_passes": 1,
+    "optim.attention_lr_scale": 1.0,
+}
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an older run in today's keys, with what those meant then."""
+    new = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    for key, value in _BEFORE_THE_KEY.items():
+        section, _, name = key.partition(".")
+        if isinstance(new.get(section), dict):
+            new[section].setdefault(name, value)
+    for key, value in REMOVED.items():
+        section, _, name = key.partition(".")
+        if isinstance(new.get(section), dict) and new[section].get(name) == value:
+            del new[section][name]
+    return new
 
 
 def _with_tuples(value: Any) -> Any:
@@ -240,36 +272,3 @@ def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
             f"{path} is damaged ({error!r}): remove it, and `--mode eval --workdir "
             f"{workdir} --config.eval.protocol={protocol}` writes it again"
         ) from error
-
-
-Config = Any
-"""An ml_collections ConfigDict, whose keys no type checker knows: see `configs/`."""
-
-
-def kept(config: Config) -> dict[str, Any]:
-    """What of a config makes a run what it is: all but which hosts work on it."""
-    return {key: value for key, value in config.to_dict().items() if key != "hosts"}
-
-
-def of_run(
-    workdir: Path, defaults: Config, changes: Mapping[str, Any], *, must: bool = True
-) -> Config | None:
-    """The config that a run was made with.
-
-    Args:
-      workdir: the run folder.
-      defaults: of `configs/`, for keys that are younger than the run.
-      changes: values by their dotted keys, laid over it.
-      must: whether the folder must be a run's.
-
-    Returns:
-      The config, locked; None where the folder is no run's and need not be.
-
-    Raises:
-      ValueError: it is no run's, and must be.
-    """
-    if not must and not (workdir / "checkpoints").is_dir():
-        return None
-    defaults.update(read_config(workdir))
-    defaults.update_from_flattened_dict(changes)
-    return defaults.lock()

@@ -1,21 +1,98 @@
-"""The config, unpacked: the only room that reads it.
+"""A config -> all that training runs: the one place that reads what training needs.
 
-Everything below takes plain arguments; everything above gets what is built here.
+Everything below takes plain values or a frozen dataclass. What evaluation shares is
+read in `inference/run_options.py`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+from ml_collections import ConfigDict
 
-from cra_jax import model, schedule, train_step
+from cra_jax import art_module, model, schedule, train_step
 from cra_jax.backbones import families
-from cra_jax.runtime import devices
-from cra_jax.runtime.run_folder import Config
+from cra_jax.datasets import sources
+from cra_jax.inference import run_options
+from cra_jax.input import splits
+from cra_jax.input.normalize import normalize
+from cra_jax.input.records import Dataset
+from cra_jax.runtime import devices, progress, run_folder
 from cra_jax.training import mixing, step_wrappers
 from cra_jax.training.optimizer import make_optimizer
+
+Config = Any
+"""A ConfigDict of `configs/`, whose keys no type checker knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """How long the loop runs, and how often it does what; keys in brackets.
+
+    Attributes:
+      seed: of weights, order, crops and flips [seed].
+      epochs: of the whole training [train.epochs].
+      batch_size: images over all devices [train.batch_size].
+      flip: whether half of the images are mirrored [data.flip].
+      on_device: whether the training images stay in device memory [data.on_device].
+      workers: threads that make batches [data.workers].
+      prefetch_batches: batches made ahead [data.prefetch_batches].
+      steps_per_dispatch: steps at one call of the device [train.steps_per_dispatch].
+      log_every_steps: [train.log_every_steps].
+      skip_bad_steps: steps with non-finite numbers that are left out before training
+        stops [train.skip_bad_steps].
+      report: whether a report is written at the end [train.report].
+      save_every_epochs: [checkpoint.every_epochs].
+      save_every_steps: 0: at the end of epochs alone [checkpoint.every_steps].
+      keep_latest: checkpoints, and the best one [checkpoint.keep_latest].
+      evaluate_every_epochs: [eval.every_epochs].
+      snapshots: test images whose attention is kept each time [eval.snapshots].
+      mixes: whether images are mixed [mix.kind].
+      averaged: whether weights are averaged [optim.ema_decay].
+      pretrained: a name, a file, an export or a run; empty: none [model.pretrained].
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    seed: int
+    epochs: int
+    batch_size: int
+    flip: bool
+    on_device: bool
+    workers: int
+    prefetch_batches: int
+    steps_per_dispatch: int
+    log_every_steps: int
+    skip_bad_steps: int
+    report: bool
+    save_every_epochs: int
+    save_every_steps: int
+    keep_latest: int
+    evaluate_every_epochs: int
+    snapshots: int
+    mixes: bool
+    averaged: bool
+    pretrained: str
+
+    def __post_init__(self) -> None:
+        for key, value, lowest in (
+            ("train.epochs", self.epochs, 1),
+            ("data.prefetch_batches", self.prefetch_batches, 1),
+            ("train.steps_per_dispatch", self.steps_per_dispatch, 1),
+            ("train.log_every_steps", self.log_every_steps, 1),
+            ("train.skip_bad_steps", self.skip_bad_steps, 0),
+            ("checkpoint.every_epochs", self.save_every_epochs, 1),
+            ("checkpoint.every_steps", self.save_every_steps, 0),
+            ("checkpoint.keep_latest", self.keep_latest, 1),
+            ("eval.every_epochs", self.evaluate_every_epochs, 1),
+            ("eval.snapshots", self.snapshots, 0),
+        ):
+            if value < lowest:
+                raise ValueError(f"{key}={value} must be {lowest} or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,59 +101,156 @@ class Training:
 
     Attributes:
       network: of `model.create`.
-      optimizer: of `optim`.
+      optimizer: of `optimizer.make_optimizer`.
       step: ``(state, batch) -> (state, terms)`` on all devices.
-      several: the same with a list of batches and a list of terms, see
-        `step_wrappers.several`.
+      run_steps: the same with a list of batches and a list of terms, see
+        `step_wrappers.run_steps`.
     """
 
     network: nn.Module
     optimizer: Any
     step: Callable
-    several: Callable
+    run_steps: Callable
+
+
+def config_of_run(
+    workdir: Path, defaults: ConfigDict, changes: Mapping[str, Any]
+) -> ConfigDict:
+    """The config that a run was made with.
+
+    Keys that this version does not know are named, and ignored.
+
+    Args:
+      workdir: the run directory.
+      defaults: of `configs/`, for keys that are younger than the run.
+      changes: values by their dotted keys, laid over it.
+
+    Returns:
+      The config, locked.
+
+    Raises:
+      ValueError: the directory holds no run.
+    """
+    known = run_folder.flatten(defaults.to_dict())
+    flat = run_folder.flatten(run_folder.read_config(workdir))
+    unknown = {key: value for key, value in flat.items() if key not in known}
+    if unknown:
+        named = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
+        progress.say(
+            f"{workdir / 'config.json'} has keys that this version does not know, and "
+            f"they are ignored: {named}"
+        )
+    defaults.update_from_flattened_dict(
+        {key: value for key, value in flat.items() if key in known}
+    )
+    defaults.update_from_flattened_dict(changes)
+    return defaults.lock()
+
+
+def config_without_hosts(config: Config) -> dict[str, Any]:
+    """What of a config makes a run what it is: all but which hosts work on it."""
+    return {key: value for key, value in config.to_dict().items() if key != "hosts"}
+
+
+def loop_options(config: Config) -> LoopOptions:
+    """How long the loop runs, and how often it does what.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    data, train, evaluation = config.data, config.train, config.eval
+    return LoopOptions(
+        seed=config.seed,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        flip=data.flip,
+        on_device=data.on_device,
+        workers=data.workers,
+        prefetch_batches=data.prefetch_batches,
+        steps_per_dispatch=train.steps_per_dispatch,
+        log_every_steps=train.log_every_steps,
+        skip_bad_steps=train.skip_bad_steps,
+        report=train.report,
+        save_every_epochs=config.checkpoint.every_epochs,
+        save_every_steps=config.checkpoint.every_steps,
+        keep_latest=config.checkpoint.keep_latest,
+        evaluate_every_epochs=evaluation.every_epochs,
+        snapshots=evaluation.snapshots,
+        mixes=bool(config.mix.kind),
+        averaged=config.optim.ema_decay > 0,
+        pretrained=config.model.pretrained,
+    )
+
+
+def load_dataset(config: Config) -> Dataset:
+    """Lists the records of the config's dataset; opens no image.
+
+    Raises:
+      ValueError: as `sources.load`.
+    """
+    return sources.load_dataset(run_options.from_config(config).data)
+
+
+def open_split(config: Config, dataset: Dataset, name: str) -> splits.Split:
+    """Opens a split as the config has it, see `splits.open_split`."""
+    return splits.open_split(run_options.from_config(config).data, dataset, name)
+
+
+def build_backbone(config: Config, num_classes: int) -> nn.Module:
+    """A stream: the network that predicts, as training computes it.
+
+    It may compute in bfloat16 and share BatchNorm statistics; its variables are those
+    of `RunOptions.create_backbone`.
+    """
+    extra: dict[str, Any] = {}
+    if config.bn.sync:
+        extra["all_mean"] = devices.all_mean
+        extra["num_replicas"] = devices.device_count()
+    return families.create_backbone(
+        config.model.backbone,
+        num_classes,
+        width=config.model.width,
+        stem=config.model.stem,
+        dtype=devices.compute_dtype(config.model.dtype),
+        bn_group_size=config.bn.group_size,
+        remat=config.model.remat,
+        **extra,
+    )
 
 
 def build_network(config: Config, num_classes: int) -> model.CRACNN:
     """Both streams and the ART module, as the config's kind has them."""
-    art = config.art
     return model.create(
         config.model.kind,
-        partial(families.backbone, config, num_classes, training=True),
-        art_size_px=art.size_px,
-        alpha_p=art.alpha_p,
-        alpha_s=art.alpha_s,
-        init=art.init,
-        redundancy=art.redundancy,
-        softness=art.softness,
-        gradient_clip=art.gradient_clip,
-        gradient_share=art.gradient_share,
-        normalize_head=art.normalize_head,
-        inside=art.inside,
-        guard=art.guard,
-        ar_passes=config.model.ar_passes,
-        inner_scale=art.inner_scale,
+        partial(build_backbone, config, num_classes),
+        run_options.art_of(config),
     )
 
 
 def build_loss(config: Config, network: nn.Module, *, steps_per_epoch: int):
     """Eq. (9) with the config's margins, thresholds and phases."""
-    restriction, contrast = config.restriction, config.contrast
+    restriction, contrast, loss = config.restriction, config.contrast, config.loss
+    options = train_step.LossOptions(
+        cls2_weight=loss.cls2,
+        res_weight=loss.res,
+        cntr_weight=loss.cntr,
+        expectation=restriction.expectation,
+        threshold=restriction.threshold,
+        margin=contrast.margin,
+        distance=contrast.distance,
+        normalize_features=contrast.normalize,
+        pairs=contrast.pairs,
+        label_smoothing=loss.label_smoothing,
+    )
     return train_step.make_loss(
         network,
+        options,
         restriction_weight=partial(
             schedule.restriction_weight,
             steps_per_epoch=steps_per_epoch,
             first_epochs=restriction.first_epochs,
             period_epochs=restriction.period_epochs,
         ),
-        expectation=restriction.expectation,
-        threshold=restriction.threshold,
-        margin=contrast.margin,
-        normalize_features=contrast.normalize,
-        distance=contrast.distance,
-        pairs=contrast.pairs,
-        weights={name: config.loss[name] for name in ("cls2", "res", "cntr")},
-        label_smoothing=config.loss.label_smoothing,
     )
 
 
@@ -85,30 +259,28 @@ def build_training(
 ) -> Training:
     """Network, optimiser and the step over all devices."""
     options = config.optim
-    learning_rate = _learning_rate(config, steps_per_epoch)
+    learning_rate = build_learning_rate(config, steps_per_epoch)
     network = build_network(config, num_classes)
     optimizer = make_optimizer(
         learning_rate,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         decay_norm_and_bias=options.decay_norm_and_bias,
-        attention_lr_scale=options.attention_lr_scale,
     )
     step = train_step.make_train_step(
         build_loss(config, network, steps_per_epoch=steps_per_epoch),
         optimizer,
         learning_rate=learning_rate,
-        mean=config.data.mean,
-        std=config.data.std,
+        normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
         all_mean=devices.all_mean,
         accumulate=config.train.accumulate,
-        mix=_mix(config, num_classes),
+        mix=_build_mix(config, num_classes),
     )
     if options.freeze_period_epochs:
-        step = step_wrappers.hold_by_turns(
+        step = step_wrappers.freeze_alternately(
             step,
             partial(
-                step_wrappers.is_held,
+                step_wrappers.is_frozen,
                 steps_per_epoch=steps_per_epoch,
                 first_epochs=options.freeze_first_epochs,
                 period_epochs=options.freeze_period_epochs,
@@ -117,12 +289,12 @@ def build_training(
     if options.ema_decay:
         step = step_wrappers.average_weights(step, options.ema_decay)
     step = step_wrappers.keep_good(step)
-    several = devices.train_step(step_wrappers.several(step))
-    return Training(network, optimizer, devices.train_step(step), several)
+    run_steps = devices.train_step(step_wrappers.run_steps(step))
+    return Training(network, optimizer, devices.train_step(step), run_steps)
 
 
-def _learning_rate(config: Config, steps_per_epoch: int) -> Callable:
-    """Step -> learning rate, as ``optim.schedule`` says."""
+def build_learning_rate(config: Config, steps_per_epoch: int) -> Callable:
+    """Step -> learning rate, by ``optim.schedule``."""
     options = config.optim
     at = {
         "steps_per_epoch": steps_per_epoch,
@@ -140,14 +312,22 @@ def _learning_rate(config: Config, steps_per_epoch: int) -> Callable:
     )
 
 
-def _mix(config: Config, num_classes: int) -> mixing.Mix | None:
-    """What mixes pictures, where ``mix.kind`` names something."""
+def _build_mix(config: Config, num_classes: int) -> mixing.Mix | None:
+    """What mixes images, where ``mix.kind`` names something."""
     if not config.mix.kind:
         return None
     return mixing.make_mix(
         config.mix.kind,
-        families.backbone(config, num_classes, training=True),
+        build_backbone(config, num_classes),
         probability=config.mix.probability,
         alpha=config.mix.alpha,
         seed=config.seed,
     )
+
+
+def trained_head(
+    config: Config, params: Mapping[str, Any]
+) -> art_module.TrainedHead | None:
+    """The attention head of a training state; None where the kind has none."""
+    art = run_options.art_of(config)
+    return art_module.trained_head(params, art, config.model.kind)

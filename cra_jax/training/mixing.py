@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from cra_jax import geometry
+from cra_jax.art_module import CLASSIFICATION_STREAM
 from cra_jax.backbones import class_activation
 from cra_jax.losses import MixedLabels
 from cra_jax.train_step import Batch, TrainState
@@ -27,7 +28,6 @@ KINDS = ("", "cutmix", "snapmix")
 Mix = Callable[[TrainState, Array, Batch], tuple[Array, MixedLabels]]
 
 _SALT = 20210202  # draws are others than those that weights begin with
-_STREAM = "classification_stream"
 
 
 def make_mix(
@@ -90,8 +90,8 @@ def make_mix(
         activation = None
         if kind == "snapmix":
             variables = {
-                "params": state.params[_STREAM],
-                "batch_stats": state.batch_stats[_STREAM],
+                "params": state.params[CLASSIFICATION_STREAM],
+                "batch_stats": state.batch_stats[CLASSIFICATION_STREAM],
             }
             activation = _activation(backbone, variables, images, labels)
         return (

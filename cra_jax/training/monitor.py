@@ -19,7 +19,7 @@ from cra_jax.training.step_wrappers import JUDGED_BY
 BAD_STEPS = "bad_steps.jsonl"
 
 
-class Watch:
+class Monitor:
     """Looks at a run's numbers as they are fetched.
 
     A step that went wrong is a line of `bad_steps.jsonl`: its number, its terms, and
@@ -30,7 +30,7 @@ class Watch:
       workdir: the run folder.
       settings: the run's config, flat, for what a message tells to change.
       first_step: where training goes on from; lines of later steps are taken out.
-      pictures: step, from 1 -> index and name of each picture in its batch.
+      images: step, from 1 -> place and name of each image in its batch.
       write: False keeps silent and writes nothing.
     """
 
@@ -40,13 +40,13 @@ class Watch:
         settings: Mapping[str, Any],
         *,
         first_step: int,
-        pictures: Callable[[int], dict[int, str]],
+        images: Callable[[int], dict[int, str]],
         write: bool = True,
     ):
         self._workdir = workdir
         self._settings = settings
         self._looked_at = first_step
-        self._pictures = pictures
+        self._images = images
         self._write = write
         self._warned: set[str] = set()
         lines = read_bad_steps(workdir)
@@ -60,7 +60,7 @@ class Watch:
         if self._write:
             progress.say(text)
 
-    def look(self, step: int, window: Sequence[Mapping[str, float]]) -> None:
+    def check_steps(self, step: int, window: Sequence[Mapping[str, float]]) -> None:
         """Finds steps that went wrong among the last ones; each is looked at once.
 
         Args:
@@ -77,13 +77,13 @@ class Watch:
 
     def _note(self, step: int, terms: Mapping[str, float]) -> None:
         self._bad += 1
-        pictures = self._pictures(step)
+        images = self._images(step)
         line = {
             "step": step,
             # As text: JSON has no such numbers.
             "terms": {k: v if np.isfinite(v) else str(v) for k, v in terms.items()},
-            "index": list(pictures),
-            "name": list(pictures.values()),
+            "index": list(images),
+            "name": list(images.values()),
         }
         if self._write:
             run_folder.append_lines(self._workdir / BAD_STEPS, [line])
@@ -124,8 +124,8 @@ class Watch:
                 "the attention sits in a corner in "
                 f"{numbers.get('gamma_saturated', 0):.0%} of the pictures, where tanh "
                 "is flat and nothing can move it: set art.guard (now "
-                f"{setting['art.guard']}) to 0.9, or optim.attention_lr_scale (now "
-                f"{setting['optim.attention_lr_scale']}) lower, and start again",
+                f"{setting['art.guard']}) to 0.9, or optim.base_lr (now "
+                f"{setting['optim.base_lr']}) lower, and start again",
             ),
             "contrast_dead": (
                 numbers.get("contrast_dead", 0) > 0.95,

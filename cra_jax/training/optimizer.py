@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import optax
 
-ATTENTION_HEAD = "attention_head"
-
 
 def make_optimizer(
     learning_rate: Callable,
@@ -15,7 +13,6 @@ def make_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     decay_norm_and_bias: bool = True,
-    attention_lr_scale: float = 1.0,
 ) -> optax.GradientTransformation:
     """SGD with momentum; the decay joins the gradient before the momentum.
 
@@ -24,7 +21,6 @@ def make_optimizer(
       momentum: Sec. 4.1.
       weight_decay: Sec. 4.1.
       decay_norm_and_bias: False spares BatchNorm's scales and all biases.
-      attention_lr_scale: multiplies the rate of the head that predicts Gamma.
 
     Returns:
       An optax chain whose first argument to `init` is the whole tree of parameters.
@@ -34,7 +30,6 @@ def make_optimizer(
             weight_decay, mask=None if decay_norm_and_bias else _is_kernel
         ),
         optax.trace(decay=momentum),
-        optax.masked(optax.scale(attention_lr_scale), _is_attention_head),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -42,10 +37,4 @@ def make_optimizer(
 def _is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params
-    )
-
-
-def _is_attention_head(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[0].key == ATTENTION_HEAD, params
     )

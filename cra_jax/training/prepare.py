@@ -5,16 +5,15 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from cra_jax.datasets import sources, tfds_build
+from cra_jax.datasets import tfds_build
 from cra_jax.input import records, splits, store
-from cra_jax.runtime import run_folder
-from cra_jax.training import check_config, preview
-from cra_jax.training.pretrained import open_origin
+from cra_jax.training import build, check_config, preview
+from cra_jax.training.pretrained import open_pretrained
 
 _tell = partial(print, flush=True)  # in order with what others say on standard error
 
 
-def run(config: run_folder.Config, workdir: Path) -> None:
+def run(config: build.Config, workdir: Path) -> None:
     """Fetches, builds and stores what a training needs, and says where it all is.
 
     That is: a set of tfds, where it is not built yet; the weights to start from; the
@@ -36,21 +35,21 @@ def run(config: run_folder.Config, workdir: Path) -> None:
         made.append(_get_weights(config, begun_s))
     if data.source == "tfds":
         built = tfds_build.build(data.name, data.path, manual_dir=data.manual_dir)
-        dataset = sources.load_data(config)
+        dataset = build.load_dataset(config)
         got = _word("built", built)
     elif data.source == "cub" and not data.path:
-        dataset = sources.load_data(config)
+        dataset = build.load_dataset(config)
         built = dataset.root is not None and _is_new([dataset.root], begun_s)
         got = _word("fetched", built)
     else:
-        dataset, built, got = sources.load_data(config), False, ""
+        dataset, built, got = build.load_dataset(config), False, ""
     made.append(built)
     _tell_dataset(dataset, got)
-    splits.check_count(config, dataset)
+    splits.check_fills_batch(dataset, config.train.batch_size)
     if config.model.pretrained:
         preview.weight_lines(config, dataset.class_names)  # or says what does not fit
     for name in dataset.splits:
-        made.append(_open(splits.open_split(config, dataset, name), name, begun_s))
+        made.append(_open(build.open_split(config, dataset, name), name, begun_s))
     took_s = time.time() - begun_s
     if any(made):
         _tell(f"all is ready, after {took_s:.0f} s")
@@ -59,15 +58,15 @@ def run(config: run_folder.Config, workdir: Path) -> None:
     _tell("the same command without --mode prepare trains")
 
 
-def _get_weights(config: run_folder.Config, begun_s: float) -> bool:
+def _get_weights(config: build.Config, begun_s: float) -> bool:
     """Gets the weights to start from, and says so; returns whether they came now."""
     pretrained = config.model.pretrained
-    origin = open_origin(pretrained, arch=config.model.backbone)
-    file = Path(origin.place)
+    weights = open_pretrained(pretrained, arch=config.model.backbone)
+    file = Path(weights.place)
     came = file.is_file() and _is_new([file], begun_s)
     size = f", {file.stat().st_size / 1e6:,.1f} MB" if file.is_file() else ""
     _tell(f"weights: {pretrained}{size}, {_word('fetched', came)}")
-    _tell(f"    {origin.place}\n    {origin.about}")
+    _tell(f"    {weights.place}\n    {weights.about}")
     return came
 
 

@@ -13,16 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cra_jax.art_module import CLASSIFICATION_STREAM, REGULARIZATION_STREAM
 from cra_jax.backbones import hub, torch_files, torch_names, weight_record, weights
 from cra_jax.backbones.torch_names import Key
 from cra_jax.backbones.weights import CLASSIFIER, Flat, WeightFile
+from cra_jax.inference import trained
+from cra_jax.inference.restore import (
+    classification_variables,
+    has_average,
+    restore_part,
+)
 from cra_jax.runtime.checkpoint import Checkpoints
 
-_STREAM = "classification_stream"
 _COLLECTIONS = ("params", "batch_stats")
 
 
-class Origin(NamedTuple):
+class PretrainedWeights(NamedTuple):
     """Weights that a training may start from.
 
     Attributes:
@@ -40,7 +46,7 @@ class Origin(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-def open_origin(pretrained: str | Path, *, arch: str) -> Origin:
+def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
     """Reads what `model.pretrained` names.
 
     Args:
@@ -53,15 +59,11 @@ def open_origin(pretrained: str | Path, *, arch: str) -> Origin:
         another kind, or the record speaks of another architecture.
     """
     name, folder = str(pretrained), Path(pretrained).expanduser()
-    if _is_run(folder):
-        return _open_run(name, folder)
-    if (file := folder / "model.safetensors").is_file():
-        return _open_export(name, file)
     if folder.is_dir():
-        raise ValueError(
-            f"{folder} is neither a run (no checkpoints/ in it) nor an export (no "
-            "model.safetensors): name one of those, or a file of weights"
-        )
+        place = trained.locate(folder)
+        if place.is_run:
+            return _open_run(name, place)
+        return _open_export(name, place.folder / "model.safetensors")
     record = hub.record_of(pretrained)
     if record and record.arch != arch:
         raise ValueError(
@@ -70,7 +72,7 @@ def open_origin(pretrained: str | Path, *, arch: str) -> Origin:
         )
     file = hub.fetch(pretrained)
     about = weight_record.describe(record)
-    return Origin(name, torch_files.read(file), str(file), about)
+    return PretrainedWeights(name, torch_files.read(file), str(file), about)
 
 
 def normalization(
@@ -81,11 +83,11 @@ def normalization(
     Reads no weights and asks no hub, so that it can be said before any work is done.
 
     Args:
-      pretrained: as for `open_origin`; empty: no weights.
+      pretrained: as for `open_pretrained`; empty: no weights.
 
     Returns:
       Of the channels, pictures in 0..1; None where nobody says, or where there is
-      something wrong that `open_origin` will name.
+      something wrong that `open_pretrained` will name.
     """
     if not pretrained:
         return None
@@ -93,43 +95,44 @@ def normalization(
         return record.mean, record.std
     path = Path(pretrained).expanduser()
     try:
-        if _is_run(path):
-            with Checkpoints(path / "checkpoints", writable=False) as checkpoints:
-                meta = checkpoints.meta(checkpoints.choose("latest"))
+        place = trained.locate(path.parent if path.is_file() else path)
+        if place.is_run:
+            with Checkpoints(place.folder / "checkpoints", writable=False) as found:
+                meta = found.meta(found.choose(place.checkpoint or "latest"))
             about = meta["config"]["data"]
         else:
-            folder = path.parent if path.is_file() else path
-            about = json.loads((folder / "config.json").read_text())
+            about = json.loads((place.folder / "config.json").read_text())
         return tuple(about["mean"]), tuple(about["std"])
     except (OSError, KeyError, TypeError, ValueError):
         return None
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir()
-
-
-def _open_run(name: str, folder: Path) -> Origin:
-    """The classification stream of a run's newest checkpoint, averaged if it is."""
-    with Checkpoints(folder / "checkpoints", writable=False) as checkpoints:
-        step = checkpoints.choose("latest")
+def _open_run(name: str, place: trained.Place) -> PretrainedWeights:
+    """The classification stream of a run's checkpoint, averaged if it is."""
+    with Checkpoints(place.folder / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose(place.checkpoint or "latest")
         meta, saved = checkpoints.meta(step), checkpoints.shapes(step)
-        averaged = "average" in saved  # what predicts, and what an export holds
+        averaged = has_average(checkpoints, step)  # what predicts, and what is exported
         saved = saved["average"] if averaged else saved
-        part = {c: {_STREAM: saved[c][_STREAM]} for c in _COLLECTIONS}
-        found = checkpoints.restore(step, {"average": part} if averaged else part)
-        found = found["average"] if averaged else found
+        part = {
+            collection: {
+                CLASSIFICATION_STREAM: saved[collection][CLASSIFICATION_STREAM]
+            }
+            for collection in _COLLECTIONS
+        }
+        found = restore_part(checkpoints, step, part, averaged=averaged)
+    variables = classification_variables(found["params"], found["batch_stats"])
     model, data = meta["config"]["model"], meta["config"]["data"]
-    flat: Any = flatten_dict({c: found[c][_STREAM] for c in _COLLECTIONS})
+    flat: Any = flatten_dict(variables)
     arrays = {
         torch_names.torch_name(key): torch_names.to_torch(x) for key, x in flat.items()
     }
     about = {"architecture": model["backbone"], **model, **data}
-    place = f"{folder}, step {step}, epoch {meta['epoch']}"
-    return _own(name, arrays, place, about | {"class_names": meta["class_names"]})
+    where = f"{place.folder}, step {step}, epoch {meta['epoch']}"
+    return _own(name, arrays, where, about | {"class_names": meta["class_names"]})
 
 
-def _open_export(name: str, file: Path) -> Origin:
+def _open_export(name: str, file: Path) -> PretrainedWeights:
     """What `--mode export` wrote."""
     try:
         about = json.loads(file.with_name("config.json").read_text())
@@ -143,7 +146,7 @@ def _open_export(name: str, file: Path) -> Origin:
 
 def _own(
     name: str, arrays: dict[str, np.ndarray], place: str, about: Mapping[str, Any]
-) -> Origin:
+) -> PretrainedWeights:
     """Weights that were trained here."""
     names = tuple(about["class_names"])
     text = (
@@ -151,17 +154,17 @@ def _own(
         f"{len(names)} classes; trained on pictures normalised by mean "
         f"{tuple(about['mean'])} and std {tuple(about['std'])}"
     )
-    return Origin(name, arrays, place, text, names)
+    return PretrainedWeights(name, arrays, place, text, names)
 
 
-STREAMS = ("classification_stream", "regularization_stream")
+STREAMS = (CLASSIFICATION_STREAM, REGULARIZATION_STREAM)
 
 
 def start_from(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
     *,
-    pretrained: str | Path | Origin,
+    pretrained: str | Path | PretrainedWeights,
     arch: str,
     class_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -174,7 +177,7 @@ def start_from(
     Args:
       params: a training state's, with one or both of `STREAMS`.
       batch_stats: the same state's.
-      pretrained: as for `pretrained.open_origin`, or what that has read.
+      pretrained: as for `pretrained.open_pretrained`, or what that has read.
       arch: the streams' architecture.
       class_names: of the training to come; empty: classes that are as many are the
         same.
@@ -184,8 +187,8 @@ def start_from(
       that say what was used, what was left and what stays fresh.
 
     Raises:
-      ValueError: as `pretrained.open_origin` and `load_torch`; the file must fit the
-        streams' width and stem, too.
+      ValueError: as `open_pretrained` and `load_torch`; the file must fit the streams'
+        width and stem, too.
     """
     filled, lines = _plan(params, batch_stats, pretrained, arch, class_names)
     new: Flat = flatten_dict({"params": dict(params), "batch_stats": dict(batch_stats)})
@@ -199,7 +202,7 @@ def preview(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
     *,
-    pretrained: str | Path | Origin,
+    pretrained: str | Path | PretrainedWeights,
     arch: str,
     class_names: Sequence[str] = (),
 ) -> list[str]:
@@ -220,7 +223,7 @@ def preview(
 def _plan(
     params: Mapping[str, Any],
     batch_stats: Mapping[str, Any],
-    pretrained: str | Path | Origin,
+    pretrained: str | Path | PretrainedWeights,
     arch: str,
     class_names: Sequence[str],
 ) -> tuple[dict[Key, np.ndarray], list[str]]:
@@ -230,8 +233,8 @@ def _plan(
         raise ValueError(f"params hold {list(params)}, none of {', '.join(STREAMS)}")
     origin = (
         pretrained
-        if isinstance(pretrained, Origin)
-        else open_origin(pretrained, arch=arch)
+        if isinstance(pretrained, PretrainedWeights)
+        else open_pretrained(pretrained, arch=arch)
     )
     file = WeightFile.of(origin.arrays, arch, origin.place)
     tree: Flat = flatten_dict(

@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from cra_jax.datasets import sources, survey
-from cra_jax.runtime import run_folder
+from cra_jax.backbones import families
+from cra_jax.datasets import survey
 from cra_jax.training import build, check_config, pretrained
 
 
-def run(config: run_folder.Config, workdir: Path, *, what: str) -> None:
+def run(config: build.Config, workdir: Path, *, what: str) -> None:
     """Prints what training would start from; trains nothing.
 
     Args:
@@ -24,7 +21,7 @@ def run(config: run_folder.Config, workdir: Path, *, what: str) -> None:
       ValueError: there is something wrong with what would be loaded.
     """
     check_config.check(config)
-    dataset = sources.load_data(config)
+    dataset = build.load_dataset(config)
     if what == "data":
         workdir.mkdir(parents=True, exist_ok=True)
         print(survey.describe(dataset, sheet=workdir / "data.png"))
@@ -37,7 +34,7 @@ def run(config: run_folder.Config, workdir: Path, *, what: str) -> None:
     print("\n".join(weight_lines(config, dataset.class_names)))
 
 
-def weight_lines(config: run_folder.Config, class_names: Sequence[str]) -> list[str]:
+def weight_lines(config: build.Config, class_names: Sequence[str]) -> list[str]:
     """What of ``model.pretrained`` training would start from, line by line.
 
     Args:
@@ -48,9 +45,7 @@ def weight_lines(config: run_folder.Config, class_names: Sequence[str]) -> list[
       ValueError: the weights are not there, or do not fit; says all that is wrong.
     """
     network = build.build_network(config, len(class_names))
-    crop_px = config.data.crop_px
-    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), images)
+    abstract = families.variable_shapes(network, config.data.crop_px)
     return pretrained.preview(
         abstract["params"],
         abstract["batch_stats"],

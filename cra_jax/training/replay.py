@@ -7,10 +7,9 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from cra_jax.datasets import sources
 from cra_jax.runtime import run_folder
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.training import monitor, train
+from cra_jax.training import build, monitor, train
 
 
 def replay(workdir: Path, step: int | None = None) -> bool:
@@ -41,7 +40,7 @@ def replay(workdir: Path, step: int | None = None) -> bool:
         print(
             f"from {f'checkpoint {first}' if first else 'the start'} to step {wanted}"
         )
-        dataset = sources.load_data(config)
+        dataset = build.load_dataset(config)
         run = train.Run(config, workdir, dataset, checkpoints, first, repeats=True)
         terms = run.terms_of(wanted)
     same = True

@@ -10,10 +10,11 @@ import numpy as np
 from jax import Array
 
 from cra_jax import schedule, train_step
+from cra_jax.art_module import ATTENTION_HEAD, CLASSIFICATION_STREAM
 from cra_jax.train_step import Batch, Terms, TrainState
 
 
-def is_held(step, *, steps_per_epoch: int, first_epochs: int, period_epochs: int):
+def is_frozen(step, *, steps_per_epoch: int, first_epochs: int, period_epochs: int):
     """Whether N_cls is held as it is: not at first, then by turns, beginning with held.
 
     Args:
@@ -30,7 +31,7 @@ def is_held(step, *, steps_per_epoch: int, first_epochs: int, period_epochs: int
     return schedule.phase(step, steps_per_epoch, first_epochs, period_epochs) % 2 == 1
 
 
-def several(step: Callable) -> Callable:
+def run_steps(step: Callable) -> Callable:
     """A step over several batches, one after the other, as one program.
 
     Args:
@@ -54,9 +55,9 @@ def several(step: Callable) -> Callable:
 Step = Callable[[TrainState, Batch], tuple[TrainState, Terms]]
 
 
-def hold_by_turns(
+def freeze_alternately(
     step: Step,
-    is_held: Callable[[Array], Array],
+    is_frozen: Callable[[Array], Array],
 ) -> Step:
     """A step that at times leaves N_cls, all but its classifier, as it is.
 
@@ -66,28 +67,28 @@ def hold_by_turns(
 
     Args:
       step: of `train_step.make_train_step`.
-      is_held: steps taken -> whether N_cls is held now, from `schedule`.
+      is_frozen: steps taken -> whether N_cls is frozen now.
     """
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
         after, terms = step(state, batch)
-        held = is_held(state.step)
+        frozen = is_frozen(state.step)
 
         def choose(path: tuple[Any, ...], new: Array, old: Array) -> Array:
-            return jnp.where(held, old, new) if _can_be_held(path) else new
+            return jnp.where(frozen, old, new) if _can_be_frozen(path) else new
 
         after = jax.tree_util.tree_map_with_path(choose, after, state)
-        return after, {**terms, "held": held.astype(jnp.float32)}
+        return after, {**terms, "held": frozen.astype(jnp.float32)}
 
     return run
 
 
-def _can_be_held(path: tuple[Any, ...]) -> bool:
+def _can_be_frozen(path: tuple[Any, ...]) -> bool:
     """Whether a leaf of a `TrainState` is N_cls's, but not of its classifier."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    if names[:1] == ["attention_head"]:
+    if names[:1] == [ATTENTION_HEAD]:
         return True
-    return names[:1] == ["classification_stream"] and names[1:2] != ["fc"]
+    return names[:1] == [CLASSIFICATION_STREAM] and names[1:2] != ["fc"]
 
 
 def average_weights(step: Step, decay: float) -> Step:

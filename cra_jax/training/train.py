@@ -1,6 +1,7 @@
 """The loop: batches in, updates, numbers, checkpoints, and scores at the end."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from cra_jax import art_module, train_step
-from cra_jax.backbones import families
-from cra_jax.datasets import sources
+from cra_jax import train_step
+from cra_jax.art_module import TrainedHead
+from cra_jax.inference import run_options
 from cra_jax.inference.evaluate import Evaluator, results
 from cra_jax.inference.restore import check_average, classification_variables
-from cra_jax.input import on_device
+from cra_jax.input import on_device, splits
 from cra_jax.input.batches import TrainBatches
 from cra_jax.input.records import Dataset
-from cra_jax.input.splits import check_count, describe_data, open_split
 from cra_jax.reports import report
 from cra_jax.runtime import (
     devices,
@@ -30,14 +30,56 @@ from cra_jax.runtime import (
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.training import build, check_config, monitor, step_wrappers
-from cra_jax.training.pretrained import Origin, open_origin, start_from
+from cra_jax.training.pretrained import PretrainedWeights, open_pretrained, start_from
 from cra_jax.training.running_mean import Mean
+
+
+def run(
+    config: build.Config, workdir: Path, *, allow_change: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Trains to the end, from the run directory's newest checkpoint where there is one.
+
+    Args:
+      config: of `configs/`.
+      workdir: the run directory, made where it is missing.
+      allow_change: whether to resume a run that another config began.
+
+    Returns:
+      The scores of each test split after the last epoch.
+
+    Raises:
+      ValueError: something about the config, the data or the directory is wrong; raised
+        before any work is done.
+    """
+    hosts.start(**config.hosts)
+    check_config.check(config)
+    loop = build.loop_options(config)
+    with contextlib.ExitStack() as stack:
+        with hosts.all_or_none():
+            dataset = build.load_dataset(config)
+            splits.check_fills_batch(dataset, loop.batch_size)
+            checkpoints = (
+                _open_directory(config, workdir, stack, allow_change=allow_change)
+                if hosts.is_first()
+                else None
+            )
+        first_step = checkpoints.latest_step() if checkpoints else None
+        first_step = hosts.told_by_first(first_step)
+        with hosts.all_or_none():
+            training = Run(config, workdir, dataset, checkpoints, first_step)
+        scores = training.train()
+    if hosts.is_first():
+        if loop.report:
+            report.write_after_training(run_options.from_config(config), workdir)
+        print("\n".join(_summary(scores, workdir)))
+    hosts.wait_for_all()
+    return scores
 
 
 def dispatches(
     first_step: int, total_steps: int, *, most: int, ends: Sequence[int]
 ) -> list[range]:
-    """Steps, from 0, in runs that a device works through without being asked.
+    """Steps, from 0, in runs that a device works through at one call.
 
     A run ends at multiples of `most`, counted from step 0, so that a resumed run has
     the same ones, and wherever the loop has something else to do.
@@ -57,74 +99,96 @@ def dispatches(
     return runs
 
 
-def run(
-    config: run_folder.Config, workdir: Path, *, allow_change: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Trains to the end, from the run folder's newest checkpoint where there is one.
-
-    Args:
-      config: of `configs/`.
-      workdir: the run folder, made where it is missing.
-      allow_change: whether to go on with a run that another config began.
-
-    Returns:
-      The scores of each test split after the last epoch.
-
-    Raises:
-      ValueError: something about the config, the data or the folder is wrong; raised
-        before any work is done.
-    """
-    hosts.start(**config.hosts)
-    check_config.check(config)
-    with contextlib.ExitStack() as stack:
-        with hosts.all_or_none():
-            dataset = sources.load_data(config)
-            check_count(config, dataset)
-            checkpoints = (
-                _open_folder(config, workdir, stack, allow_change=allow_change)
-                if hosts.is_first()
-                else None
-            )
-        first_step = checkpoints.latest_step() if checkpoints else None
-        first_step = hosts.told_by_first(first_step)
-        with hosts.all_or_none():
-            one = Run(config, workdir, dataset, checkpoints, first_step)
-        scores = one.to_the_end()
-    if hosts.is_first():
-        if config.train.report:
-            report.leave(config, workdir)
-        print("\n".join(_summary(scores, workdir)))
-    hosts.wait_for_all()
-    return scores
-
-
-def _open_folder(
-    config: run_folder.Config,
+def _open_directory(
+    config: build.Config,
     workdir: Path,
     stack: contextlib.ExitStack,
     *,
     allow_change: bool,
 ) -> Checkpoints:
-    """Locks the run folder and leaves the config there; the stack lets go of both."""
+    """Locks the run directory and writes the config; the stack releases both."""
     stack.enter_context(run_folder.locked(workdir))
-    keep = config.checkpoint.keep_latest
+    keep = build.loop_options(config).keep_latest
     checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep)
     stack.enter_context(checkpoints)
     # Without a checkpoint there is nothing yet that a change could spoil.
     fresh = checkpoints.latest_step() is None
     run_folder.keep_config(
-        workdir, run_folder.kept(config), allow_change=allow_change or fresh
+        workdir, build.config_without_hosts(config), allow_change=allow_change or fresh
     )
     checkpoints.set_damaged_aside(progress.say)
     return checkpoints
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The dataset, opened for training.
+
+    Attributes:
+      class_names: in the order of the labels.
+      train: the training split.
+      tests: the others, by name.
+      batches: of the training split.
+      digest: what all splits hold, to compare over hosts.
+      images: the training images in device memory; None where they are not kept there.
+    """
+
+    class_names: tuple[str, ...]
+    train: splits.Split
+    tests: dict[str, splits.Split]
+    batches: TrainBatches
+    digest: str
+    images: on_device.DeviceImages | None
+
+    @classmethod
+    def open(cls, config: build.Config, dataset: Dataset) -> "Data":
+        """Opens all splits, with their images in the image cache where that is wanted.
+
+        Raises:
+          ValueError: an image cannot be read, or does not fit.
+        """
+        loop, data = build.loop_options(config), run_options.from_config(config).data
+        opened = {
+            name: splits.open_split(data, dataset, name) for name in dataset.splits
+        }
+        digest = splits.describe_data(opened)
+        train = opened.pop("train")
+        batches = TrainBatches(
+            train.pictures,
+            train.labels,
+            batch_size=loop.batch_size,
+            crop_px=data.crop_px,
+            seed=loop.seed,
+            flip=loop.flip,
+            shard=hosts.shard(),
+        )
+        images: Any = train.pictures  # in the image cache: see check_config.check
+        kept = None
+        if loop.on_device:
+            kept = on_device.DeviceImages(images, crop_px=data.crop_px)
+        return cls(dataset.class_names, train, opened, batches, digest, kept)
+
+    def device_batch(self, step: int, *, indexed: bool) -> dict[str, Any]:
+        """A training batch on the devices; with the images' places where `indexed`."""
+        index = ("index",) if indexed else ()
+        if self.images:
+            plan = self.batches.plan(step)
+            return self.images.batch(plan) | devices.split({k: plan[k] for k in index})
+        batch = self.batches.batch(step)
+        return devices.split({k: batch[k] for k in ("image", "flip", "label", *index)})
+
+    def image_names(self, step: int) -> dict[int, str]:
+        """Place and name of each image in the batch of a step, which counts from 1."""
+        places = self.batches.batch(step - 1)["index"].tolist()
+        return {i: self.train.records[i].name for i in places}
+
+
 class Run:
-    """One run: what it is made of, and where it is."""
+    """One run: its state, and its position in the training."""
 
     def __init__(
         self,
-        config: run_folder.Config,
+        config: build.Config,
         workdir: Path,
         dataset: Dataset,
         checkpoints: Checkpoints | None,
@@ -133,124 +197,96 @@ class Run:
         repeats: bool = False,
     ):
         self._config = config
+        self._loop = build.loop_options(config)
         self._workdir = workdir
         self._checkpoints = checkpoints
-        self._class_names = dataset.class_names
-        # A run that goes on has its weights; one that begins wants them before the
-        # pictures are prepared. Other hosts get them from the first.
-        first = hosts.is_first()
-        pretrained = config.model.pretrained if first and not first_step else ""
-        origin = (
-            open_origin(pretrained, arch=config.model.backbone) if pretrained else None
-        )
-        self._splits = {
-            name: open_split(config, dataset, name) for name in dataset.splits
-        }
-        self._data = describe_data(self._splits)
-        train_split = self._splits.pop("train")
-        self._batches = TrainBatches(
-            train_split.pictures,
-            train_split.labels,
-            batch_size=config.train.batch_size,
-            crop_px=config.data.crop_px,
-            seed=config.seed,
-            flip=config.data.flip,
-            shard=hosts.shard(),
-        )
-        self._steps_per_epoch = self._batches.steps_per_epoch
-        self._total_steps = config.train.epochs * self._steps_per_epoch
+        self._first_step = first_step or 0
+        # A resumed run has its weights; a new one reads them before any image is
+        # prepared. Other hosts get them from the first.
+        wanted = hosts.is_first() and not first_step and self._loop.pretrained
+        arch = config.model.backbone
+        weights = open_pretrained(wanted, arch=arch) if wanted else None
+        self._data = Data.open(config, dataset)
+        self._steps_per_epoch = self._data.batches.steps_per_epoch
+        self._total_steps = self._loop.epochs * self._steps_per_epoch
         num_classes = len(dataset.class_names)
         self._training = build.build_training(
             config, num_classes, steps_per_epoch=self._steps_per_epoch
         )
+        options = run_options.from_config(config)
         self._evaluator = Evaluator(
-            families.backbone(config, num_classes), config, shard=hosts.shard()
+            options.create_backbone(num_classes), options, shard=hosts.shard()
         )
         self._state = train_step.create_state(
-            jax.random.key(config.seed),
+            jax.random.key(self._loop.seed),
             self._training.network,
             self._training.optimizer,
-            crop_px=config.data.crop_px,
-            averaged=config.optim.ema_decay > 0,
+            crop_px=options.data.crop_px,
+            averaged=self._loop.averaged,
         )
         # Their attention is kept at each evaluation: old checkpoints are not.
-        self._watched = self._splits["test"].firsts(config.eval.snapshots)
+        self._snapshot_indices = self._data.tests["test"].firsts(self._loop.snapshots)
         self._window = Mean()
-        self._notes = [
-            *dataset.notes,
-            *_describe(config, dataset, self._batches, self._splits),
-        ]
-        self._watch = monitor.Watch(
+        self._window_before = []
+        self._notes = [*dataset.notes, *_describe(config, dataset, self._data)]
+        self._monitor = monitor.Monitor(
             workdir,
             run_folder.flatten(config.to_dict()),
-            first_step=first_step or 0,
-            pictures=lambda step: {
-                i: train_split.records[i].name
-                for i in self._batches.batch(step - 1)["index"].tolist()
-            },
+            first_step=self._first_step,
+            images=self._data.image_names,
             write=checkpoints is not None and not repeats,
         )
-        self._resident = None
-        if config.data.on_device:
-            pictures: Any = train_split.pictures  # a Store: see check_config.check
-            self._resident = on_device.Resident(pictures, crop_px=config.data.crop_px)
-            self._notes.append(self._resident.about)
-        if origin:
-            self._start_from(origin)
-        self._first_step = first_step or 0
-        self._window_before = []
+        if weights:
+            self._start_from(weights, arch)
         if first_step:
             self._notes.append(f"goes on from step {first_step}")
             if checkpoints:
                 self._resume(checkpoints, first_step)
 
-    def _start_from(self, origin: Origin) -> None:
+    def _start_from(self, weights: PretrainedWeights, arch: str) -> None:
         """Puts published or exported weights into the streams."""
         params, batch_stats, notes = start_from(
             self._state.params,
             self._state.batch_stats,
-            pretrained=origin,
-            arch=self._config.model.backbone,
-            class_names=self._class_names,
+            pretrained=weights,
+            arch=arch,
+            class_names=self._data.class_names,
         )
         self._state = self._state.started_from(params, batch_stats)
         self._notes += notes
 
     def _resume(self, checkpoints: Checkpoints, step: int) -> None:
-        """Takes up a checkpoint."""
-        check_average(self._config, checkpoints, step)
+        """Restores a checkpoint."""
+        check_average(checkpoints, step, averaged=self._loop.averaged)
         self._state = checkpoints.restore(step, jax.eval_shape(lambda: self._state))
         self._window_before = checkpoints.meta(step)["window"]
 
     def _agree(self) -> None:
-        """All hosts see to it that they read the same, and begin as the first does."""
-        hosts.check_same(self._data, "their data (data.source, data.path)")
+        """All hosts check that they read the same data, and take the first's state."""
+        hosts.check_same(self._data.digest, "their data (data.source, data.path)")
         for numbers in hosts.told_by_first(self._window_before):
             self._window.add(numbers)
         self._state = devices.on_each_device(hosts.arrays_of_first(self._state))
 
-    def to_the_end(self) -> dict[str, dict[str, Any]]:
-        """Trains; returns the scores of each test split."""
+    def train(self) -> dict[str, dict[str, Any]]:
+        """Trains to the end; returns the scores of each test split."""
         self._agree()
         steps_left = {"first_step": self._first_step, "total_steps": self._total_steps}
-        device_names = devices.describe_devices()
+        names = devices.describe_devices()
         with contextlib.ExitStack() as stack:
             if hosts.is_first():
                 stack.enter_context(
-                    provenance.recorded(
-                        self._workdir, devices=device_names, **steps_left
-                    )
+                    provenance.recorded(self._workdir, devices=names, **steps_left)
                 )
-            log = training_log.Log(
-                self._workdir, mute=not hosts.is_first(), **steps_left
+            log = stack.enter_context(
+                training_log.Log(self._workdir, mute=not hosts.is_first(), **steps_left)
             )
-            stack.enter_context(log)
             for note in self._notes:
                 log.say(note)
             if not self._first_step:
-                self._watch_the_start(log)
+                self._record_first_attention(log)
             with signals.heard("this step is finished and saved") as asked:
-                self._loop(log, asked)
+                self._train(log, asked)
             if self._checkpoints:
                 self._checkpoints.wait()
             return hosts.told_by_first(self._scores())
@@ -265,25 +301,25 @@ class Run:
             )
         return {name: float(value) for name, value in terms.items()}
 
-    def _loop(self, log: training_log.Log, asked: signals.Asked) -> None:
-        config = self._config
-        every = config.checkpoint.every_steps
+    def _train(self, log: training_log.Log, asked: signals.Asked) -> None:
+        loop = self._loop
+        every = loop.save_every_steps
         runs = dispatches(
             self._first_step,
             self._total_steps,
-            most=config.train.steps_per_dispatch,
-            ends=(self._steps_per_epoch, config.train.log_every_steps, every),
+            most=loop.steps_per_dispatch,
+            ends=(self._steps_per_epoch, loop.log_every_steps, every),
         )
         batches = prefetch(
             lambda i: [self._device_batch(step) for step in runs[i]],
             0,
             len(runs),
-            workers=config.data.workers,
-            depth=config.data.prefetch_batches,
+            workers=loop.workers,
+            depth=loop.prefetch_batches,
         )
         clock = progress.Clock()
         for steps_now, batch in zip(runs, batches, strict=True):
-            self._state, numbers = self._training.several(self._state, batch)
+            self._state, numbers = self._training.run_steps(self._state, batch)
             for terms in numbers:
                 self._window.add(terms)
                 log.advance()
@@ -291,16 +327,16 @@ class Run:
             epoch, into_epoch = divmod(step, self._steps_per_epoch)
             epoch_ends = into_epoch == 0
             last = step == self._total_steps
-            logs = epoch_ends or step % config.train.log_every_steps == 0
+            logs = epoch_ends or step % loop.log_every_steps == 0
             if logs:
                 self._log_window(log, step, clock)
-            measured = epoch_ends and (last or epoch % config.eval.every_epochs == 0)
-            top1 = self._evaluate(log, step, epoch) if measured else None
+            is_due = epoch_ends and (last or epoch % loop.evaluate_every_epochs == 0)
+            top1 = self._evaluate(log, step, epoch) if is_due else None
             # Several hosts must stop at one step: they ask each other now and then.
             stop = hosts.largest(asked.number) if logs or hosts.alone() else 0
             if (
                 last
-                or (epoch_ends and epoch % config.checkpoint.every_epochs == 0)
+                or (epoch_ends and epoch % loop.save_every_epochs == 0)
                 or (every and step % every == 0)
                 or stop
             ):
@@ -314,85 +350,80 @@ class Run:
                 clock.restart()
 
     def _device_batch(self, step: int) -> dict[str, Any]:
-        mixes = ("index",) if self._config.mix.kind else ()
-        if self._resident:
-            plan = self._batches.plan(step)
-            index = devices.split({k: plan[k] for k in mixes})
-            return self._resident.batch(plan) | index
-        batch = self._batches.batch(step)
-        return devices.split({k: batch[k] for k in ("image", "flip", "label", *mixes)})
+        return self._data.device_batch(step, indexed=self._loop.mixes)
 
     def _log_window(
         self, log: training_log.Log, step: int, clock: progress.Clock
     ) -> None:
         count = len(self._window)
-        self._watch.look(step, self._window.fetch())
+        self._monitor.check_steps(step, self._window.fetch())
         numbers = self._window.take(step_wrappers.is_good)
         if not numbers:
             return
         seconds = clock.seconds_a_step(count)
-        numbers["images_per_second"] = self._config.train.batch_size / seconds
+        numbers["images_per_second"] = self._loop.batch_size / seconds
         numbers["eta_seconds"] = seconds * (self._total_steps - step)
         epoch = -(-step // self._steps_per_epoch)
-        self._watch.warn(step, numbers, begun=step > self._steps_per_epoch)
+        self._monitor.warn(step, numbers, begun=step > self._steps_per_epoch)
         log.train(step=step, epoch=epoch, numbers=numbers)
 
-    def _network(self) -> tuple[dict[str, Any], art_module.AttentionHead | None]:
+    def _network(self) -> tuple[dict[str, Any], TrainedHead | None]:
         """The plain backbone's variables, and the head where there is attention."""
         params, batch_stats = self._state.to_predict()
         return (
             classification_variables(params, batch_stats),
-            art_module.attention_head(self._config, params),
+            build.trained_head(self._config, params),
         )
 
     def _evaluate(self, log: training_log.Log, step: int, epoch: int) -> float:
-        """Scores and logs the test splits; returns what "best" goes by."""
+        """Scores and logs the test splits; returns what "best" is chosen by."""
         variables, head = self._network()
         top1 = {}
-        for name, split in self._splits.items():
+        for name, split in self._data.tests.items():
             found = self._evaluator.center(variables, split, head=head)
             scores = self._evaluator.scores(found, split, "center")
             log.test(step=step, epoch=epoch, split=name, numbers=scores)
             top1[name] = scores["top1"]
             if name == "test" and found.matrices is not None:
-                self._keep_attention(log, step, epoch, found.matrices[self._watched])
+                matrices = found.matrices[self._snapshot_indices]
+                self._record_attention(log, step, epoch, matrices)
             if step == self._total_steps and hosts.is_first():
                 run_folder.write_results(
                     self._workdir, name, "center", results(found, split, step=step)
                 )
         return top1["test"]
 
-    def _watch_the_start(self, log: training_log.Log) -> None:
-        """Keeps where the attention begins, before the first step."""
+    def _record_first_attention(self, log: training_log.Log) -> None:
+        """Records where the attention is before the first step."""
         variables, head = self._network()
-        if head and self._watched:
-            few = self._splits["test"].take(self._watched)
+        if head and self._snapshot_indices:
+            few = self._data.tests["test"].take(self._snapshot_indices)
             found = self._evaluator.center(variables, few, head=head)
             assert found.matrices is not None
-            self._keep_attention(log, 0, 0, found.matrices)
+            self._record_attention(log, 0, 0, found.matrices)
 
-    def _keep_attention(
+    def _record_attention(
         self, log: training_log.Log, step: int, epoch: int, matrices: np.ndarray
     ) -> None:
-        records = self._splits["test"].records
+        records = self._data.tests["test"].records
         log.attention(
             step=step,
             epoch=epoch,
             split="test",
-            names={i: records[i].name for i in self._watched},
-            matrices=dict(zip(self._watched, matrices, strict=True)),
+            names={i: records[i].name for i in self._snapshot_indices},
+            matrices=dict(zip(self._snapshot_indices, matrices, strict=True)),
         )
 
     def _save(self, step: int, top1: float | None) -> None:
-        self._watch.look(step, self._window.fetch())
+        self._monitor.check_steps(step, self._window.fetch())
         if not self._checkpoints:
             return
         meta = {
             "step": step,
             "epoch": -(-step // self._steps_per_epoch),
             "window": self._window.fetch(),
-            "class_names": list(self._class_names),
-            "config": run_folder.kept(self._config),
+            "class_names": list(self._data.class_names),
+            "config": build.config_without_hosts(self._config),
         }
         self._checkpoints.save(step, self._state, meta, metric=top1)
 
@@ -409,8 +440,8 @@ def _summary(scores: dict[str, dict[str, Any]], workdir: Path):
     yield f"  run folder: {workdir}"
 
 
-def _describe(config: run_folder.Config, dataset, batches, splits):
-    sizes = ", ".join(f"{name} {len(s.labels)}" for name, s in splits.items())
+def _describe(config: build.Config, dataset: Dataset, data: Data):
+    sizes = ", ".join(f"{name} {len(s.labels)}" for name, s in data.tests.items())
     train = len(dataset.splits["train"])
     yield (
         f"{config.model.kind} with {config.model.backbone} in "
@@ -418,8 +449,10 @@ def _describe(config: run_folder.Config, dataset, batches, splits):
         f"{devices.describe_devices()}; {dataset.name}: "
         f"{len(dataset.class_names)} classes, train {train}, {sizes} images"
     )
-    if batches.dropped_per_epoch:
+    if data.batches.dropped_per_epoch:
         yield (
-            f"each epoch leaves out {batches.dropped_per_epoch} of the training "
+            f"each epoch leaves out {data.batches.dropped_per_epoch} of the training "
             "images, others each time, since batches are whole"
         )
+    if data.images:
+        yield data.images.about

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch import nn
 
 from cra_jax import model
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import (
     efficientnet,
     families,
@@ -425,7 +426,7 @@ def test_wrong_pictures_are_refused():
 def test_cra_cnn_is_two_of_them():
     """And its classification stream is exactly the plain network."""
     make = partial(families.create_backbone, LITE0, 3, width=64, stem="imagenet")
-    net, key = model.create("cra", make, art_size_px=32), jax.random.key(0)
+    net, key = model.create("cra", make, ArtConfig(size_px=32)), jax.random.key(0)
     images = jnp.zeros((4, 64, 64, 3))
     variables: Any = jax.eval_shape(net.init, key, images)
     plain: Any = jax.eval_shape(make().init, key, images)

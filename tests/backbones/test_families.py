@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from configs import cub
 from cra_jax.backbones import efficientnet, families, hub, resnet, weights
 from cra_jax.backbones.efficientnet import Architecture, Stage
-from cra_jax.inference import export
+from cra_jax.inference import export, run_options
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, check_config, pretrained
 from tests.helpers import patch_backbone, tiny_config
@@ -151,7 +151,7 @@ def test_one_entry_makes_a_family_known_everywhere():
     assert config.model.backbone == "patches"
     assert config.model.pretrained == "example/patches"
     assert (config.data.mean, config.data.std) == tuple(NORMALIZATION.values())
-    assert isinstance(families.backbone(config, 3), patch_backbone.Patches)
+    assert isinstance(build.build_backbone(config, 3), patch_backbone.Patches)
     with pytest.raises(ValueError, match=r"resnet50.*efficientnet_lite0, patches"):
         families.create_backbone("vgg16", 3)
 
@@ -195,7 +195,7 @@ def test_runs_of_a_third_family_are_exported_and_started_from(tmp_path, capsys):
     meta = {"class_names": CLASSES, "epoch": 2, "config": config.to_dict()}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(6, saved, meta)
-    export.run(config, tmp_path)
+    export.run(run_options.from_config(config), tmp_path)
     capsys.readouterr()
     exported = tmp_path / "export"
     assert json.loads((exported / "config.json").read_text())["width"] == 8
@@ -220,6 +220,6 @@ def test_runs_of_a_third_family_are_exported_and_started_from(tmp_path, capsys):
         assert_same(params["attention_head"], fresh["params"]["attention_head"])
     variables = {"params": params[stream], "batch_stats": stats[stream]}
     normalized = (images / 255 - config.data.mean) / np.array(config.data.std)
-    plain: Any = families.backbone(config, 3).apply(variables, jnp.array(normalized))
+    plain: Any = build.build_backbone(config, 3).apply(variables, jnp.array(normalized))
     np.testing.assert_allclose(scores, plain.logits, rtol=1e-5)
     assert len(flatten_dict(saved["params"])) == 2 * 8 + 2

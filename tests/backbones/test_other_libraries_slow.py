@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import cub
 from cra_jax.backbones import resnet, weights
+from cra_jax.inference import run_options
 from cra_jax.inference.restore import restore
 from cra_jax.input import batches, normalize, pictures
 from tests.helpers import photographs
@@ -169,7 +170,7 @@ def test_an_export_is_loaded_as_the_readme_says_and_scores_alike(
     paths = photographs.paths(shared_data, 4)
     crops = np.stack([photographs.crop(path, about) for path in paths])
     theirs = scores_of(net, photographs.normalize(crops, about))
-    restored = restore(config, workdir)
+    restored = restore(run_options.from_config(config), workdir)
     data = config.data
     images = normalize.normalize(jax.numpy.asarray(crops), mean=data.mean, std=data.std)
     ours: Any = jax.jit(restored.backbone.apply)(restored.variables, images)

@@ -859,7 +859,7 @@ def test_what_was_read_once_need_not_be_read_again(tmp_path):
     state = training_state()
     path = save(network().state_dict(), tmp_path, "safetensors")
     expected = pretrained.start_from(*state, pretrained=path, arch="resnet10")
-    origin = pretrained.open_origin(path, arch="resnet10")
+    origin = pretrained.open_pretrained(path, arch="resnet10")
     path.unlink()
     again = pretrained.start_from(*state, pretrained=origin, arch="resnet10")
     assert again[2] == expected[2]

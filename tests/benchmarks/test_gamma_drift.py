@@ -10,8 +10,6 @@ from numpy.testing import assert_allclose
 
 from benchmarks.study import gamma_drift
 from cra_jax import art_module, geometry, train_step
-from cra_jax.datasets import sources
-from cra_jax.input import splits
 from cra_jax.training import build
 from tests.helpers import tiny_config
 
@@ -23,8 +21,8 @@ def made(tmp_path_factory):
     """A config, a probe of one batch, and a state whose Gamma differs by picture."""
     config = tiny_config.config(tmp_path_factory.mktemp("gamma"))
     config.train.batch_size = 32
-    dataset = sources.load_data(config)
-    split = splits.open_split(config, dataset, "test")
+    dataset = build.load_dataset(config)
+    split = build.open_split(config, dataset, "test")
     num_classes = len(dataset.class_names)
     training = build.build_training(config, num_classes, steps_per_epoch=3)
     state: Any = train_step.create_state(

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from cra_jax.datasets import sources
-from cra_jax.input import splits
 from cra_jax.runtime import run_folder
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.training import train
+from cra_jax.training import build, train
 from tests.helpers import tiny_config
 
 pytestmark = [
@@ -104,11 +102,11 @@ def test_the_pictures_are_gone(tmp_path, note):
     changes = {"data.source": "folder", "data.path": str(tmp_path / "set")}
     changes |= {"data.prepare": False, "train.epochs": 1, "model.kind": "baseline"}
     config = tiny_config.config(tmp_path / "cache", **changes)
-    listed = sources.load_data(config)
+    listed = build.load_dataset(config)
     shutil.rmtree(tmp_path / "set")
     with pytest.raises(ValueError, match="there is no such folder"):
         train.run(config, tmp_path / "run")
-    streamed = splits.open_split(config, listed, "train")
+    streamed = build.open_split(config, listed, "train")
     with pytest.raises(ValueError, match=r"unreadable picture: .*0.png"):
         streamed.pictures[0]
     note("the data folder is gone", "an error that names the folder, or the picture")

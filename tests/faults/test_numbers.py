@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from cra_jax.datasets import sources
-from cra_jax.input import splits
 from cra_jax.input.batches import TrainBatches
 from cra_jax.runtime import run_folder
 from cra_jax.training import build, monitor, replay, step_wrappers, train
@@ -63,8 +61,8 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     assert line["step"] == BAD
     assert line["terms"]["loss"] == "inf"
     assert math.isfinite(line["terms"]["loss_cls1"])
-    dataset = sources.load_data(config)
-    split = splits.open_split(config, dataset, "train")
+    dataset = build.load_dataset(config)
+    split = build.open_split(config, dataset, "train")
     batches = TrainBatches(
         split.pictures, split.labels, batch_size=16, crop_px=32, seed=0
     )
@@ -145,7 +143,7 @@ SIGNS = {
 def test_signs_are_warned_of_once_with_the_cure(tmp_path, capsys, name, note):
     bad, good, cure = SIGNS[name]
     settings = run_folder.flatten(tiny_config.config(tmp_path).to_dict())
-    watched = monitor.Watch(tmp_path, settings, first_step=0, pictures=lambda step: {})
+    watched = monitor.Monitor(tmp_path, settings, first_step=0, images=lambda step: {})
     watched.warn(10, {name: good}, begun=True)
     assert not capsys.readouterr().err
     watched.warn(20, {name: bad}, begun=True)
@@ -161,7 +159,7 @@ def test_numbers_of_steps_that_a_crash_lost_are_taken_out(tmp_path):
     for step in (3, 9):
         line = {"step": step, "terms": {}, "index": [], "name": []}
         run_folder.append_lines(tmp_path / monitor.BAD_STEPS, [line])
-    monitor.Watch(tmp_path, {}, first_step=5, pictures=lambda step: {})
+    monitor.Monitor(tmp_path, {}, first_step=5, images=lambda step: {})
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [3]
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from cra_jax.inference import evaluate
+from cra_jax.inference import evaluate, run_options
 from cra_jax.input.batches import center_batches
 from cra_jax.runtime import devices, hosts, signals
 from cra_jax.training import train
@@ -169,7 +169,9 @@ def learn(index, port, folder):
             "resume": lambda: train.run(
                 config(folder, **two_epochs), mine, allow_change=True
             ),
-            "eval": lambda: evaluate.run(config(folder, **two_epochs), run),
+            "eval": lambda: evaluate.run(
+                run_options.from_config(config(folder, **two_epochs)), run
+            ),
             "changed": lambda: train.run(config(folder, **together), mine),
             "other data": lambda: train.run(config(folder, **more), folder / "b"),
             "no folder": lambda: train.run(config(folder, **no_folder), folder / "c"),

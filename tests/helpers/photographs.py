@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from cra_jax.inference import export
+from cra_jax.inference import export, run_options
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 
@@ -62,5 +62,5 @@ def export_run(config: Any, variables: Any, workdir: Path) -> dict[str, Any]:
     meta = {"class_names": names, "epoch": 1, "config": config.to_dict()}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(1, saved, meta)
-    export.run(config, workdir)
+    export.run(run_options.from_config(config), workdir)
     return json.loads((workdir / "export" / "config.json").read_text())

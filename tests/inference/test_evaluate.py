@@ -9,8 +9,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import art_module
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import layers, resnet
-from cra_jax.inference import accuracy, evaluate, protocols
+from cra_jax.inference import accuracy, evaluate, protocols, run_options
 from cra_jax.input import normalize, splits
 from cra_jax.input.batches import center_batches, full_batches
 from cra_jax.input.records import Record
@@ -142,7 +143,7 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
     config = tiny_config.config(
         tmp_path, **{"data.mean": (0.0,) * 3, "data.std": (1.0,) * 3}
     )
-    evaluator = evaluate.Evaluator(Redness(), config)
+    evaluator = evaluate.Evaluator(Redness(), run_options.from_config(config))
     split = splits.Split(pictures, np.zeros(3, int), records)  # pyright: ignore
     found = evaluator.center({"params": {}, "batch_stats": {}}, split)
     assert found.activation is not None
@@ -166,13 +167,12 @@ def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
     config = tiny_config.config(tmp_path, **{"data.crop_px": CROP})
     pictures = _pictures([(CROP, CROP)] * 3)
     # Head and box: half the crop in each direction, once in the middle, once beside.
-    head = art_module.AttentionHead(
-        kernel=jnp.zeros((backbone.feature_channels, 4)),
-        bias=jnp.array([0.0, 0.0, np.arctanh(0.5), 0.0]),
-        alpha_p=1.0,
-        alpha_s=1.0,
-        normalize=True,
-    )
+    params = {
+        "kernel": jnp.zeros((backbone.feature_channels, 4)),
+        "bias": jnp.array([0.0, 0.0, np.arctanh(0.5), 0.0]),
+    }
+    bounds = ArtConfig(alpha_s=1.0, inside=False)
+    head = art_module.trained_head({"attention_head": params}, bounds, "cra")
     edge = 0.5 * (CROP - 1) / CROP / 2  # the frame ends at centres of pixels
     boxes = [
         (0.5 - edge, 0.5 - edge, 0.5 + edge, 0.5 + edge),
@@ -184,7 +184,7 @@ def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
         for i, box in enumerate(boxes)
     )
     split = splits.Split(pictures, np.arange(3), records)  # pyright: ignore
-    evaluator = evaluate.Evaluator(backbone, config)
+    evaluator = evaluate.Evaluator(backbone, run_options.from_config(config))
     found = evaluator.center(variables, split, head=head)
     scores = evaluator.scores(found, split, "center")
     assert scores["attention_iou"] == pytest.approx((1 + 1 / 2) / 2, abs=1e-6)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file as torch_load_file
 
 from benchmarks import free_at_test_time
 from configs import cub
-from cra_jax.backbones import efficientnet, families, resnet, weights
-from cra_jax.inference import export
+from cra_jax.backbones import efficientnet, resnet, weights
+from cra_jax.inference import export, run_options
 from cra_jax.inference.restore import restore
 from cra_jax.input import batches, normalize
 from cra_jax.input.pictures import read
@@ -156,7 +156,7 @@ def save_run(kind, folder):
 def exported(tmp_path, capsys):
     """The export of a CRA-CNN: config, all its variables, the folder."""
     config, variables = save_run("cra", tmp_path)
-    export.run(config, tmp_path)
+    export.run(run_options.from_config(config), tmp_path)
     assert "model.safetensors, model.stablehlo" in capsys.readouterr().out
     return config, variables, tmp_path / "export"
 
@@ -204,7 +204,7 @@ def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
     assert about["stablehlo"]["output"].startswith("float32 [batch, 4]")
     assert [str(x) for x in program.in_avals] == ["uint8[batch,32,32,3]"]
     assert [str(x) for x in program.out_avals] == ["float32[batch,4]"]
-    restored = restore(config, folder.parent)
+    restored = restore(run_options.from_config(config), folder.parent)
     images = pictures(3, 32)
     np.testing.assert_allclose(
         program.call(images),
@@ -236,7 +236,7 @@ def test_an_export_scores_photographs_as_an_independent_network_does(
     labels = np.zeros(6, np.int32)
     (batch,) = batches.center_batches(decoded, labels, batch_size=6, crop_px=128)
     np.testing.assert_array_equal(batch["image"], crops)
-    restored = restore(config, tmp_path)
+    restored = restore(run_options.from_config(config), tmp_path)
     ours = backbone_scores(restored.backbone, restored.variables, batch["image"])
     program = (tmp_path / "export" / "model.stablehlo").read_bytes()
     served = jax.export.deserialize(bytearray(program)).call(crops)
@@ -250,7 +250,7 @@ def test_cra_cnn_costs_what_the_baseline_does(tmp_path):
     config = tiny_config.config(tmp_path)
     rows = free_at_test_time.costs(config, tmp_path, num_classes=4)
     baseline, *others = rows.values()
-    backbone = families.backbone(config, 4)
+    backbone = run_options.from_config(config).create_backbone(4)
     params = random_like(backbone, 1, 32, 32, 3)["params"]
     assert baseline.parameters == free_at_test_time.count(params)
     assert baseline.flops > 1e5

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import art_module, geometry, model
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import class_activation, efficientnet, resnet
 from cra_jax.inference import localization
 from cra_jax.input import center_crop
@@ -196,13 +197,11 @@ def test_a_box_in_pixels_of_the_centre_crop_and_back():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", ["cra", "stn"])
 def test_the_head_says_what_the_network_in_training_says(kind, normalize):
+    config = ArtConfig(size_px=16, alpha_p=0.8, alpha_s=0.6, normalize_head=normalize)
     network = model.create(
         kind,
         lambda: resnet.create("resnet10", 5, width=8, stem="small"),
-        art_size_px=16,
-        alpha_p=0.8,
-        alpha_s=0.6,
-        normalize_head=normalize,
+        config,
     )
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     variables: Any = jax.jit(network.init)(jax.random.key(1), images)
@@ -214,40 +213,43 @@ def test_the_head_says_what_the_network_in_training_says(kind, normalize):
     }
     out = jax.jit(network.apply)({**variables, "params": params}, images)
     assert isinstance(out, model.Outputs)
-    assert out.gamma is not None
+    assert out.attention is not None
     if kind == "stn":
-        expected = out.gamma.reshape(-1, 2, 3)
+        expected = out.attention.gamma.reshape(-1, 2, 3)
     else:
-        assert out.gamma_res is not None
-        expected = geometry.attention_matrix(out.gamma_res)
+        assert out.attention.gamma_res is not None
+        expected = geometry.attention_matrix(out.attention.gamma_res)
     stream = "classification_stream"
     backbone = resnet.create("resnet10", 5, width=8, stem="small")
     plain = {k: variables[k][stream] for k in ("params", "batch_stats")}
-    head = art_module.AttentionHead(
-        alpha_p=0.8, alpha_s=0.6, normalize=normalize, **params["attention_head"]
-    )
+    head = art_module.trained_head(params, config, kind)
+    assert head is not None
     classified: Any = jax.jit(backbone.apply)(plain, images)
     found = head(classified.pooled)
     assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert np.ptp(np.asarray(found), axis=0).max() > 1e-3  # not the bias alone
 
 
-@pytest.mark.parametrize("softness", [None, 0.05])
-def test_what_figures_show_is_what_the_second_stream_sees(softness):
+@pytest.mark.parametrize("redundancy", art_module.REDUNDANCIES)
+def test_what_figures_show_is_what_the_second_stream_sees(redundancy):
     from tests.helpers.echo_backbone import Echo
 
-    network = model.create(
-        "cra", Echo, art_size_px=8, redundancy="soft" if softness else "hard"
-    )
+    config = ArtConfig(size_px=8, redundancy=redundancy)
+    network = model.create("cra", Echo, config)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     variables = jax.jit(network.init)(jax.random.key(1), images)
     out = jax.jit(network.apply)(variables, images)
     assert isinstance(out, model.Outputs)
-    assert out.gamma_res is not None
-    matrices = np.asarray(geometry.attention_matrix(out.gamma_res))
-    shown = art_module.shown_to_second_stream(images, matrices, 8, softness=softness)
-    for found, logits in zip(
-        shown, (out.attention_logits, out.redundancy_logits), strict=True
+    assert out.attention is not None
+    # A run keeps matrices alone; figures make the rest from them.
+    matrices = np.asarray(out.attention.matrix)
+    gamma_res = jnp.asarray(art_module.gamma_of(matrices))
+    kept = art_module.Attention(out.attention.gamma, gamma_res, jnp.asarray(matrices))
+    shown = art_module.views(images, kept, config)
+    for found, logits in (
+        (shown.attention, out.attention_logits),
+        (shown.redundancy, out.redundancy_logits),
     ):
+        assert found is not None
         assert logits is not None
         assert_allclose(found.reshape(2, -1), logits, atol=1e-4)

@@ -14,11 +14,12 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from cra_jax.datasets import sources
-from cra_jax.inference import evaluate, export, overlay, predict, trained
+from cra_jax import art_module
+from cra_jax.inference import evaluate, export, overlay, predict, run_options, trained
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.restore import restore
-from cra_jax.input import pictures, splits
+from cra_jax.input import pictures
+from cra_jax.training import build
 from tests.helpers import tiny_run
 
 SIZES = [(36, 36), (90, 60), (60, 90), (33, 200), (500, 40), (61, 47), (640, 480)]
@@ -68,10 +69,11 @@ def test_scores_are_those_of_evaluation(run, predictor, data):
     config.update_from_flattened_dict(
         {"data.source": "folder", "data.path": str(data), "eval.batch_size": 8}
     )
-    dataset = sources.load_data(config)
-    split = splits.open_split(config, dataset, "test")
-    restored = restore(config, run[1])
-    evaluator = evaluate.Evaluator(restored.backbone, config)
+    options = run_options.from_config(config)
+    dataset = build.load_dataset(config)
+    split = build.open_split(config, dataset, "test")
+    restored = restore(options, run[1])
+    evaluator = evaluate.Evaluator(restored.backbone, options)
     expected = evaluator.center(restored.variables, split).logits
     files = [Path(data) / record.name for record in split.records]
     files = [f if f.exists() else data / "test" / f for f in files]
@@ -105,18 +107,20 @@ def test_one_picture_is_the_same_alone_as_bytes_and_as_pixels(predictor, data):
 @pytest.mark.parametrize("size", [(72, 144), (144, 72), (45, 36), (36 * 20, 36)])
 def test_places_are_pixels_of_the_upright_picture(run, size, turned, tmp_path):
     """By hand: an attention of half the crop, right of and above its centre."""
-    recipe = trained.of_run(run[0], run[1])
-    head = recipe.head
+    network = trained.of_run(run_options.from_config(run[0]), run[1])
+    head = network.head
     assert head is not None
     x, y, scale = 0.25, -0.5, 0.4
-    bias = [np.arctanh(x), np.arctanh(y), np.arctanh(scale / head.alpha_s), 0.0]
-    head = dataclasses.replace(
-        head,
-        kernel=0 * head.kernel,
-        bias=np.array(bias, np.float32),
-        inside=False,  # Eq. 6 alone
-    )
-    fixed = Predictor(dataclasses.replace(recipe, head=head))
+    bias = [
+        np.arctanh(x),
+        np.arctanh(y),
+        np.arctanh(scale / head.head.config.alpha_s),
+        0.0,
+    ]
+    config = dataclasses.replace(head.head.config, inside=False)  # Eq. 6 alone
+    params = {"kernel": 0 * head.params["kernel"], "bias": np.array(bias, np.float32)}
+    head = art_module.trained_head({"attention_head": params}, config, "cra")
+    fixed = Predictor(dataclasses.replace(network, head=head))
     exif = Image.Exif()
     exif[_TURNED[0]] = _TURNED[1] if turned else 1
     stored = size[::-1] if turned else size
@@ -161,7 +165,7 @@ def test_a_run_its_checkpoint_and_its_export_agree(run, predictor, data, capsys)
     first, second = (other(file).scores for other in others)
     assert_array_equal(first, second)
     assert not np.allclose(first, expected.scores)
-    export.run(config, folder)
+    export.run(run_options.from_config(config), folder)
     exported = predict.load(folder / "export")
     found = exported(file)
     assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
@@ -208,11 +212,11 @@ def test_an_unreadable_picture_stops_a_call_and_not_the_others(predictor, tmp_pa
 
 
 def test_scores_that_are_not_finite_are_no_answer(run):
-    recipe = trained.of_run(*run)
-    params = {**recipe.variables["params"]}
+    network = trained.of_run(run_options.from_config(run[0]), run[1])
+    params = {**network.variables["params"]}
     params["fc"] = {k: v * np.nan for k, v in params["fc"].items()}
-    variables = {**recipe.variables, "params": params}
-    broken = Predictor(dataclasses.replace(recipe, variables=variables))
+    variables = {**network.variables, "params": params}
+    broken = Predictor(dataclasses.replace(network, variables=variables))
     with pytest.raises(ValueError, match="not finite"):
         broken(np.zeros((36, 36, 3), np.uint8))
 
@@ -252,7 +256,7 @@ def test_what_is_no_network_is_refused(tmp_path):
 def test_an_export_that_lies_is_refused(run, tmp_path, change, capsys):
     config, folder = run
     if not (folder / "export").is_dir():
-        export.run(config, folder)
+        export.run(run_options.from_config(config), folder)
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((folder / "export" / name).read_bytes())
     about = tmp_path / "config.json"
@@ -290,7 +294,7 @@ def test_a_folder_is_predicted_and_what_is_unreadable_reported(
     run, predictor, album, capsys
 ):
     folder = run[1]
-    predict.run(run[0], folder, [str(album)], overlays=True)
+    predict.run(run_options.from_config(run[0]), folder, [str(album)], overlays=True)
     printed = capsys.readouterr()
     lines = _lines(printed.out)
     assert (folder / "predictions.jsonl").read_text() == printed.out
@@ -347,7 +351,11 @@ def test_mistakes_end_in_one_line(run, album, images, message, monkeypatch, caps
     (album / "empty").mkdir()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(ValueError, match=message):
-        predict.run(run[0], run[1], [name.format(album=album) for name in images])
+        predict.run(
+            run_options.from_config(run[0]),
+            run[1],
+            [name.format(album=album) for name in images],
+        )
 
 
 def test_from_the_command_line_until_the_reader_has_seen_enough(run, album, tmp_path):
@@ -398,7 +406,7 @@ def test_a_folder_that_cannot_be_written_is_said(run, album):
     blocked.mkdir()
     try:
         with pytest.raises(ValueError, match="cannot write into"):
-            predict.run(run[0], run[1], [str(album)])
+            predict.run(run_options.from_config(run[0]), run[1], [str(album)])
     finally:
         blocked.rmdir()
 

@@ -9,11 +9,13 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from cra_jax import train_step
+from cra_jax.inference import run_options
 from cra_jax.inference.restore import (
     classification_variables,
     restore,
     restore_attention,
 )
+from cra_jax.runtime import run_folder
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, pretrained
 from tests.helpers import tiny_config
@@ -45,7 +47,7 @@ def _saved(folder, kind, **changes: Any):
 def test_prediction_restores_the_plain_backbone_and_pictures_the_head(tmp_path, kind):
     changes = {"art.alpha_p": 0.9, "art.normalize_head": False}
     config, state = _saved(tmp_path, kind, **changes)
-    restored = restore(config, tmp_path)
+    restored = restore(run_options.from_config(config), tmp_path)
     stream = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], stream)
     assert set(restored.variables) == {"params", "batch_stats"}
@@ -53,15 +55,15 @@ def test_prediction_restores_the_plain_backbone_and_pictures_the_head(tmp_path, 
 
     # The checkpoint knows its own bounds, whatever the config says now.
     config.art.alpha_p, config.art.normalize_head = 0.5, True
-    head = restore_attention(config, tmp_path)
+    head = restore_attention(run_options.from_config(config), tmp_path)
     if kind == "baseline":
         assert head is None
         return
     assert head is not None
     trained = state.params["attention_head"]
-    assert_array_equal(head.kernel, trained["kernel"])
-    assert_array_equal(head.bias, trained["bias"])
-    assert (head.alpha_p, head.normalize) == (0.9, False)
+    jax.tree.map(assert_array_equal, head.params, trained)
+    bounds = head.head.config
+    assert (bounds.alpha_p, bounds.normalize_head) == (0.9, False)
     assert head(jnp.ones((4, len(trained["kernel"])))).shape == (4, 2, 3)
 
 
@@ -70,7 +72,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     config.eval.checkpoint = "7"
     for take in (restore, restore_attention):
         with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
-            take(config, tmp_path)
+            take(run_options.from_config(config), tmp_path)
 
 
 def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
@@ -80,18 +82,18 @@ def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
         (0.0, state.params, state.batch_stats),
     ):
         config.optim.ema_decay = decay
-        restored = restore(config, tmp_path)
+        restored = restore(run_options.from_config(config), tmp_path)
         wanted = classification_variables(params, stats)
         jax.tree.map(assert_array_equal, restored.variables, wanted)
-        head = restore_attention(config, tmp_path)
+        head = restore_attention(run_options.from_config(config), tmp_path)
         assert head is not None
-        assert_array_equal(head.bias, params["attention_head"]["bias"])
+        assert_array_equal(head.params["bias"], params["attention_head"]["bias"])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_a_run_starts_others_with_the_weights_that_it_predicts_with(tmp_path, decay):
     config, state = _saved(tmp_path, "baseline", **{"optim.ema_decay": decay})
-    origin = pretrained.open_origin(str(tmp_path), arch=config.model.backbone)
+    origin = pretrained.open_pretrained(str(tmp_path), arch=config.model.backbone)
     params, _ = state.to_predict()
     kernel = params["classification_stream"]["fc"]["kernel"]
     assert_array_equal(origin.arrays["fc.weight"], jnp.asarray(kernel).T)
@@ -101,9 +103,11 @@ def test_averages_that_are_not_there_are_named_with_the_cure(tmp_path):
     config, state = _saved(tmp_path, "cra")
     config.optim.ema_decay = 0.99
     for take in (restore, restore_attention):
-        with pytest.raises(ValueError, match=r"optim.ema_decay=0.99.*checkpoint 3"):
-            take(config, tmp_path)
-    del config.optim.ema_decay  # a config that is older than the setting
-    restored = restore(config, tmp_path)
+        with pytest.raises(ValueError, match=r"optim.ema_decay asks.*checkpoint 3"):
+            take(run_options.from_config(config), tmp_path)
+    # A run that is older than the setting took no averages.
+    old = config.to_dict()
+    del old["optim"]["ema_decay"]
+    restored = restore(run_options.from_config(run_folder.upgraded(old)), tmp_path)
     wanted = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], wanted)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cra_jax.input.batches import TrainBatches
-from cra_jax.input.on_device import Resident
+from cra_jax.input.on_device import DeviceImages
 from cra_jax.runtime import devices as devices_module
 from cra_jax.runtime import run_folder
 from cra_jax.runtime.devices import (
@@ -42,7 +42,7 @@ def assert_same_batches(sizes, *, steps: int = 4, seed: int = 0) -> None:
     batches = TrainBatches(
         pictures, np.arange(len(sizes)), batch_size=8, crop_px=CROP, seed=seed
     )
-    kept = Resident(pictures, crop_px=CROP, progress=False)
+    kept = DeviceImages(pictures, crop_px=CROP, progress=False)
     for step in range(steps):
         on_host = batches.batch(step)
         del on_host["index"]
@@ -67,7 +67,7 @@ def test_extreme_places_are_cut_right():
 
 def test_a_store_of_one_short_side_is_not_padded():
     pictures = Pictures([(9, 12), (20, 9), (9, 9)] * 3)
-    kept = Resident(pictures, crop_px=CROP, progress=False)
+    kept = DeviceImages(pictures, crop_px=CROP, progress=False)
     assert kept._lines.nbytes == sum(picture.nbytes for picture in pictures)
 
 
@@ -77,7 +77,7 @@ def test_a_step_takes_what_is_cut_without_a_copy():
     batches = TrainBatches(
         pictures, np.zeros(16, int), batch_size=16, crop_px=CROP, seed=0
     )
-    kept = Resident(pictures, crop_px=CROP, progress=False)
+    kept = DeviceImages(pictures, crop_px=CROP, progress=False)
     plan = batches.plan(0)
     kept.batch(plan)  # compiles; what it holds of constants is sent then
     assert len(kept._lines.addressable_shards) == device_count() == 8
@@ -104,9 +104,9 @@ def test_too_large_for_the_devices_is_refused_with_the_figures(monkeypatch):
         r"each of 8 x cpu: set data.on_device=False"
     )
     with pytest.raises(ValueError, match=match):
-        Resident(pictures, crop_px=CROP)
+        DeviceImages(pictures, crop_px=CROP)
     monkeypatch.setattr(devices_module, "free_bytes", lambda: 2_400_000)
-    Resident(pictures, crop_px=CROP, progress=False)
+    DeviceImages(pictures, crop_px=CROP, progress=False)
 
 
 class Device:

@@ -12,8 +12,7 @@ from matplotlib.patches import Polygon
 from PIL import Image
 
 from cra_jax import art_module, schedule, train_step
-from cra_jax.datasets import sources
-from cra_jax.input import splits
+from cra_jax.inference import run_options
 from cra_jax.reports import (
     confusions,
     figure_panels,
@@ -31,7 +30,7 @@ from tests.helpers import tiny_config
 def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: Any):
     """A run folder as training leaves it, without training; returns its config."""
     config = tiny_config.config(cache, **{"model.kind": kind, "seed": seed, **changes})
-    dataset = sources.load_data(config)
+    dataset = build.load_dataset(config)
     names = dataset.class_names
     training = build.build_training(config, len(names), steps_per_epoch=6)
     state = train_step.create_state(
@@ -51,7 +50,7 @@ def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: An
                 log.test(step=6 * epoch, epoch=epoch, split="test", numbers=tests)
             if kind != "baseline":
                 turned = [[0.4, -0.1 * epoch, 0.1], [0.1 * epoch, 0.4, 0]]
-                indices = splits.open_split(config, dataset, "test").firsts(4)
+                indices = build.open_split(config, dataset, "test").firsts(4)
                 log.attention(
                     step=6 * epoch,
                     epoch=epoch,
@@ -75,7 +74,7 @@ def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
     config = _saved(tmp_path / "ours", cache, "cra")
     _saved(tmp_path / "theirs", cache, "baseline", seed=1)
     drawn, notes = figures.draw_all(
-        config, tmp_path / "ours", baseline=tmp_path / "theirs"
+        run_options.from_config(config), tmp_path / "ours", baseline=tmp_path / "theirs"
     )
     names = [figure.name for figure in drawn]
     # Two networks of random weights: each is right somewhere, so all can be drawn.
@@ -91,7 +90,7 @@ def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
 
 def test_a_baseline_alone_says_what_it_cannot_draw(tmp_path, capsys):
     config = _saved(tmp_path / "run", tmp_path / "cache", "baseline")
-    figures.run(config, tmp_path / "run")
+    figures.run(run_options.from_config(config), tmp_path / "run")
     printed = capsys.readouterr().out
     for name in ("activation", "curves", "confused"):
         assert f"report/{name}.png and .pdf: " in printed
@@ -108,17 +107,21 @@ def test_a_baseline_alone_says_what_it_cannot_draw(tmp_path, capsys):
 def test_an_stn_and_runs_that_do_not_compare(tmp_path):
     cache = tmp_path / "cache"
     config = _saved(tmp_path / "stn", cache, "stn")
-    drawn, _ = figures.draw_all(config, tmp_path / "stn")
+    drawn, _ = figures.draw_all(run_options.from_config(config), tmp_path / "stn")
     assert "attention" in [x.name for x in drawn]
     _saved(tmp_path / "other", cache, "baseline", **{"data.seed": 5})
     with pytest.raises(ValueError, match=r"was tested on other pictures than .*stn"):
-        figures.draw_all(config, tmp_path / "stn", baseline=tmp_path / "other")
+        figures.draw_all(
+            run_options.from_config(config),
+            tmp_path / "stn",
+            baseline=tmp_path / "other",
+        )
     changed = config.copy_and_resolve_references()
     changed.data.num_species = 5
     with pytest.raises(ValueError, match="the data has 5 classes, the checkpoint 8"):
-        figures.draw_all(changed, tmp_path / "stn")
+        figures.draw_all(run_options.from_config(changed), tmp_path / "stn")
     (tmp_path / "stn" / run_folder.SNAPSHOTS).unlink()
-    _, notes = figures.draw_all(config, tmp_path / "stn")
+    _, notes = figures.draw_all(run_options.from_config(config), tmp_path / "stn")
     assert any("has no snapshots" in note for note in notes)
 
 

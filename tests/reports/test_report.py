@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.cub import get_config
+from cra_jax.inference import run_options
 from cra_jax.reports import html_page, report, run_summary, uncertainty
 from cra_jax.runtime import run_folder
 from cra_jax.training import train
@@ -120,7 +121,7 @@ def test_a_run_that_had_ended_keeps_its_page(trained, capsys):
     config, workdir = trained
     path = workdir / "report" / "index.html"
     before = path.stat().st_mtime_ns
-    report.leave(config, workdir)
+    report.write_after_training(run_options.from_config(config), workdir)
     assert path.stat().st_mtime_ns == before
     assert f"report: {path}" in capsys.readouterr().err
 
@@ -129,7 +130,7 @@ def test_without_the_checkpoint_the_numbers_are_there_all_the_same(tmp_path, cap
     workdir = make(tmp_path / "a<b")
     config = get_config()
     config.data.path = str(tmp_path)
-    report.run(config, workdir)
+    report.run(run_options.from_config(config), workdir)
     assert str(workdir / "report" / "index.html") in capsys.readouterr().out
     found = _read(workdir)
     assert "The figures could not be drawn" in found.text
@@ -158,7 +159,7 @@ def test_doubts_stand_at_the_top(tmp_path):
     )
     write_start(workdir, ended=None, outcome=None)
     write_start(workdir, code={"commit": "b" * 40, "changed": ["x"]}, devices="1 x cpu")
-    report.write(get_config(), workdir)
+    report.write(run_options.from_config(get_config()), workdir)
     found = _read(workdir)
     for text in (
         "Not finished: epoch 3 of 9.",
@@ -174,7 +175,7 @@ def test_doubts_stand_at_the_top(tmp_path):
 
 def test_the_papers_figure_stands_beside_the_same(tmp_path):
     workdir = make(tmp_path / "run", labels=(0, 1) * 2897, right=5000)
-    report.write(get_config(), workdir)
+    report.write(run_options.from_config(get_config()), workdir)
     assert "Table 1 has 86.2 %" in _read(workdir).text
 
 
@@ -198,7 +199,7 @@ def test_scores_are_of_the_last_checkpoint_alone():
 def test_a_report_that_fails_costs_nothing(tmp_path, capsys):
     workdir = make(tmp_path / "run")
     (workdir / "report").write_text("a file where a folder should be")
-    report.leave(get_config(), workdir)
+    report.write_after_training(run_options.from_config(get_config()), workdir)
     said = capsys.readouterr().err
     assert "warning: the report could not be written (FileExistsError" in said
     assert f"--mode report --workdir {workdir}" in said
@@ -206,8 +207,8 @@ def test_a_report_that_fails_costs_nothing(tmp_path, capsys):
 
 def test_mistakes_end_in_a_line(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
-        report.run(get_config(), tmp_path)
+        report.run(run_options.from_config(get_config()), tmp_path)
     workdir = make(tmp_path / "run")
     (workdir / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="has no numbers yet"):
-        report.run(get_config(), workdir)
+        report.run(run_options.from_config(get_config()), workdir)

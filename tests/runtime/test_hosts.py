@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from cra_jax.inference import evaluate
+from cra_jax.inference import evaluate, run_options
 from cra_jax.runtime import devices, hosts, run_folder
 from cra_jax.training import train
 from tests.helpers import one_of_two_hosts
@@ -63,7 +63,7 @@ def test_two_hosts_give_the_numbers_of_one(pair, tmp_path):
     train.run(one_of_two_hosts.config(folder), tmp_path)
     two_epochs = one_of_two_hosts.config(folder, **{"train.epochs": 2})
     scores = train.run(two_epochs, tmp_path, allow_change=True)
-    evaluate.run(two_epochs, tmp_path)
+    evaluate.run(run_options.from_config(two_epochs), tmp_path)
     expected = run_folder.read_metrics(tmp_path)
     found = run_folder.read_metrics(folder / "run")
     assert len(found) == len(expected) == 4 + 2 * 2 + 2

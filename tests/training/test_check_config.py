@@ -57,5 +57,5 @@ def test_the_schedule_is_the_one_that_the_config_names(tmp_path, schedule, rates
             "train.epochs": 3,
         },
     )
-    rate = build._learning_rate(config, 10)
+    rate = build.build_learning_rate(config, 10)
     assert [float(rate(10 * epoch)) for epoch in range(3)] == pytest.approx(rates)

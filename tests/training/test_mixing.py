@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import losses, train_step
 from cra_jax.backbones import resnet
+from cra_jax.inference import run_options
 from cra_jax.inference.restore import restore
 from cra_jax.runtime import run_folder, training_log
 from cra_jax.training import check_config, mixing, train
@@ -295,10 +296,13 @@ def test_a_run_with_everything_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path / "stopped")
     assert train.run(config, tmp_path / "stopped") == scores
-    found, want = (restore(config, tmp_path / x) for x in ("stopped", "whole"))
+    found, want = (
+        restore(run_options.from_config(config), tmp_path / x)
+        for x in ("stopped", "whole")
+    )
     jax.tree.map(assert_array_equal, found.variables, want.variables)
     config.optim.ema_decay = 0.0
-    newest = restore(config, tmp_path / "whole")
+    newest = restore(run_options.from_config(config), tmp_path / "whole")
     kernels = (x.variables["params"]["fc"]["kernel"] for x in (newest, want))
     assert np.abs(np.subtract(*kernels)).max() > 0
     lines = run_folder.read_metrics(tmp_path / "whole")

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 
 from cra_jax.training import optimizer
@@ -35,21 +34,14 @@ def _leaves(tree):
     }
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.01])
-def test_ten_steps_equal_torch_sgd(scale):
+def test_ten_steps_equal_torch_sgd():
     rng = np.random.default_rng(0)
     params = _params(rng)
-    chain = optimizer.make_optimizer(_rate, attention_lr_scale=scale)
+    chain = optimizer.make_optimizer(_rate)
     state = chain.init(params)
     theirs = {k: torch.tensor(np.array(v)) for k, v in _leaves(params).items()}
-    groups = [
-        {
-            "params": [v for k, v in theirs.items() if ("attention" in k) == attention],
-            "scale": scale if attention else 1.0,
-        }
-        for attention in (False, True)
-    ]
-    sgd = torch.optim.SGD(groups, lr=1.0, momentum=0.9, weight_decay=5e-4)
+    weights = list(theirs.values())
+    sgd = torch.optim.SGD(weights, lr=1.0, momentum=0.9, weight_decay=5e-4)
     for rate in RATE:
         gradient = _params(rng)
         updates, state = chain.update(gradient, state, params)
@@ -57,7 +49,7 @@ def test_ten_steps_equal_torch_sgd(scale):
         for name, value in _leaves(gradient).items():
             theirs[name].grad = torch.tensor(np.array(value))
         for group in sgd.param_groups:
-            group["lr"] = rate * group["scale"]
+            group["lr"] = rate
         sgd.step()
     for name, value in _leaves(params).items():
         np.testing.assert_allclose(value, theirs[name], rtol=2e-6, atol=2e-7)

@@ -26,10 +26,10 @@ from safetensors.numpy import save_file
 from tensorflow_datasets.core import registered
 from tensorflow_datasets.core.download import resource
 
-from cra_jax.backbones import families, weights
-from cra_jax.datasets import archives, sources, tfds_archives, tfds_build, tfds_read
-from cra_jax.input import splits
-from cra_jax.training import prepare
+from cra_jax.backbones import weights
+from cra_jax.datasets import archives, tfds_archives, tfds_build, tfds_read
+from cra_jax.inference import run_options
+from cra_jax.training import build, prepare
 from tests.helpers import tiny_config, tiny_tfds
 
 # A set of tfds that nobody else has; its code lies on the path of every process.
@@ -156,9 +156,9 @@ def test_drawings_are_stored_once(tmp_path, capsys):
 def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
     run(tmp_path, capsys)
     config = tiny_config.config(tmp_path / "cache")
-    dataset = sources.load_data(config)
+    dataset = build.load_dataset(config)
     for name in dataset.splits:
-        splits.open_split(config, dataset, name)
+        build.open_split(config, dataset, name)
     assert "storing" not in capsys.readouterr().err
 
 
@@ -244,7 +244,7 @@ def test_too_few_pictures_are_found_before_any_is_decoded(tmp_path, capsys):
 def test_weights_are_named_before_the_data(tmp_path, capsys):
     file = tmp_path / "mine.safetensors"
     config = tiny_config.config(tmp_path)
-    network = families.backbone(config, 5)
+    network = run_options.from_config(config).create_backbone(5)
     images = np.zeros((1, 32, 32, 3), np.float32)
     weights.save_torch(file, jax.jit(network.init)(jax.random.key(0), images))
     time.sleep(0.01)  # so that it is older than the run by any clock

@@ -11,11 +11,14 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import model, schedule, train_step
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import resnet
+from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices
 from cra_jax.training import build, step_wrappers
 from cra_jax.training.optimizer import make_optimizer
 from tests.helpers import tiny_config
+from tests.helpers.loss_options import LOSS
 
 
 def _batch():
@@ -33,18 +36,20 @@ def plain():
     network = model.create(
         "cra",
         lambda: resnet.create("resnet10", 5, width=8, stem="small"),
-        art_size_px=16,
+        ArtConfig(size_px=16, inside=False),
     )
     rate = partial(schedule.learning_rate, steps_per_epoch=10, base=1e-2)
     optimizer = make_optimizer(rate)
     loss = train_step.make_loss(
         network,
+        LOSS,
         restriction_weight=partial(schedule.restriction_weight, steps_per_epoch=10),
-        threshold=(0.4, 0.4, 0.4, 3.1),
-        weights={"cls2": 1.0, "res": 1.0, "cntr": 1.0},
     )
     step = train_step.make_train_step(
-        loss, optimizer, learning_rate=rate, mean=(0.5,) * 3, std=(0.2,) * 3
+        loss,
+        optimizer,
+        learning_rate=rate,
+        normalize=partial(normalize, mean=(0.5,) * 3, std=(0.2,) * 3),
     )
     return network, optimizer, step
 
@@ -59,7 +64,9 @@ def _same(a, b):
 def test_n_cls_but_its_classifier_is_held_by_turns_and_then_trains_again(plain):
     network, optimizer, step = plain
     times = {"steps_per_epoch": 1, "first_epochs": 1, "period_epochs": 2}
-    step = step_wrappers.hold_by_turns(step, partial(step_wrappers.is_held, **times))
+    step = step_wrappers.freeze_alternately(
+        step, partial(step_wrappers.is_frozen, **times)
+    )
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=32)
     run, states, held = jax.jit(step), [state], []
     for _ in range(4):
@@ -99,8 +106,7 @@ def _counting_step(all_mean=lambda tree: tree):
         _counting,
         optimizer,
         learning_rate=rate,
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
+        normalize=partial(normalize, mean=(0, 0, 0), std=(1, 1, 1)),
         all_mean=all_mean,
     )
     params = {
@@ -159,7 +165,7 @@ def test_devices_and_several_steps_at_once_give_the_same_average():
     step, state = _counting_step(devices.all_mean)
     varied = step_wrappers.average_weights(step, 0.9)
     batch = devices.split(_batch())
-    run = devices.train_step(step_wrappers.several(varied))
+    run = devices.train_step(step_wrappers.run_steps(varied))
     found, _ = run(jax.tree.map(jnp.array, state), [batch] * 3)
     alone = jax.jit(step_wrappers.average_weights(_counting_step()[0], 0.9))
     for _ in range(3):

@@ -12,11 +12,14 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import losses, model, schedule, train_step
+from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import layers
+from cra_jax.input.normalize import normalize
 from cra_jax.training import build, check_config
 from cra_jax.training.optimizer import make_optimizer
 from tests.helpers import tiny_config
 from tests.helpers.echo_backbone import Echo
+from tests.helpers.loss_options import LOSS
 from tests.oracles import equations
 
 SIZE = 6
@@ -29,7 +32,7 @@ GAMMAS = np.array(
 
 
 def _network(**options: Any):
-    return model.create("cra", Echo, art_size_px=SIZE, **options)
+    return model.create("cra", Echo, ArtConfig(size_px=SIZE, **options))
 
 
 def _variables(gammas, dtype=jnp.float32):
@@ -50,11 +53,12 @@ def _pictures():
 
 
 RAW: Any = {"normalize_head": False, "guard": 0.0, "gradient_clip": 0.0}
+RAW |= {"inside": False}
 
 
 def _run(train=False, **options):
     images = jnp.asarray(_pictures(), jnp.float32)
-    network = _network(**RAW, **options)
+    network = _network(**(RAW | options))
     out, _ = network.apply(_variables(GAMMAS), images, train, mutable=["batch_stats"])
     return out
 
@@ -67,36 +71,31 @@ def _crop(gammas, share, inside=False):
     return equations.bilinear_sample(_pictures(), grid)
 
 
-@pytest.mark.parametrize("ar_passes", [1, 2])
 @pytest.mark.parametrize("inside", [False, True])
-def test_the_inner_attention_has_the_place_the_angle_and_a_share_of_the_scale(
-    ar_passes, inside
-):
-    out = _run(inner_scale=SHARE, ar_passes=ar_passes, inside=inside)
-    assert_allclose(out.gamma, GAMMAS, rtol=1e-5, atol=1e-6)
+def test_the_inner_attention_has_the_place_the_angle_and_a_share_of_the_scale(inside):
+    out = _run(inner_scale=SHARE, inside=inside)
+    assert_allclose(out.attention.gamma, GAMMAS, rtol=1e-5, atol=1e-6)
     for logits, share in ((out.inner_logits, SHARE), (out.attention_logits, 1.0)):
         crop = _crop(GAMMAS, share, inside)
         assert_allclose(logits, crop.reshape(4, -1), atol=3e-5)
 
 
-@pytest.mark.parametrize("ar_passes", [1, 2])
-def test_all_that_the_paper_has_is_the_same_beside_it(ar_passes):
-    paper = _run(ar_passes=ar_passes)
-    both = _run(ar_passes=ar_passes, inner_scale=SHARE)
+def test_all_that_the_paper_has_is_the_same_beside_it():
+    paper, both = _run(), _run(inner_scale=SHARE)
     assert paper.inner_logits is None
     assert both.inner_logits is not None
-    for name in ("logits", "gamma", "gamma_res"):
-        assert_array_equal(getattr(both, name), getattr(paper, name), err_msg=name)
-    for name in ("attention_logits", "redundancy_logits"):
+    for name in ("gamma", "gamma_res", "matrix"):
+        one, two = (getattr(out.attention, name) for out in (paper, both))
+        assert_array_equal(one, two, err_msg=name)
+    for name in ("logits", "attention_logits", "redundancy_logits"):
         assert_array_equal(getattr(both, name), getattr(paper, name), err_msg=name)
 
 
 def _terms(labels, **options):
     loss = train_step.make_loss(
         _network(**RAW, **options),
+        dataclasses.replace(LOSS, threshold=(0.1, 0.1, 0.1, 0.1), cls2_weight=0.7),
         restriction_weight=partial(schedule.restriction_weight, steps_per_epoch=10),
-        threshold=(0.1, 0.1, 0.1, 0.1),
-        weights={"cls2": 0.7, "res": 1.0, "cntr": 1.0},
     )
     variables, images = _variables(GAMMAS), jnp.asarray(_pictures(), jnp.float32)
     params, batch_stats = variables["params"], variables["batch_stats"]
@@ -200,32 +199,6 @@ def test_one_limit_holds_for_what_both_attentions_send_to_the_matrix():
     assert min(reached) > 1e-6  # and all are something below it
 
 
-class Centred(nn.Module):
-    """An `Echo` that takes off the mean of all that it is shown at once."""
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        out = Echo()(images - images.mean((0, 1, 2)), train)
-        return dataclasses.replace(out, pooled=images.mean((1, 2)))
-
-
-def test_each_of_two_passes_has_its_own_statistics_and_one_pass_shares_them():
-    images = jnp.asarray(_pictures(), jnp.float32)
-    found = {}
-    for ar_passes in (1, 2):
-        options = {**RAW, "ar_passes": ar_passes, "art_size_px": SIZE}
-        paper, both = (
-            model.create("cra", Centred, inner_scale=share, **options)
-            for share in (0.0, SHARE)
-        )
-        variables = paper.init(jax.random.key(0), images)
-        found[ar_passes] = [x.apply(variables, images) for x in (paper, both)]
-    for name in ("attention_logits", "redundancy_logits"):
-        one, two = ([getattr(out, name) for out in found[n]] for n in (1, 2))
-        assert_array_equal(*two)
-        assert np.abs(one[0] - one[1]).max() > 1e-3
-
-
 class Small(nn.Module):
     """A network of one convolution that can learn."""
 
@@ -239,12 +212,9 @@ class Small(nn.Module):
         return layers.Outputs(nn.Dense(5)(pooled), features, pooled)
 
 
-@pytest.mark.parametrize("ar_passes", [1, 2])
-def test_training_learns_from_both_attentions(ar_passes):
+def test_training_learns_from_both_attentions():
     paper, network = (
-        model.create(
-            "cra", Small, art_size_px=16, ar_passes=ar_passes, inner_scale=share
-        )
+        model.create("cra", Small, ArtConfig(size_px=16, inner_scale=share))
         for share in (0.0, 0.5)
     )
 
@@ -254,12 +224,11 @@ def test_training_learns_from_both_attentions(ar_passes):
     optimizer = make_optimizer(rate)
     loss = train_step.make_loss(
         network,
+        dataclasses.replace(LOSS, cntr_weight=0.0),
         restriction_weight=partial(schedule.restriction_weight, steps_per_epoch=10),
-        threshold=(0.4, 0.4, 0.4, 3.0),
-        weights={"cls2": 1.0, "res": 1.0, "cntr": 0.0},
     )
     make = partial(train_step.make_train_step, loss, optimizer, learning_rate=rate)
-    step = jax.jit(make(mean=(0.5,) * 3, std=(0.2,) * 3))
+    step = jax.jit(make(normalize=partial(normalize, mean=(0.5,) * 3, std=(0.2,) * 3)))
     rng = np.random.default_rng(4)
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8),
@@ -284,7 +253,7 @@ def test_training_learns_from_both_attentions(ar_passes):
 def test_the_config_switches_it_on(tmp_path):
     for share in (0.0, 0.25):
         config = tiny_config.config(tmp_path, **{"art.inner_scale": share})
-        assert build.build_network(config, 5).inner_scale == share
+        assert build.build_network(config, 5).art.inner_scale == share
     assert tiny_config.config(tmp_path).art.inner_scale == 0.0
 
 
