@@ -141,7 +141,6 @@ class Evaluator:
         self,
         variables: Any,
         split: Split,
-        *,
         head: TrainedHead | None = None,
     ) -> Predictions:
         """Protocol "center"; with a head, where the attention is, too."""
@@ -167,18 +166,10 @@ class Evaluator:
         )
         return self._run(self._full_step, variables, batches, split)
 
-    def predict(
-        self,
-        variables: Any,
-        split: Split,
-        protocol: str,
-        *,
-        head: TrainedHead | None = None,
-    ) -> Predictions:
-        """Under the protocol of that name; the head is for "center" alone."""
-        if protocol == "full":
-            return self.full(variables, split)
-        return self.center(variables, split, head=head)
+    def predict(self, variables: Any, split: Split, protocol: str) -> Predictions:
+        """Under the protocol of that name."""
+        protocols = {"center": self.center, "full": self.full}
+        return protocols[protocol](variables, split)
 
     def scores(self, found: Predictions, split: Split, protocol: str) -> dict[str, Any]:
         """Accuracies of a split, and how well the network looks at the object.

@@ -184,21 +184,18 @@ def center_batches(
     """
     checked = _check(pictures, labels, batch_size)
     _check_crop(pictures, crop_px)
-    mine = _rows_of(shard, batch_size)
-    share = mine.stop - mine.start
 
-    def make(number: int) -> Batch:
-        start = number * batch_size
-        members = np.arange(start, min(start + batch_size, len(pictures)))[mine]
-        batch = _rows(members, checked, share)
-        batch["image"] = np.zeros((share, crop_px, crop_px, 3), np.uint8)
-        for row, i in enumerate(members.tolist()):
-            picture = _picture(pictures, i)
-            top, left = (r // 2 for r in _room(picture.shape, crop_px, i))
-            batch["image"][row] = _window(picture, top, left, crop_px)
-        return batch
+    def cut(i: int) -> np.ndarray:
+        picture = _picture(pictures, i)
+        top, left = (r // 2 for r in _room(picture.shape, crop_px, i))
+        return _window(picture, top, left, crop_px)
 
-    return Batches(make, -(-len(pictures) // batch_size))
+    order = np.arange(len(pictures))
+    plan = [
+        ((crop_px, crop_px), order[start : start + batch_size])
+        for start in range(0, len(order), batch_size)
+    ]
+    return _evaluation_batches(checked, plan, cut, _rows_of(shard, batch_size))
 
 
 def full_batches(
@@ -233,8 +230,6 @@ def full_batches(
         raise ValueError(
             f"bucket_px is {bucket_px}: set it to 0 for exact sizes, or above 0"
         )
-    mine = _rows_of(shard, batch_size)
-    share = mine.stop - mine.start
     extents = _shapes(pictures)
     step = max(bucket_px, 1)
     groups: dict[tuple[int, int], list[int]] = {}
@@ -245,16 +240,39 @@ def full_batches(
         for shape, members in sorted(groups.items())
         for start in range(0, len(members), batch_size)
     ]
+    mine = _rows_of(shard, batch_size)
+    cut = functools.partial(_picture, pictures)
+    return _evaluation_batches(checked, plan, cut, mine, extents)
+
+
+def _evaluation_batches(
+    labels: np.ndarray,
+    plan: Sequence[tuple[tuple[int, int], np.ndarray]],
+    cut: Callable[[int], np.ndarray],
+    mine: slice,
+    extents: np.ndarray | None = None,
+) -> Batches:
+    """Batches of images, each at the top left of its row.
+
+    Args:
+        labels: `[n]`, of all images.
+        plan: of each batch, (height, width) and the places of its images in the split.
+        cut: place -> the image's pixels, at most (height, width) of them.
+        mine: the rows of a batch that are made here.
+        extents: `[n, 2]`, true sizes, for batches with an `extent_px`.
+    """
+    share = mine.stop - mine.start
 
     def make(number: int) -> Batch:
         shape, members = plan[number][0], plan[number][1][mine]
-        batch = _rows(members, checked, share)
-        batch["extent_px"] = np.tile(np.array(shape, np.int32), (share, 1))
-        batch["extent_px"][: len(members)] = extents[members]
+        batch = _rows(members, labels, share)
+        if extents is not None:
+            batch["extent_px"] = np.tile(np.array(shape, np.int32), (share, 1))
+            batch["extent_px"][: len(members)] = extents[members]
         batch["image"] = np.zeros((share, *shape, 3), np.uint8)
         for row, i in enumerate(members.tolist()):
-            height, width = extents[i]
-            batch["image"][row, :height, :width] = _picture(pictures, i)
+            pixels = cut(i)
+            batch["image"][row, : len(pixels), : pixels.shape[1]] = pixels
         return batch
 
     return Batches(make, len(plan))

@@ -28,70 +28,44 @@ Config = Any
 """A ConfigDict of `configs/`, whose keys no type checker knows."""
 
 
+def _key(name: str, *, lowest: int | None = None) -> Any:
+    """A field that is read from this key of the config, and not below `lowest`."""
+    return dataclasses.field(metadata={"key": name, "lowest": lowest})
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """How long the loop runs, and how often it does what; keys in brackets.
-
-    Attributes:
-      seed: of weights, order, crops and flips [seed].
-      epochs: of the whole training [train.epochs].
-      batch_size: images over all devices [train.batch_size].
-      flip: whether half of the images are mirrored [data.flip].
-      on_device: whether the training images stay in device memory [data.on_device].
-      workers: threads that make batches [data.workers].
-      prefetch_batches: batches made ahead [data.prefetch_batches].
-      steps_per_dispatch: steps at one call of the device [train.steps_per_dispatch].
-      log_every_steps: [train.log_every_steps].
-      skip_bad_steps: steps with non-finite numbers that are left out before training
-        stops [train.skip_bad_steps].
-      report: whether a report is written at the end [train.report].
-      save_every_epochs: [checkpoint.every_epochs].
-      save_every_steps: 0: at the end of epochs alone [checkpoint.every_steps].
-      keep_latest: checkpoints, and the best one [checkpoint.keep_latest].
-      evaluate_every_epochs: [eval.every_epochs].
-      snapshots: test images whose attention is kept each time [eval.snapshots].
-      mixes: whether images are mixed [mix.kind].
-      averaged: whether weights are averaged [optim.ema_decay].
-      pretrained: a name, a file, an export or a run; empty: none [model.pretrained].
+    """How long the loop runs, and how often it does what: keys of `configs/cub.py`.
 
     Raises:
       ValueError: a value is out of range.
     """
 
-    seed: int
-    epochs: int
-    batch_size: int
-    flip: bool
-    on_device: bool
-    workers: int
-    prefetch_batches: int
-    steps_per_dispatch: int
-    log_every_steps: int
-    skip_bad_steps: int
-    report: bool
-    save_every_epochs: int
-    save_every_steps: int
-    keep_latest: int
-    evaluate_every_epochs: int
-    snapshots: int
-    mixes: bool
-    averaged: bool
-    pretrained: str
+    seed: int = _key("seed")
+    epochs: int = _key("train.epochs", lowest=1)
+    batch_size: int = _key("train.batch_size", lowest=1)
+    flip: bool = _key("data.flip")
+    on_device: bool = _key("data.on_device")
+    workers: int = _key("data.workers", lowest=1)
+    prefetch_batches: int = _key("data.prefetch_batches", lowest=1)
+    steps_per_dispatch: int = _key("train.steps_per_dispatch", lowest=1)
+    log_every_steps: int = _key("train.log_every_steps", lowest=1)
+    skip_bad_steps: int = _key("train.skip_bad_steps", lowest=0)
+    report: bool = _key("train.report")
+    save_every_epochs: int = _key("checkpoint.every_epochs", lowest=1)
+    save_every_steps: int = _key("checkpoint.every_steps", lowest=0)
+    keep_latest: int = _key("checkpoint.keep_latest", lowest=1)
+    evaluate_every_epochs: int = _key("eval.every_epochs", lowest=1)
+    snapshots: int = _key("eval.snapshots", lowest=0)
+    mix: str = _key("mix.kind")
+    ema_decay: float = _key("optim.ema_decay")
+    pretrained: str = _key("model.pretrained")
 
     def __post_init__(self) -> None:
-        for key, value, lowest in (
-            ("train.epochs", self.epochs, 1),
-            ("data.prefetch_batches", self.prefetch_batches, 1),
-            ("train.steps_per_dispatch", self.steps_per_dispatch, 1),
-            ("train.log_every_steps", self.log_every_steps, 1),
-            ("train.skip_bad_steps", self.skip_bad_steps, 0),
-            ("checkpoint.every_epochs", self.save_every_epochs, 1),
-            ("checkpoint.every_steps", self.save_every_steps, 0),
-            ("checkpoint.keep_latest", self.keep_latest, 1),
-            ("eval.every_epochs", self.evaluate_every_epochs, 1),
-            ("eval.snapshots", self.snapshots, 0),
-        ):
-            if value < lowest:
+        for field in dataclasses.fields(self):
+            value, lowest = getattr(self, field.name), field.metadata["lowest"]
+            if lowest is not None and value < lowest:
+                key = field.metadata["key"]
                 raise ValueError(f"{key}={value} must be {lowest} or more")
 
 
@@ -158,28 +132,9 @@ def loop_options(config: Config) -> LoopOptions:
     Raises:
       ValueError: a value is out of range.
     """
-    data, train, evaluation = config.data, config.train, config.eval
-    return LoopOptions(
-        seed=config.seed,
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        flip=data.flip,
-        on_device=data.on_device,
-        workers=data.workers,
-        prefetch_batches=data.prefetch_batches,
-        steps_per_dispatch=train.steps_per_dispatch,
-        log_every_steps=train.log_every_steps,
-        skip_bad_steps=train.skip_bad_steps,
-        report=train.report,
-        save_every_epochs=config.checkpoint.every_epochs,
-        save_every_steps=config.checkpoint.every_steps,
-        keep_latest=config.checkpoint.keep_latest,
-        evaluate_every_epochs=evaluation.every_epochs,
-        snapshots=evaluation.snapshots,
-        mixes=bool(config.mix.kind),
-        averaged=config.optim.ema_decay > 0,
-        pretrained=config.model.pretrained,
-    )
+    flat = run_folder.flatten(config.to_dict())
+    fields = dataclasses.fields(LoopOptions)
+    return LoopOptions(**{x.name: flat[x.metadata["key"]] for x in fields})
 
 
 def load_dataset(config: Config) -> Dataset:

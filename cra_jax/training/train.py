@@ -222,7 +222,7 @@ class Run:
             self._training.network,
             self._training.optimizer,
             crop_px=options.data.crop_px,
-            averaged=self._loop.averaged,
+            averaged=self._loop.ema_decay > 0,
         )
         # Their attention is kept at each evaluation: old checkpoints are not.
         self._snapshot_indices = self._data.tests["test"].firsts(self._loop.snapshots)
@@ -257,7 +257,7 @@ class Run:
 
     def _resume(self, checkpoints: Checkpoints, step: int) -> None:
         """Restores a checkpoint."""
-        check_average(checkpoints, step, averaged=self._loop.averaged)
+        check_average(checkpoints, step, averaged=self._loop.ema_decay > 0)
         self._state = checkpoints.restore(step, jax.eval_shape(lambda: self._state))
         self._window_before = checkpoints.meta(step)["window"]
 
@@ -350,7 +350,7 @@ class Run:
                 clock.restart()
 
     def _device_batch(self, step: int) -> dict[str, Any]:
-        return self._data.device_batch(step, indexed=self._loop.mixes)
+        return self._data.device_batch(step, indexed=bool(self._loop.mix))
 
     def _log_window(
         self, log: training_log.Log, step: int, clock: progress.Clock
