@@ -4,7 +4,6 @@ Nothing is skipped in silence: each array of a file is used or named as left, an
 parameter is filled.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 
 from cra_jax.backbones import families, torch_files
 from cra_jax.backbones.torch_names import Key, counters, to_linen, to_torch, torch_name
+from cra_jax.runtime import files
 
 CLASSIFIER = ("fc.weight", "fc.bias")  # plain names, in every family
 _SHOWN = 8  # names of each kind of problem in an error
@@ -114,13 +114,9 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
     zero = np.array(0, np.int64)
     arrays |= {family.published_name(n): zero.copy() for n in counters(names)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with files.written_atomically(path) as file:
         # transformers refuses a file that does not say which library it is for.
-        save_file(arrays, partial, metadata={"format": "pt"})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        save_file(arrays, Path(file.name), metadata={"format": "pt"})
 
 
 class WeightFile(NamedTuple):

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from cra_jax.datasets.download import fetch
-from cra_jax.runtime.files import locked, writing
+from cra_jax.runtime import files
 from cra_jax.runtime.progress import Progress, say
 
 
@@ -116,26 +116,24 @@ def unpack_tar(
     """
     if not archive.is_file():
         raise ValueError(f"{archive}: there is no such archive; check the path")
-    partial = target.with_name(f".{target.name}.partial")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target, progress):
-            if target.exists():
-                return target
-            shutil.rmtree(partial, ignore_errors=True)  # of a kill
-            try:
-                _unpack(archive, partial, max_bytes, progress)
-                if not (partial / inside).is_dir():
-                    raise ValueError(f"{archive}: there is no folder {inside!r} in it")
-                os.sync()  # else the name may reach the disk before the files do
-                (partial / inside).rename(target)
-            except _DAMAGED as error:
-                reason = " ".join(str(error).split())  # some take several lines
-                raise ValueError(
-                    f"{archive} is damaged ({reason}): remove it and get it again"
-                ) from error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+    partial = files.partial_path(target)
+    with files.writing(target, show=progress):
+        if target.exists():
+            return target
+        shutil.rmtree(partial, ignore_errors=True)  # a killed process leaves one
+        try:
+            _unpack(archive, partial, max_bytes, progress)
+            if not (partial / inside).is_dir():
+                raise ValueError(f"{archive}: there is no folder {inside!r} in it")
+            os.sync()  # else the name may reach the disk before the files do
+            (partial / inside).rename(target)
+        except _DAMAGED as error:
+            reason = " ".join(str(error).split())  # some take several lines
+            raise ValueError(
+                f"{archive} is damaged ({reason}): remove it and get it again"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -49,13 +49,11 @@ def fetch(
         f"get {url} by other means and save it as {target} ({size:,} bytes, sha256"
         f" {sha256})"
     )
-    with files.writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with files.locked(target, progress):
-            if not target.is_file():
-                _download(_Source(url, size, sha256, by_hand), target, progress)
-            elif problem := _problem(target, size, sha256):
-                raise ValueError(f"{target} {problem}: remove it, or {by_hand}")
+    with files.writing(target, show=progress):
+        if not target.is_file():
+            _download(_Source(url, size, sha256, by_hand), target, progress)
+        elif problem := _problem(target, size, sha256):
+            raise ValueError(f"{target} {problem}: remove it, or {by_hand}")
     return target
 
 
@@ -70,6 +68,8 @@ class _Source:
 
 
 def _download(source: _Source, target: Path, progress: bool) -> None:
+    # Not `files.written_atomically`, which removes the partial file after an error:
+    # the next call resumes from this one.
     partial = Path(f"{target}.partial")
     had = partial.stat().st_size if partial.is_file() else 0
     need, free = source.size - had, shutil.disk_usage(target.parent).free

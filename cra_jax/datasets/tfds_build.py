@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cra_jax.datasets import tfds_archives, tfds_read
-from cra_jax.runtime.files import waited_for
+from cra_jax.runtime.files import locked
 from cra_jax.runtime.progress import LOG_EVERY_S, say
 
 _TIDYING_S = 10.0
@@ -63,10 +63,8 @@ def build(
     _check_modules(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = waited_for(
-            folder / f".{tfds_archives.set_of(name)}.lock", name, show=progress
-        )
-        with lock:
+        lock = folder / f".{tfds_archives.set_of(name)}.lock"
+        with locked(lock, name, show=progress):
             # Perhaps the process that we waited for has built it.
             if tfds_read.where_to_build(name, data_dir) is None:
                 return False

@@ -46,9 +46,8 @@ def run(options: RunOptions, workdir: Path) -> None:
         mean=data.mean,
         std=data.std,
     )
-    partial = folder / ".model.stablehlo.partial"
-    partial.write_bytes(program)
-    partial.replace(folder / "model.stablehlo")
+    with files.written_atomically(folder / "model.stablehlo") as file:
+        file.write(program)
     description = {
         "architecture": options.backbone,
         "width": options.width,

@@ -21,6 +21,7 @@ from cra_jax.datasets import listing
 from cra_jax.inference import overlay, trained
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
+from cra_jax.runtime import files
 from cra_jax.runtime.progress import Progress, say
 
 
@@ -78,14 +79,13 @@ def run(
     say(f"{predictor.network.about}: {_pictures(len(paths))}")
     folder = trained.home(workdir)
     file = folder / "predictions.jsonl"
-    partial = file.with_name(f".{file.name}.partial")
     unreadable = 0
     taken: collections.Counter[str] = collections.Counter()
     try:
         if overlays:
             (folder / "overlays").mkdir(exist_ok=True)
         with (
-            partial.open("w") as lines,
+            files.written_atomically(file) as lines,
             Progress(len(paths), "predict", unit="pictures") as progress,
         ):
             answers = predictor.each(paths, keep=overlays)
@@ -100,10 +100,9 @@ def run(
                     line = {"path": path, "error": str(answer)}
                     unreadable += 1
                 text = json.dumps(line)
-                lines.write(text + "\n")
+                lines.write(f"{text}\n".encode())
                 _print(text)
                 progress.advance()
-        partial.replace(file)
     except BrokenPipeError:  # whoever reads us has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return

@@ -24,7 +24,6 @@ import numpy as np
 
 from cra_jax.input.records import Record
 from cra_jax.runtime import files
-from cra_jax.runtime.files import waited_for
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.runtime.progress import Progress, say
 
@@ -197,7 +196,7 @@ def prepare(
         store = find(tell)
         if store is None:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            with waited_for(Path(f"{stem}.lock"), stem.name, show=progress):
+            with files.locked(Path(f"{stem}.lock"), stem.name, show=progress):
                 store = find(_mute)  # made by the process that we waited for
                 if store is None:
                     read = functools.partial(_reading, short_side_px, workers)
@@ -266,7 +265,7 @@ def _build(
     shapes: list[tuple[int, ...]] = []
     checksums: list[int] = []
     skipped: dict[str, str] = {}
-    with files.replacing(Path(f"{stem}.pixels")) as file:
+    with files.written_atomically(Path(f"{stem}.pixels"), fsync=True) as file:
         for record, picture in zip(records, read, strict=True):
             if isinstance(picture, str):
                 skipped[record.name] = picture
@@ -282,7 +281,7 @@ def _build(
                 + (", or set data.skip_unreadable=True" if shapes else "")
             )
     index = {"key": key, "shapes": shapes, "crc32": checksums, "skipped": skipped}
-    with files.replacing(Path(f"{stem}.json")) as file:
+    with files.written_atomically(Path(f"{stem}.json"), fsync=True) as file:
         file.write(json.dumps(index | {"checksum": _digest(index)}).encode())
 
 
@@ -290,7 +289,8 @@ def _check_disk(
     stem: Path, sample: Iterable[np.ndarray | str], count: int, tell: Say
 ) -> None:
     """Says how much disk the store will take, judged by a few; refuses if it lacks."""
-    Path(f"{stem}.pixels.partial").unlink(missing_ok=True)  # of a kill
+    partial = files.partial_path(Path(f"{stem}.pixels"))
+    partial.unlink(missing_ok=True)  # a killed process leaves one
     sizes = [picture.nbytes for picture in sample if not isinstance(picture, str)]
     need = sum(sizes) / max(len(sizes), 1) * count
     free = shutil.disk_usage(stem.parent).free

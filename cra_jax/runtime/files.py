@@ -1,74 +1,109 @@
-"""Files that are written whole or not at all, and locks that end with their process."""
+"""Atomic writes, and locks that the system releases when their process ends."""
 
 import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cra_jax.runtime.progress import say
 
 
-@contextlib.contextmanager
-def waited_for(lock: Path, title: str, *, show: bool) -> Iterator[None]:
-    """Holds a lock file, once any other process has let go of it.
+def partial_path(path: Path) -> Path:
+    """The hidden name, in the same directory, under which `path` is written."""
+    return path.with_name(f".{path.name}.partial")
 
-    The system releases it if this process is killed.
+
+@contextlib.contextmanager
+def written_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
+    """Opens a file that replaces `path` when the block ends without an error.
+
+    After an error `path` is as it was, and the partial file is removed.
 
     Args:
-        lock: the file; its folder must be there.
-        title: what the job is called, in the line that says that it waits.
-        show: False keeps silent.
+      path: the file; its directory must exist.
+      fsync: whether content and name must be on disk when the block has ended. Without
+        it, a power failure can lose them.
     """
-    with lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if show:
-                say(f"{title}: another process is at work on it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A file to write that takes the name `path` only when it is whole and on disk."""
-    partial = Path(f"{path}.partial")
+    partial = partial_path(path)
     try:
-        with open(partial, "wb") as file:
+        with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else the two renames may reach the disk in any order
-    finally:
-        os.close(folder)
+    if fsync:
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # else two renames may reach the disk in any order
+        finally:
+            os.close(directory)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file by one that holds this text in UTF-8."""
+    with written_atomically(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Raises errors of the disk as a ValueError that names a cure."""
-    try:
+def locked(
+    lock: Path, title: str, *, show: bool = True, instead: str = ""
+) -> Iterator[None]:
+    """Holds a lock file. Waits for the process that holds it, or refuses to.
+
+    Args:
+      lock: the file; its directory must exist.
+      title: names in messages what is locked.
+      show: whether to report that this process waits.
+      instead: what the user can do instead of waiting; empty waits.
+
+    Raises:
+      ValueError: another process holds the lock, and `instead` says what to do.
+    """
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if instead:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise ValueError(
+                    f"{title} is in use by another process ({holder}): {instead}"
+                ) from None
+            if show:
+                say(f"{title}: another process is at work on it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if instead:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
+
+
+@contextlib.contextmanager
+def writing(target: Path, *, show: bool) -> Iterator[None]:
+    """Locks a file or directory that is to be written; creates its parent directory.
+
+    Args:
+      target: what is to be written.
+      show: whether to report that this process waits for another one.
+
+    Raises:
+      ValueError: the disk or a directory failed, here or in the block.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = target.with_name(f".{target.name}.lock")
+        with locked(lock, target.name, show=show):
+            yield
     except OSError as error:
         raise ValueError(
             f"cannot write {target} ({error}): free some space, make the folder one you"
             " can write to, or choose another"
         ) from error
-
-
-def locked(target: Path, progress: bool) -> contextlib.AbstractContextManager[None]:
-    """Holds a lock beside `target`; another process waits, and says so if wanted."""
-    lock = target.with_name(f".{target.name}.lock")
-    return waited_for(lock, target.name, show=progress)

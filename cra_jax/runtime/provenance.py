@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cra_jax.runtime import files
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -127,8 +129,8 @@ def describe_commit(code: dict[str, Any]) -> str:
     if not code:
         return "unknown"
     changed = len(code["changed"])
-    files = f" + {changed} changed file{'s' * (changed > 1)}" if changed else ""
-    return f"{code['commit'][:7]}{files}"
+    more = f" + {changed} changed file{'s' * (changed > 1)}" if changed else ""
+    return f"{code['commit'][:7]}{more}"
 
 
 def _is_there(name: str) -> bool:
@@ -151,6 +153,5 @@ def _now() -> str:
 
 
 def _write(workdir: Path, starts: list[dict[str, Any]]) -> None:
-    partial = workdir / ".provenance.json.partial"
-    partial.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
-    partial.replace(workdir / "provenance.json")
+    text = json.dumps({"starts": starts}, indent=2) + "\n"
+    files.write_atomically(workdir / "provenance.json", text)

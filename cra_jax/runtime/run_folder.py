@@ -2,11 +2,9 @@
 
 import csv
 import errno
-import fcntl
 import io
 import json
 import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +46,12 @@ def locked(workdir: Path) -> Iterator[None]:
         folder failed, here or while it was held.
     """
     try:
-        with _locked(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        with files.locked(
+            workdir / "lock",
+            f"run folder {workdir}",
+            instead="wait for it, end it, or choose another folder with --workdir",
+        ):
             yield
     except (OSError, ValueError) as error:
         # What tensorstore meets while it saves is a ValueError that quotes the system.
@@ -59,25 +62,6 @@ def locked(workdir: Path) -> Iterator[None]:
             f"{error}: {'free some space' if full else 'put that right'}, and the same "
             f"command goes on from what is saved in {workdir}"
         ) from error
-
-
-@contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(
-                f"run folder {workdir} is in use by another process ({holder}): wait "
-                "for it, end it, or choose another folder with --workdir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def keep_config(

@@ -1,0 +1,74 @@
+"""Atomic writes and locks; test_store.py checks what reaches the disk, and when."""
+
+import os
+import re
+import threading
+
+import pytest
+
+from cra_jax.runtime import files
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_a_file_is_replaced_when_the_block_ends(fsync, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with files.written_atomically(path, fsync=fsync) as file:
+        file.write(b"new")
+        file.flush()
+        assert files.partial_path(path).read_text() == "new"
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_keeps_the_old_file_and_removes_the_partial_one(error, tmp_path):
+    path = tmp_path / "a.json"
+    files.write_atomically(path, "Größe\n")
+
+    def fail():
+        with files.written_atomically(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_bytes() == "Größe\n".encode()
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_mode_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_atomically(tmp_path / "a", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_lock_refuses_or_waits(tmp_path, capsys):
+    lock = tmp_path / "lock"
+    holder = rf"process {os.getpid()} on \S+"
+
+    def refuse():
+        return files.locked(lock, "the run", instead="come back later")
+
+    def wait():
+        with files.locked(lock, "the run"):
+            pass
+
+    with refuse():
+        message = rf"the run is in use by another process \({holder}\): come back later"
+        with pytest.raises(ValueError, match=message), refuse():
+            pass
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert re.fullmatch(f"{holder}\n", lock.read_text())
+    thread.join()
+    waiting = "the run: another process is at work on it; waiting\n"
+    assert capsys.readouterr().err == waiting
+    with refuse():
+        pass
