@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from cra_jax.backbones import families, torch_files
 from cra_jax.backbones.torch_names import Key, counters, to_linen, to_torch, torch_name
@@ -116,7 +116,7 @@ def save_torch(path: str | Path, variables: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.written_atomically(path) as file:
         # transformers refuses a file that does not say which library it is for.
-        save_file(arrays, Path(file.name), metadata={"format": "pt"})
+        file.write(save(arrays, metadata={"format": "pt"}))
 
 
 class WeightFile(NamedTuple):

@@ -503,15 +503,25 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"older")
 
-    def full_disk(arrays, file, metadata):
-        file.write_bytes(b"half")
+    def full_disk(one, two):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         weights.save_torch(path, good)
     assert path.read_bytes() == b"older"
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_the_mode_of_a_weights_file_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        weights.save_torch(
+            tmp_path / "w.safetensors", to_linen(network().state_dict().items())
+        )
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 # --- names and records --------------------------------------------------------------
