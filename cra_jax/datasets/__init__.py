@@ -1,1 +1,1 @@
-"""What there is to read: CUB, Cars, folders, CSV, tfds, drawn birds -> records."""
+"""Readers of datasets: CUB, Cars, ..., folders, CSV, tfds, drawn birds -> records."""

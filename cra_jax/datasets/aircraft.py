@@ -1,10 +1,21 @@
-"""FGVC-Aircraft as published -> image files and their classes."""
+"""FGVC-Aircraft as published -> image files, variants as classes, and boxes.
+
+No image is opened.
+"""
 
 from pathlib import Path
 
 from cra_jax.datasets import listing
-from cra_jax.datasets.cub import LAYOUTS
 from cra_jax.datasets.listing import Corners, Entry, Listing, Splits
+
+LAYOUT = (
+    "expected the folder fgvc-aircraft-2013b as published (data/images/,"
+    " data/variants.txt, data/images_variant_trainval.txt,"
+    " data/images_variant_test.txt), or its parent; get fgvc-aircraft-2013b.tar.gz"
+    " (2.75 GB) from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft and"
+    " unpack it"
+)
+"""What is expected on disk, and where to get it; ends messages."""
 
 BANNER_PX = 20
 """Height of the copyright line at the foot of every picture of FGVC-Aircraft."""
@@ -22,7 +33,7 @@ def aircraft(path: Path) -> Listing:
     marker = "images_variant_trainval.txt"
     root = listing.first_below(path, lambda folder: (folder / marker).is_file())
     if root is None:
-        raise ValueError(f"{path}: no {marker} here; {LAYOUTS['aircraft']}")
+        raise ValueError(f"{path}: no {marker} here; {LAYOUT}")
     names = [line for _, line in listing.numbered_lines(root / "variants.txt")]
     position = {name: i for i, name in enumerate(names)}
     boxes = {}
@@ -36,7 +47,7 @@ def aircraft(path: Path) -> Listing:
         ).items():
             try:
                 label = position[name]
-                corners = _aircraft_box(boxes[key]) if boxes else None
+                corners = _corners(boxes[key]) if boxes else None
             except (KeyError, ValueError, TypeError) as error:
                 raise ValueError(
                     f"{root}: image {key} has variant {name!r}, box {boxes.get(key)!r}:"
@@ -50,5 +61,5 @@ def aircraft(path: Path) -> Listing:
     return Listing(root, tuple(names), splits, notes, BANNER_PX)
 
 
-def _aircraft_box(text: str) -> Corners:
+def _corners(text: str) -> Corners:
     return listing.from_one(*map(float, text.split()))

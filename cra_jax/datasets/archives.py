@@ -1,4 +1,4 @@
-"""Archives of data sets, unpacked safely, whole or not at all; CUB from the net."""
+"""Tar archives, unpacked safely and atomically; CUB-200-2011, fetched and unpacked."""
 
 import dataclasses
 import gzip

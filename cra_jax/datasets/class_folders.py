@@ -1,6 +1,7 @@
-"""Folders of pictures -> which file shows which class, in which split.
+"""Folders of images -> image files, classes and splits.
 
-No picture is opened, and no order depends on the file system.
+A share of each class is drawn for testing where there is no test split. No image is
+opened, and no order depends on the file system.
 """
 
 import collections

@@ -1,12 +1,11 @@
-"""A CSV file of paths and labels -> files and their classes.
+"""A CSV file -> image files, classes, splits and boxes.
 
     path,label,split,x_min,y_min,x_max,y_max
     photos/1.jpg,Wren,train,10,5,60,25
     photos/2.jpg,Tit,test,,,,
 
-The header names the columns, in any order. `path` and `label` are needed. `split` and
-the box, whose unit is the picture's pixel, are optional; a box may be left empty. No
-picture is opened.
+The header names the columns, in any order. `path` and `label` are required. `split` and
+the box, in pixels of the image, are optional; a box may be empty. No image is opened.
 """
 
 import csv

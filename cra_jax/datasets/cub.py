@@ -1,6 +1,6 @@
-"""The text lists of CUB, NABirds and FGVC-Aircraft -> files and their classes.
+"""CUB-200-2011 and NABirds as published -> image files, classes and boxes.
 
-No picture is opened.
+Both datasets have the same text lists. No image is opened.
 """
 
 import dataclasses
@@ -17,26 +17,17 @@ from cra_jax.datasets.listing import (
     unlisted,
 )
 
-LAYOUTS = {
-    "cub": (
-        "expected the folder CUB_200_2011 as published (images.txt,"
-        " image_class_labels.txt, train_test_split.txt, classes.txt, images/), or its"
-        " parent; get CUB_200_2011.tgz (1.15 GB) from"
-        " https://data.caltech.edu/records/65de6-vp158 and unpack it"
-    ),
-    "nabirds": (
-        "expected the folder nabirds as published (images.txt, image_class_labels.txt,"
-        " train_test_split.txt, classes.txt, images/), or its parent; get"
-        " nabirds.tar.gz from https://dl.allaboutbirds.org/nabirds and unpack it"
-    ),
-    "aircraft": (
-        "expected the folder fgvc-aircraft-2013b as published (data/images/,"
-        " data/variants.txt, data/images_variant_trainval.txt,"
-        " data/images_variant_test.txt), or its parent; get fgvc-aircraft-2013b.tar.gz"
-        " (2.75 GB) from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft and"
-        " unpack it"
-    ),
-}
+LAYOUT = (
+    "expected the folder CUB_200_2011 as published (images.txt,"
+    " image_class_labels.txt, train_test_split.txt, classes.txt, images/), or its"
+    " parent; get CUB_200_2011.tgz (1.15 GB) from"
+    " https://data.caltech.edu/records/65de6-vp158 and unpack it"
+)
+NABIRDS_LAYOUT = (
+    "expected the folder nabirds as published (images.txt, image_class_labels.txt,"
+    " train_test_split.txt, classes.txt, images/), or its parent; get"
+    " nabirds.tar.gz from https://dl.allaboutbirds.org/nabirds and unpack it"
+)
 """What each source expects on disk, and where to get it; ends messages."""
 
 
@@ -48,7 +39,7 @@ def cub(path: Path) -> Listing:
     """
     root = first_below(path, lambda folder: (folder / "images.txt").is_file())
     if root is None:
-        raise ValueError(f"{path}: no images.txt here; {LAYOUTS['cub']}")
+        raise ValueError(f"{path}: no images.txt here; {LAYOUT}")
     return _birds(root, read_table(root / "classes.txt"))
 
 
@@ -63,7 +54,7 @@ def nabirds(path: Path) -> Listing:
     """
     root = first_below(path, lambda folder: (folder / "images.txt").is_file())
     if root is None:
-        raise ValueError(f"{path}: no images.txt here; {LAYOUTS['nabirds']}")
+        raise ValueError(f"{path}: no images.txt here; {NABIRDS_LAYOUT}")
     named = read_table(root / "classes.txt")
     used = set(read_table(root / "image_class_labels.txt").values())
     classes = {key: name for key, name in named.items() if key in used}

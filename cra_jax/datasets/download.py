@@ -1,4 +1,4 @@
-"""A file from the net, whole and checked, whatever breaks on the way."""
+"""Downloads one file: resumes after an interruption, checks size and SHA-256."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""What the readers of datasets share: listings, image files, orders of names.
+"""What the readers of datasets share: listings, text tables, image files, sort keys.
 
 No image is opened, and no order depends on the file system.
 """
@@ -87,6 +87,12 @@ def first_below(path: Path, is_root: Callable[[Path], bool]) -> Path | None:
                 return folder
         level = [child for folder in level for child in sub_folders(folder)]
     return None
+
+
+def find_below(root: Path, places: Sequence[str], name: str = "") -> Path | None:
+    """The first of ``root / place / name`` that exists."""
+    files = (root / place / name for place in places)
+    return next((file for file in files if file.exists()), None)
 
 
 def from_one(x1: float, y1: float, x2: float, y2: float) -> Corners:

@@ -1,42 +1,16 @@
-"""MATLAB's files (as version 5 to 7.2 saves them) -> plain Python values.
+"""Reads MATLAB files (versions 5 to 7.2) into plain Python values.
 
-The files come from strangers, and on some damaged ones the usual reader, in C, ends the
+The files are untrusted, and on some damaged ones `scipy.io.loadmat`, in C, ends the
 whole process. Here every length is checked before it is used.
 """
 
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-
-def find_below(root: Path, places: Sequence[str], name: str = "") -> Path | None:
-    """The first of ``root / place / name`` that exists."""
-    files = (root / place / name for place in places)
-    return next((file for file in files if file.exists()), None)
-
-
-def read_variable(file: Path, variable: str, kind: type) -> Any:
-    """A variable of a file, which must be of this type.
-
-    Raises:
-      ValueError: the file cannot be read, or holds no such variable.
-    """
-    try:
-        found = read(file)
-        if not isinstance(found.get(variable), kind):
-            held = ", ".join(map(repr, found)) or "nothing"
-            raise ValueError(f"it holds {held}")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file}: no {variable!r} can be read from it ({error}); get the file anew"
-        ) from error
-    return found[variable]
-
 
 _COMPRESSED, _MATRIX = 15, 14
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
@@ -74,6 +48,24 @@ def read(path: Path) -> dict[str, Any]:
         return _variables(data[128:], order)
     except (struct.error, zlib.error) as error:
         raise ValueError(f"it is damaged or cut short ({error})") from error
+
+
+def read_variable(file: Path, variable: str, kind: type) -> Any:
+    """A variable of a file, which must be of this type.
+
+    Raises:
+      ValueError: the file cannot be read, or holds no such variable.
+    """
+    try:
+        found = read(file)
+        if not isinstance(found.get(variable), kind):
+            held = ", ".join(map(repr, found)) or "nothing"
+            raise ValueError(f"it holds {held}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: no {variable!r} can be read from it ({error}); get the file anew"
+        ) from error
+    return found[variable]
 
 
 def _variables(data: memoryview, order: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Data sets -> records: what there is to read, before anything is read.
+"""Loads a dataset by the name of its source: listings -> records.
 
-A record names a picture, its class and how to read it. Loading opens no picture: labels
+A record names an image, its class and how to read it. Loading opens no image: labels
 come from the published lists or from folder names, and orders never depend on the file
-system. What is missing, doubled or out of range is an error that says how to mend it;
-files that are left out are counted in `Dataset.notes`.
+system. Missing files, duplicate names and labels out of range are errors that say what
+to do; files that are left out are counted in `Dataset.notes`.
 """
 
 import collections
@@ -57,8 +57,11 @@ _PUBLISHED = {
 }
 
 _LAYOUTS = {
-    **cub.LAYOUTS,
-    **stanford_cars.LAYOUTS,
+    "cub": cub.LAYOUT,
+    "cars": stanford_cars.LAYOUT,
+    "dogs": stanford_dogs.LAYOUT,
+    "aircraft": aircraft.LAYOUT,
+    "nabirds": cub.NABIRDS_LAYOUT,
     "folder": class_folders.LAYOUT,
     "csv": csv_file.LAYOUT,
 }

@@ -1,7 +1,6 @@
-"""The MATLAB lists of Stanford Cars and Stanford Dogs -> files and their classes.
+"""Stanford Cars in each of its three layouts -> image files, classes and boxes.
 
-Stanford Cars has lost its home, and is handed around in three layouts: all are read.
-No picture is opened.
+The original address is offline; copies have different layouts. No image is opened.
 """
 
 import csv
@@ -16,26 +15,19 @@ from cra_jax.datasets.listing import (
     Entry,
     Listing,
     Splits,
+    find_below,
     first_below,
     from_one,
     unlisted,
 )
 
-LAYOUTS = {
-    "cars": (
-        "expected cars_train/, cars_test/, devkit/ with its .mat files and"
-        " cars_test_annos_withlabels.mat; or car_ims/ with cars_annos.mat; or train/"
-        " and test/ with one folder a class. The address at Stanford is dead; Kaggle"
-        " has copies in all three layouts (about 2 GB)"
-    ),
-    "dogs": (
-        "expected Images/ with one folder a breed, train_list.mat and test_list.mat"
-        " (here or in lists/) and, for boxes, Annotation/, as in images.tar, lists.tar"
-        " and annotation.tar from http://vision.stanford.edu/aditya86/ImageNetDogs"
-        " (816 MB)"
-    ),
-}
-"""What each source expects on disk, and where to get it; ends messages."""
+LAYOUT = (
+    "expected cars_train/, cars_test/, devkit/ with its .mat files and"
+    " cars_test_annos_withlabels.mat; or car_ims/ with cars_annos.mat; or train/"
+    " and test/ with one folder a class. The address at Stanford is dead; Kaggle"
+    " has copies in all three layouts (about 2 GB)"
+)
+"""What is expected on disk, and where to get it; ends messages."""
 
 _KITS = ("", "devkit", "car_devkit/devkit", "car_devkit", "cars_devkit")
 
@@ -49,7 +41,7 @@ def cars(path: Path) -> Listing:
     markers = ("cars_train", "car_ims", "train")
     root = first_below(path, lambda folder: any((folder / m).is_dir() for m in markers))
     if root is None:
-        raise ValueError(f"{path}: no Stanford Cars here; {LAYOUTS['cars']}")
+        raise ValueError(f"{path}: no Stanford Cars here; {LAYOUT}")
     if (root / "cars_train").is_dir():
         return _cars_devkit(root)
     if (root / "car_ims").is_dir():
@@ -167,7 +159,7 @@ def _mat_rows(file: Path, name: str, *numbers: str) -> list[dict[str, Any]]:
 
 
 def _find_mat(root: Path, name: str) -> Path:
-    file = matlab_files.find_below(root, _KITS, name)
+    file = find_below(root, _KITS, name)
     if file:
         return file
     message = f"{root / name}: this file is missing; put it there or into devkit/"
@@ -181,4 +173,4 @@ def _find_mat(root: Path, name: str) -> Path:
             ". cars_annos.mat cannot replace it: it numbers the files of car_ims/,"
             " which are in another order"
         )
-    raise ValueError(f"{message}. Layouts: {LAYOUTS['cars']}")
+    raise ValueError(f"{message}. Layouts: {LAYOUT}")

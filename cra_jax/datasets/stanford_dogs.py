@@ -1,4 +1,7 @@
-"""Stanford Dogs as published -> image files, classes and boxes."""
+"""Stanford Dogs as published -> image files, classes and boxes.
+
+No image is opened.
+"""
 
 import functools
 import xml.etree.ElementTree as ElementTree
@@ -9,12 +12,19 @@ import numpy as np
 
 from cra_jax.datasets import listing, matlab_files
 from cra_jax.datasets.listing import Corners, Entry, Listing, Splits
-from cra_jax.datasets.stanford_cars import LAYOUTS
 
-_DOG_PICTURES = ("Images", "images/Images", "images")
-_DOG_LISTS = ("", "lists", "splits")
-_DOG_BOXES = ("Annotation", "annotation/Annotation", "annotations/Annotation")
-_XML_SIDES = ("xmin", "ymin", "xmax", "ymax")
+LAYOUT = (
+    "expected Images/ with one folder a breed, train_list.mat and test_list.mat"
+    " (here or in lists/) and, for boxes, Annotation/, as in images.tar, lists.tar"
+    " and annotation.tar from http://vision.stanford.edu/aditya86/ImageNetDogs"
+    " (816 MB)"
+)
+"""What is expected on disk, and where to get it; ends messages."""
+
+_IMAGES = ("Images", "images/Images", "images")
+_LISTS = ("", "lists", "splits")
+_BOXES = ("Annotation", "annotation/Annotation", "annotations/Annotation")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def dogs(path: Path) -> Listing:
@@ -26,22 +36,22 @@ def dogs(path: Path) -> Listing:
         ValueError: a list is missing, damaged or at odds with itself.
     """
     root = listing.first_below(
-        path, lambda folder: bool(matlab_files.find_below(folder, _DOG_PICTURES))
+        path, lambda folder: bool(listing.find_below(folder, _IMAGES))
     )
-    pictures = root and matlab_files.find_below(root, _DOG_PICTURES)
+    pictures = root and listing.find_below(root, _IMAGES)
     if root is None or pictures is None:
-        raise ValueError(f"{path}: no Images/ here; {LAYOUTS['dogs']}")
+        raise ValueError(f"{path}: no Images/ here; {LAYOUT}")
     breeds: dict[int, str] = {}
     splits: Splits = {}
     for split in ("train", "test"):
-        file = matlab_files.find_below(root, _DOG_LISTS, f"{split}_list.mat")
+        file = listing.find_below(root, _LISTS, f"{split}_list.mat")
         if file is None:
             raise ValueError(
-                f"{root}: there is no {split}_list.mat; {LAYOUTS['dogs']}. Copies at"
+                f"{root}: there is no {split}_list.mat; {LAYOUT}. Copies at"
                 " Kaggle leave out lists.tar (481,280 bytes)"
             )
         splits[split] = []
-        for name, label in _dog_rows(file):
+        for name, label in _rows(file):
             breed = name.rpartition("/")[0]
             if not breed or breeds.setdefault(label, breed) != breed:
                 raise ValueError(
@@ -50,10 +60,10 @@ def dogs(path: Path) -> Listing:
                 )
             splits[split].append(Entry(pictures / name, label, None))
     position = {label: i for i, label in enumerate(sorted(breeds))}
-    boxes = matlab_files.find_below(root, _DOG_BOXES)
+    boxes = listing.find_below(root, _BOXES)
     splits = {
         split: [
-            Entry(e.file, position[e.label], boxes and _dog_box(boxes, e.file))
+            Entry(e.file, position[e.label], boxes and _corners(boxes, e.file))
             for e in entries
         ]
         for split, entries in splits.items()
@@ -61,11 +71,11 @@ def dogs(path: Path) -> Listing:
     names = tuple(breeds[label] for label in position)
     notes = listing.unlisted(pictures, splits)
     if boxes is None:
-        notes += (f"no boxes: {root / _DOG_BOXES[0]} is missing",)
+        notes += (f"no boxes: {root / _BOXES[0]} is missing",)
     return Listing(root, names, splits, notes)
 
 
-def _dog_rows(file: Path) -> list[tuple[str, int]]:
+def _rows(file: Path) -> list[tuple[str, int]]:
     names = list(map(str, matlab_files.read_variable(file, "file_list", list)))
     labels = matlab_files.read_variable(file, "labels", np.ndarray)
     if not np.isfinite(labels).all():
@@ -77,7 +87,7 @@ def _dog_rows(file: Path) -> list[tuple[str, int]]:
     return [(name, int(label)) for name, label in zip(names, labels, strict=True)]
 
 
-def _dog_box(boxes: Path, picture: Path) -> Callable[[], Corners]:
+def _corners(boxes: Path, picture: Path) -> Callable[[], Corners]:
     return functools.partial(_round_all, boxes / picture.parent.name / picture.stem)
 
 
@@ -88,7 +98,7 @@ def _round_all(file: Path) -> Corners:
     """
     try:
         boxes = [
-            [float(box.findtext(side, "")) for side in _XML_SIDES]
+            [float(box.findtext(side, "")) for side in _SIDES]
             for box in ElementTree.parse(file).iter("bndbox")
         ]
         left, top, right, bottom = zip(*boxes, strict=True)

@@ -1,7 +1,7 @@
-"""What a data set holds, and what is odd about it, for people to read.
+"""Describes a dataset for users: counts, sizes, boxes, duplicates, unreadable images.
 
-Every stored picture is decoded once. Two pictures are duplicates where their upright
-pixels are the same, whatever else their files hold.
+Every stored image is decoded once. Two images are duplicates if their upright pixels
+are equal, whatever else their files hold.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""What tfds builds a set from, and the words that tell people how to get it."""
+"""The archives that tfds builds a dataset from, and messages on how to get them."""
 
 import difflib
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Sets of tfds, built where they are not: the one place where TensorFlow works.
+"""Builds datasets of tfds that are not on disk; the only module that runs TensorFlow.
 
-It does so in a process of its own, which sees no GPU and ends with the build.
+TensorFlow runs in a process of its own, which sees no GPU and ends with the build.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Data sets that TensorFlow Datasets has built -> examples, without TensorFlow.
+"""Datasets that TensorFlow Datasets has built -> examples, without TensorFlow.
 
-TensorFlow is needed once, to build a set; as "array_record" it is then read by NumPy
-alone. Pictures leave here as the bytes that the set stores, undecoded.
+TensorFlow is needed once, to build a dataset; as "array_record", NumPy alone reads it.
+Images are returned as the encoded bytes that the dataset stores.
 
 Each example is read once for its label: tfds has no cheaper way.
 """
