@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from cra_jax.runtime import files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -156,15 +158,9 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": {}}` as `{"a.b": 1}`."""
+    return flatten_dict(tree, sep=".")
 
 
 def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
