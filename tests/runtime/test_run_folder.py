@@ -1,6 +1,5 @@
-"""The lock, the config that a folder belongs to, and the numbers of a resumed run."""
+"""The lock, the config that a run directory belongs to, and the results per image."""
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,31 +57,6 @@ def test_a_folder_without_a_run(tmp_path):
         run_folder.read_config(tmp_path)
 
 
-def test_a_resumed_log_drops_what_comes_after(tmp_path):
-    numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 75.0}
-    with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
-        for step in (2, 4, 6):
-            log.train(step=step, epoch=1, numbers=numbers)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "epo')  # killed while it wrote
-    with training_log.Log(tmp_path, first_step=4, total_steps=8) as log:
-        log.train(step=6, epoch=1, numbers={**numbers, "loss": 2.0})
-    lines = [
-        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().split("\n")[:-1]
-    ]
-    assert [(x["step"], x["loss"]) for x in lines] == [(2, 1.0), (4, 1.0), (6, 2.0)]
-    assert all(x["split"] == "train" for x in lines)
-    assert list((tmp_path / "tensorboard").iterdir())
-
-
-def test_without_a_terminal_there_are_lines(tmp_path, capsys):
-    numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 3675}
-    with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
-        log.train(step=2, epoch=1, numbers=numbers)
-    line = capsys.readouterr().err.strip()
-    assert line == "step 2/8 epoch 1 loss 1.000 top1 0.500 images/s 9 ETA 1:01:15"
-
-
 def test_results_of_each_picture_come_back_as_they_were(tmp_path):
     names = [
         "a.jpg",
@@ -108,39 +82,3 @@ def test_results_of_each_picture_come_back_as_they_were(tmp_path):
     assert [x.name for x in file.parent.iterdir()] == ["test-center.csv"]
     with pytest.raises(ValueError, match=r"--mode eval .*eval.protocol=full"):
         run_folder.read_results(tmp_path, "test", "full")
-
-
-def _attended(log, step):
-    log.attention(
-        step=step,
-        epoch=step // 2,
-        split="test",
-        names={5: "five", 9: "nine"},
-        matrices={5: [[1, 0, step], [0, 1, 0]], 9: [[0.1234567, 0, 0], [0, 1, 0]]},
-    )
-
-
-def test_snapshots_of_a_resumed_run_are_neither_doubled_nor_lost(tmp_path):
-    assert run_folder.read_snapshots(tmp_path) == []
-    for _ in range(2):  # killed before the first checkpoint, it begins anew
-        with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
-            for step in (0, 2, 4, 6):
-                _attended(log, step)
-    with training_log.Log(tmp_path, first_step=4, total_steps=8) as log:
-        _attended(log, 6)
-    lines = run_folder.read_snapshots(tmp_path)
-    places = [(x["step"], x["epoch"], x["index"], x["name"]) for x in lines]
-    assert places == [
-        (step, step // 2, *picture)
-        for step in (0, 2, 4, 6)
-        for picture in ((5, "five"), (9, "nine"))
-    ]
-    assert lines[2]["matrix"] == [[1, 0, 2], [0, 1, 0]]
-    assert lines[1]["matrix"][0][0] == 0.123457
-    assert {x["split"] for x in lines} == {"test"}
-
-
-def test_a_run_without_attention_has_no_file_of_it(tmp_path):
-    with training_log.Log(tmp_path, first_step=0, total_steps=8):
-        pass
-    assert not (tmp_path / run_folder.SNAPSHOTS).exists()
