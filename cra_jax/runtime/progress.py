@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, lines in a log; and one job at a time."""
+"""Progress of a long job: a bar on a terminal, lines in a log; a clock for steps."""
 
 import sys
 import time
