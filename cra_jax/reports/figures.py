@@ -355,14 +355,17 @@ def _curves(ours: _Run, theirs: _Run | None) -> _Drawing:
     if not ours.lines:
         return None, f"{ours.workdir} has no numbers"
     settings = run_folder.read_config(ours.workdir)
-    restriction, rate = settings["restriction"], settings["optim"]
+    restriction, rate = (
+        {name: settings[section][name] for name in ("first_epochs", "period_epochs")}
+        for section in ("restriction", "optim")
+    )
+    if settings["optim"]["schedule"] == "cosine":
+        rate["period_epochs"] = 0  # it falls all the time, not at an epoch
     phases = training_curves.phases(
         settings["train"]["epochs"],
-        restriction=(restriction["first_epochs"], restriction["period_epochs"])
-        if ours.options.kind == "cra"
-        else None,
-        rate=(rate["first_epochs"], rate["period_epochs"]),
-        factor=rate["factor"],
+        restriction=restriction if ours.options.kind == "cra" else None,
+        rate=rate,
+        factor=settings["optim"]["factor"],
     )
     figure = training_curves.draw(
         ours.lines,

@@ -1,4 +1,4 @@
-"""The numbers of a run -> its training curves."""
+"""The metrics of a run -> its training curves."""
 
 import dataclasses
 import re
@@ -10,8 +10,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from cra_jax import schedule
 from cra_jax.reports import figure_style
 from cra_jax.reports.figure_style import BLUE, GREEN, GREY, PURPLE, VERMILLION
+
+_Lines = Sequence[Mapping[str, Any]]
+_Looks = Mapping[str, tuple[str, dict[str, Any]]]
+# Metric -> its name in the legend, and the look of its curve.
+_LOSSES: _Looks = {
+    "loss_cls1": ("$L_{cls1}$", {"color": BLUE}),
+    "loss_cls2": ("$L_{cls2}$", {"color": VERMILLION, "linestyle": "--"}),
+    "loss_res": ("$L_{res}$", {"color": GREEN, "linestyle": "-."}),
+    "loss_cntr": ("$L_{cntr}$", {"color": PURPLE, "linestyle": ":"}),
+}
+_ATTENTION: _Looks = {
+    "pointing": ("peak in the box", {"color": BLUE, "marker": "o"}),
+    "activation_in_box": (
+        "activation in the box",
+        {"color": VERMILLION, "marker": "s"},
+    ),
+    "attention_iou": ("attention IoU", {"color": GREEN, "marker": "^"}),
+    "box_share": ("box's share of the crop", {"color": GREY, "dashes": (1, 1)}),
+}
+# Of the first two test splits.
+_SPLIT_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": BLUE, "marker": "o", "markersize": 3},
+    {"color": VERMILLION, "marker": "s", "markersize": 3},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,52 +46,50 @@ class Phases:
     Attributes:
       epochs: of the whole run.
       restriction_off: (begin, end) of each phase without L_res.
-      rate_falls: where the learning rate falls, and by which factor.
+      rate_falls: where the learning rate falls.
       factor: of each fall.
     """
 
     epochs: int
-    restriction_off: Sequence[tuple[float, float]]
-    rate_falls: Sequence[float]
+    restriction_off: Sequence[tuple[int, int]]
+    rate_falls: Sequence[int]
     factor: float
 
 
 def phases(
     epochs: int,
     *,
-    restriction: tuple[int, int] | None,
-    rate: tuple[int, int],
+    restriction: Mapping[str, int] | None,
+    rate: Mapping[str, int],
     factor: float,
 ) -> Phases:
-    """The phases of Sec. 4.1 in epochs, as `schedule` has them in steps.
+    """The phases of Sec. 4.1: `schedule` at the start of each epoch.
 
     Args:
       epochs: of the whole run.
-      restriction: of L_res, the length of the first phase, which is on, and of those
-        that follow, off and on by turns (0: there are none); None without L_res.
-      rate: the same of the learning rate, which falls where a phase begins.
-      factor: of each fall.
+      restriction: `first_epochs` and `period_epochs` of L_res; None without L_res.
+      rate: the same of the learning rate.
+      factor: by which the rate falls.
     """
-    switches = _starts(epochs, *restriction) if restriction else []
-    ends = [*switches[1:], epochs]
-    off = list(zip(switches, ends, strict=False))[::2]
-    return Phases(epochs, off, _starts(epochs, *rate), factor)
-
-
-def _starts(epochs: int, first_epochs: int, period_epochs: int) -> list[int]:
-    """Where the second and later phases begin."""
-    return list(range(first_epochs, epochs, period_epochs)) if period_epochs else []
+    starts = np.arange(epochs)
+    rates = schedule.learning_rate(
+        starts, steps_per_epoch=1, base=1.0, factor=factor, **rate
+    )
+    weights = np.ones(epochs)
+    if restriction:
+        weights = schedule.restriction_weight(starts, steps_per_epoch=1, **restriction)
+    falls = np.flatnonzero(np.diff([1.0, *rates])).tolist()
+    # As if L_res were on before and after the run: switches off and on alternate.
+    switches = np.flatnonzero(np.diff([1.0, *weights, 1.0])).tolist()
+    off = list(zip(switches[::2], switches[1::2], strict=True))
+    return Phases(epochs, off, falls, factor)
 
 
 @figure_style.styled
 def draw(
-    lines: Sequence[Mapping[str, Any]],
-    phases: Phases,
-    *,
-    other: Sequence[Mapping[str, Any]] = (),
-    other_name: str = "baseline",
+    lines: _Lines, phases: Phases, *, other: _Lines = (), other_name: str = "baseline"
 ) -> Figure:
-    """How training went: accuracy, losses, and where the network looked.
+    """Draws accuracy, losses and, where boxes are known, attention by epoch.
 
     Phases without L_res are shaded, and dashed lines stand where the learning rate
     falls.
@@ -74,90 +97,21 @@ def draw(
     Args:
       lines: of `metrics.jsonl`.
       phases: of the schedule.
-      other: of another run's, whose accuracy is drawn beside this one's.
+      other: lines of another run, whose test accuracy is drawn as well.
       other_name: of that run.
     """
-    training = [x for x in lines if x["split"] == "train"]
-    tests = [
-        x for x in lines if x["split"] != "train" and x.get("protocol") == "center"
-    ]
-    splits = list(dict.fromkeys(x["split"] for x in tests))
-    looks = [x for x in tests if x["split"] == "test" and "pointing" in x]
-    panels = 2 + bool(looks)
+    training = _training_lines(lines)
+    boxes = [x for x in _center_lines(lines, "test") if "pointing" in x]
+    panels = 2 + bool(boxes)
     figure = Figure(figsize=(7.2, 0.35 + 1.55 * panels), layout="constrained")
     axes = np.atleast_1d(figure.subplots(panels, sharex=True))
-
-    def line(
-        ax: Axes, name: str, where, label: str, *, percent: bool = True, **look: Any
-    ) -> None:
-        known = [x for x in where if name in x]
-        if known:
-            values = [(100 if percent else 1) * x[name] for x in known]
-            ax.plot(
-                [_epochs(x, training) for x in known],
-                values,
-                label=label,
-                clip_on=False,
-                **look,
-            )
-
-    marks: tuple[dict[str, Any], ...] = (
-        {"color": BLUE, "marker": "o"},
-        {"color": VERMILLION, "marker": "s"},
-    )
-    line(axes[0], "top1", training, "train", color=GREY, linewidth=0.7)
-    for split, look in zip(splits, marks, strict=False):
-        here = [x for x in tests if x["split"] == split]
-        there = [x for x in other if x["split"] == split]
-        there = [x for x in there if x.get("protocol") == "center"]
-        line(axes[0], "top1", here, split, markersize=3, **look)
-        look = {**look, "linestyle": "--", "markerfacecolor": "white"}
-        label = f"{split}, {other_name}"
-        line(axes[0], "top1", there, label, markersize=3, **look)
-    axes[0].set_ylabel("top-1 accuracy (%)")
-
-    terms: dict[str, tuple[str, dict[str, Any]]] = {
-        "loss_cls1": ("$L_{cls1}$", {"color": BLUE}),
-        "loss_cls2": ("$L_{cls2}$", {"color": VERMILLION, "linestyle": "--"}),
-        "loss_res": ("$L_{res}$", {"color": GREEN, "linestyle": "-."}),
-        "loss_cntr": ("$L_{cntr}$", {"color": PURPLE, "linestyle": ":"}),
-    }
-    for name, (label, look) in terms.items():
-        line(axes[1], name, training, label, percent=False, **look)
-    axes[1].set_ylabel("loss, training")
-
-    if looks:
-        measured: dict[str, tuple[str, dict[str, Any]]] = {
-            "pointing": ("peak in the box", {"color": BLUE, "marker": "o"}),
-            "activation_in_box": (
-                "activation in the box",
-                {"color": VERMILLION, "marker": "s"},
-            ),
-            "attention_iou": ("attention IoU", {"color": GREEN, "marker": "^"}),
-            "box_share": ("box's share of the crop", {"color": GREY, "dashes": (1, 1)}),
-        }
-        for name, (label, look) in measured.items():
-            line(axes[2], name, looks, label, markersize=3, **look)
-        axes[2].set_ylabel("test, where it looks (%)")
-        axes[2].set_ylim(0, 100)
-
+    _draw_accuracy(axes[0], training, lines, other, other_name)
+    _draw_losses(axes[1], training)
+    if boxes:
+        _draw_attention(axes[2], boxes)
     for ax in axes:
-        for begin, end in phases.restriction_off:
-            ax.axvspan(begin, end, color="0.92", linewidth=0, zorder=0)
-        for epoch in phases.rate_falls:
-            ax.axvline(epoch, color="0.45", linewidth=0.7, dashes=(4, 3), zorder=1)
-        ax.margins(x=0)
-        ax.set_xlim(0, phases.epochs)
-        handles, labels = ax.get_legend_handles_labels()
-        legend = ax.legend(
-            handles,
-            labels,
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
-            frameon=False,
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(True)
+        _draw_phases(ax, phases)
+        _draw_legend(ax)
     _name_phases(axes[0], phases)
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -165,12 +119,72 @@ def draw(
     return figure
 
 
-def _epochs(line: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> float:
-    """When a line was logged: a test split's at the end of an epoch, others between."""
-    if line["split"] != "train":
-        return line["epoch"]
-    # Lines are logged as each epoch ends, too: there the ratio is exact, else below.
-    return line["step"] / max(x["step"] / x["epoch"] for x in training)
+def _training_lines(lines: _Lines) -> list[dict[str, Any]]:
+    """The lines of the train split, each with its `epoch` as a fraction."""
+    training = [x for x in lines if x["split"] == "train"]
+    # `epoch` is rounded up, except in the lines that are logged as an epoch ends.
+    steps_per_epoch = max((x["step"] / x["epoch"] for x in training), default=1)
+    return [{**x, "epoch": x["step"] / steps_per_epoch} for x in training]
+
+
+def _center_lines(lines: _Lines, split: str) -> list[Mapping[str, Any]]:
+    """The lines of a test split under the center protocol."""
+    return [x for x in lines if x["split"] == split and x.get("protocol") == "center"]
+
+
+def _draw_accuracy(
+    ax: Axes, training: _Lines, lines: _Lines, other: _Lines, other_name: str
+) -> None:
+    _plot(ax, "top1", training, "train", scale=100, color=GREY, linewidth=0.7)
+    splits = dict.fromkeys(x["split"] for x in lines if x.get("protocol") == "center")
+    for split, look in zip(splits, _SPLIT_LOOKS, strict=False):
+        _plot(ax, "top1", _center_lines(lines, split), split, scale=100, **look)
+        look = {**look, "linestyle": "--", "markerfacecolor": "white"}
+        label = f"{split}, {other_name}"
+        _plot(ax, "top1", _center_lines(other, split), label, scale=100, **look)
+    ax.set_ylabel("top-1 accuracy (%)")
+
+
+def _draw_losses(ax: Axes, training: _Lines) -> None:
+    for name, (label, look) in _LOSSES.items():
+        _plot(ax, name, training, label, **look)
+    ax.set_ylabel("loss, training")
+
+
+def _draw_attention(ax: Axes, boxes: _Lines) -> None:
+    for name, (label, look) in _ATTENTION.items():
+        _plot(ax, name, boxes, label, scale=100, markersize=3, **look)
+    ax.set_ylabel("test, where it looks (%)")
+    ax.set_ylim(0, 100)
+
+
+def _plot(
+    ax: Axes, name: str, lines: _Lines, label: str, *, scale: float = 1, **look: Any
+) -> None:
+    """Draws a metric by epoch, from the lines that have it; without any, nothing."""
+    known = [x for x in lines if name in x]
+    if known:
+        values = [scale * x[name] for x in known]
+        ax.plot([x["epoch"] for x in known], values, label=label, clip_on=False, **look)
+
+
+def _draw_phases(ax: Axes, phases: Phases) -> None:
+    for begin, end in phases.restriction_off:
+        ax.axvspan(begin, end, color="0.92", linewidth=0, zorder=0)
+    for epoch in phases.rate_falls:
+        ax.axvline(epoch, color="0.45", linewidth=0.7, dashes=(4, 3), zorder=1)
+    ax.margins(x=0)
+    ax.set_xlim(0, phases.epochs)
+
+
+def _draw_legend(ax: Axes) -> None:
+    # Handles are given, because without them an empty legend is a warning.
+    handles, labels = ax.get_legend_handles_labels()
+    legend = ax.legend(
+        handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(True)
 
 
 def _name_phases(ax: Axes, phases: Phases) -> None:

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.patches import Polygon
 from PIL import Image
 
-from cra_jax import art_module, schedule, train_step
+from cra_jax import art_module, train_step
 from cra_jax.inference import run_options
 from cra_jax.reports import (
     confusions,
@@ -163,28 +163,22 @@ def test_what_was_put_right_and_other_pictures_of_a_class():
     assert confusions.alike(7, but=0, **alike) is None
 
 
-@pytest.mark.parametrize("first_epochs", [0, 3, 10])
-@pytest.mark.parametrize("period_epochs", [0, 2, 4])
-def test_phases_are_those_of_the_schedule(first_epochs, period_epochs):
-    if not first_epochs and not period_epochs:
-        return
-    found = training_curves.phases(
-        10,
-        restriction=(first_epochs, period_epochs),
-        rate=(first_epochs, period_epochs),
-        factor=0.1,
-    )
+@pytest.mark.parametrize(
+    ("first_epochs", "period_epochs", "off", "falls"),
+    [
+        (50, 45, [(50, 95)], [50, 95]),  # the paper's
+        (60, 30, [(60, 90), (120, 140)], [60, 90, 120]),
+        (0, 70, [(0, 70)], [0, 70]),
+        (50, 0, [], []),
+        (140, 45, [], []),
+    ],
+)
+def test_phases_in_epochs(first_epochs, period_epochs, off, falls):
     options = {"first_epochs": first_epochs, "period_epochs": period_epochs}
-    rate = [
-        float(schedule.learning_rate(e, steps_per_epoch=1, **options))
-        for e in range(10)
-    ]
-    falls = [e for e in range(1, 10) if rate[e] < 0.5 * rate[e - 1]]
-    assert [e for e in found.rate_falls if e] == falls
-    for epoch in range(10):
-        on = schedule.restriction_weight(epoch, steps_per_epoch=1, **options)
-        shaded = any(begin <= epoch < end for begin, end in found.restriction_off)
-        assert shaded == (on == 0)
+    found = training_curves.phases(140, restriction=options, rate=options, factor=0.1)
+    assert found == training_curves.Phases(140, off, falls, 0.1)
+    without = training_curves.phases(140, restriction=None, rate=options, factor=0.1)
+    assert without == training_curves.Phases(140, [], falls, 0.1)
 
 
 def test_curves_stand_at_the_epochs_that_they_were_logged_at():
@@ -202,7 +196,7 @@ def test_curves_stand_at_the_epochs_that_they_were_logged_at():
         {"split": "test", "step": 6 * e, "epoch": e, "top1": 0.5, "protocol": p}
         for e, p in ((1, "center"), (2, "center"), (2, "full"))
     ]
-    phases = training_curves.phases(2, restriction=(1, 1), rate=(1, 1), factor=0.1)
+    phases = training_curves.Phases(2, [(1, 2)], [1], 0.1)
     figure = training_curves.draw(lines, phases)
     accuracy, losses = figure.axes  # no boxes, no third panel
     train, test = accuracy.get_lines()[:2]
