@@ -1,11 +1,19 @@
 """Runs side by side, as a table for the terminal and as a page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cra_jax.reports import compare_statistics, html_page, paper_results, uncertainty
-from cra_jax.reports.compare_statistics import METRICS, Comparison, Row
+from cra_jax.reports import compare_statistics, html_page, paper_results
+from cra_jax.reports.compare_statistics import (
+    METRICS,
+    Comparison,
+    Difference,
+    Group,
+    Pair,
+    Row,
+)
+from cra_jax.reports.uncertainty import Interval, Spread
 from cra_jax.runtime import files
 
 
@@ -32,17 +40,29 @@ def run(_: Any, workdir: Path, *, runs: Sequence[Path]) -> None:
 
 def markdown(found: Comparison) -> str:
     """The comparison as tables that a terminal and a README can show."""
-    return "\n\n".join(_parts(found)) + "\n"
+    parts = [
+        "# Runs compared",
+        _groups(found.groups),
+        *_scores(found),
+        *_differences(found.differences),
+        *_pairs(found.pairs),
+        *_settings(found),
+        *_notes(found.notes),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _parts(found: Comparison) -> Iterator[str]:
-    yield "# Runs compared"
-    yield "\n".join(
+def _groups(groups: Iterable[Group]) -> str:
+    return "\n".join(
         f"- **{group.letter}**: {group.label} ("
         + ", ".join(f"`{run.workdir.name}` seed {run.seed}" for run in group.runs)
         + ")"
-        for group in found.groups
+        for group in groups
     )
+
+
+def _scores(found: Comparison) -> Iterator[str]:
+    """For each test, a table of top-1 and one of the other metrics."""
     for test, rows in found.tables.items():
         yield f"## {', '.join(test)}: top-1, %"
         yield html_page.markdown_table(
@@ -59,75 +79,84 @@ def _parts(found: Comparison) -> Iterator[str]:
                 for row in rows
             ],
         )
-        others = {k: v for k, v in found.others[test].items() if k != "top1"}
+        others = found.others[test]
         if others:
             yield html_page.markdown_table(
                 ("group", *(f"{METRICS[metric]}, %" for metric in others)),
-                [
-                    (
-                        row.group.letter,
-                        *(_cell(spreads, row) for spreads in others.values()),
-                    )
-                    for row in rows
-                ],
+                [(row.group.letter, *_cells(others, row)) for row in rows],
             )
     if any(row.spread.count == 1 for rows in found.tables.values() for row in rows):
         yield (
             "(1) One seed: Wilson's interval, over test pictures. The others are "
             "Student's t, over seeds."
         )
-    if found.differences:
-        yield "## Differences over seeds: top-1, points"
-        yield html_page.markdown_table(
-            ("test", "groups", "seeds", "difference ± sd", "95 % interval"),
-            [
-                (
-                    ", ".join(x.test),
-                    _less(x.letters),
-                    str(x.spread.count),
-                    _mean(x.spread, sign=True),
-                    _range(x.spread.interval, sign=True),
-                )
-                for x in found.differences
-            ],
-        )
-    if found.pairs:
-        yield "## The same pictures: exact McNemar tests of two networks"
-        yield html_page.markdown_table(
+
+
+def _differences(differences: Sequence[Difference]) -> Iterator[str]:
+    if not differences:
+        return
+    yield "## Differences over seeds: top-1, points"
+    yield html_page.markdown_table(
+        ("test", "groups", "seeds", "difference ± sd", "95 % interval"),
+        [
             (
-                *("test", "first", "second", "only first right", "only second right"),
-                *("difference", "p", "p, Holm"),
-            ),
-            [
-                (
-                    ", ".join(x.test),
-                    f"{x.letters[0]} `{x.first.workdir.name}`",
-                    f"{x.letters[1]} `{x.second.workdir.name}`",
-                    str(x.counts.only_first),
-                    str(x.counts.only_second),
-                    html_page.percent(x.counts.difference, sign=True),
-                    html_page.p_value(x.counts.p),
-                    html_page.p_value(x.adjusted_p),
-                )
-                for x in found.pairs
-            ],
-        )
-        yield (
-            "A small p says that these two networks differ, not that the methods do: "
-            "that is what several seeds are for."
-        )
-    if found.settings:
-        yield "## What differs between the groups"
-        yield html_page.markdown_table(
-            ("setting", *(group.letter for group in found.groups)),
-            [
-                (f"`{key}`", *(f"`{html_page.plain(value)}`" for value in values))
-                for key, values in found.settings.items()
-            ],
-        )
-    if found.notes:
+                ", ".join(x.test),
+                _minus(x.letters),
+                str(x.spread.count),
+                _mean(x.spread, sign=True),
+                _range(x.spread.interval, sign=True),
+            )
+            for x in differences
+        ],
+    )
+
+
+def _pairs(pairs: Sequence[Pair]) -> Iterator[str]:
+    if not pairs:
+        return
+    yield "## The same pictures: exact McNemar tests of two networks"
+    yield html_page.markdown_table(
+        (
+            *("test", "first", "second", "only first right", "only second right"),
+            *("difference", "p", "p, Holm"),
+        ),
+        [
+            (
+                ", ".join(x.test),
+                f"{x.letters[0]} `{x.first.workdir.name}`",
+                f"{x.letters[1]} `{x.second.workdir.name}`",
+                str(x.counts.only_first),
+                str(x.counts.only_second),
+                html_page.percent(x.counts.difference, sign=True),
+                html_page.p_value(x.counts.p),
+                html_page.p_value(x.adjusted_p),
+            )
+            for x in pairs
+        ],
+    )
+    yield (
+        "A small p says that these two networks differ, not that the methods do: "
+        "that is what several seeds are for."
+    )
+
+
+def _settings(found: Comparison) -> Iterator[str]:
+    if not found.settings:
+        return
+    yield "## What differs between the groups"
+    yield html_page.markdown_table(
+        ("setting", *(group.letter for group in found.groups)),
+        [
+            (f"`{key}`", *(f"`{html_page.plain(value)}`" for value in values))
+            for key, values in found.settings.items()
+        ],
+    )
+
+
+def _notes(notes: Sequence[str]) -> Iterator[str]:
+    if notes:
         yield "## Notes"
-        yield "\n".join(f"- {note}" for note in found.notes)
+        yield "\n".join(f"- {note}" for note in notes)
 
 
 def _published(row: paper_results.Row | None) -> str:
@@ -138,13 +167,14 @@ def _published(row: paper_results.Row | None) -> str:
     )
 
 
-def _cell(spreads: dict[str, uncertainty.Spread], row: Row) -> str:
-    spread = spreads.get(row.group.letter)
-    return _mean(spread) if spread else html_page.percent(None)
+def _cells(others: Mapping[str, Mapping[str, Spread]], row: Row) -> list[str]:
+    """A group's mean of each metric; a dash where it has none."""
+    spreads = [by_letter.get(row.group.letter) for by_letter in others.values()]
+    return [_mean(x) if x else html_page.percent(None) for x in spreads]
 
 
-def _less(letters: tuple[str, str]) -> str:
-    """The second less the first."""
+def _minus(letters: tuple[str, str]) -> str:
+    """The second minus the first."""
     return f"{letters[1]} {html_page.MINUS} {letters[0]}"
 
 
@@ -156,7 +186,7 @@ def _for_the_page(found: Comparison) -> dict[str, Any]:
             value for row in rows for value in (*row.interval, *row.by_seed.values())
         ]
         ends += [row.paper.top1 for row in rows if row.paper]
-        others = {k: v for k, v in found.others[test].items() if k != "top1"}
+        others = found.others[test]
         tests.append(
             {
                 "split": test[0],
@@ -164,10 +194,7 @@ def _for_the_page(found: Comparison) -> dict[str, Any]:
                 "axis": html_page.axis(ends),
                 "rows": [_shown(row) for row in rows],
                 "metrics": [METRICS[metric] for metric in others],
-                "others": [
-                    (row.group, [_cell(spreads, row) for spreads in others.values()])
-                    for row in rows
-                ],
+                "others": [(row.group, _cells(others, row)) for row in rows],
             }
         )
     return {
@@ -177,7 +204,7 @@ def _for_the_page(found: Comparison) -> dict[str, Any]:
         "differences": [
             {
                 "test": x.test,
-                "groups": _less(x.letters),
+                "groups": _minus(x.letters),
                 "count": x.spread.count,
                 "mean": _mean(x.spread, sign=True),
                 "range": _range(x.spread.interval, sign=True),
@@ -206,13 +233,13 @@ def _shown(row: Row) -> dict[str, Any]:
     }
 
 
-def _mean(spread: uncertainty.Spread, *, sign: bool = False) -> str:
+def _mean(spread: Spread, *, sign: bool = False) -> str:
     """Mean and standard deviation in percent: "75.2 ± 0.3"."""
     text = html_page.percent(spread.mean, sign=sign)
     return text if spread.sd is None else f"{text} ± {html_page.percent(spread.sd)}"
 
 
-def _range(interval: uncertainty.Interval | None, *, sign: bool = False) -> str:
+def _range(interval: Interval | None, *, sign: bool = False) -> str:
     if interval is None:
         return html_page.percent(None)
     return " to ".join(html_page.percent(end, sign=sign) for end in interval)

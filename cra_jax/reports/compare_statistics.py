@@ -28,14 +28,13 @@ _INDIFFERENT = (
 _CELL = ("data.path", "data.source", "data.name", "model.backbone", "model.kind")
 _CELL += ("model.pretrained", "data.manual_dir")
 METRICS = {
-    "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "per class",
     "pointing": "pointing",
     "activation_in_box": "activation in box",
     "attention_iou": "attention IoU",
 }
-"""What is compared, and what people call it."""
+"""What is compared beside top-1, with its printed name."""
 
 Test = tuple[str, str]
 """A split and a protocol."""
@@ -142,7 +141,7 @@ class Comparison(NamedTuple):
     Attributes:
       groups: in the order in which they were named.
       tables: rows by test.
-      others: for each test, spreads of the metrics by group letter.
+      others: for each test, spreads of `METRICS` by group letter.
       differences: of groups with two or more seeds in common.
       pairs: of runs of the same seed.
       settings: what differs between groups: key -> a value a group.
@@ -269,7 +268,7 @@ def _rows(groups: Iterable[Group], test: Test) -> Iterable[Row]:
 def _others(
     groups: Iterable[Group], test: Test
 ) -> dict[str, dict[str, uncertainty.Spread]]:
-    """Spreads of every metric: metric -> group letter -> spread."""
+    """Metric of `METRICS` -> group letter -> spread."""
     found = {}
     for metric in METRICS:
         values = {g.letter: list(g.values(test, metric).values()) for g in groups}
