@@ -7,19 +7,34 @@ from PIL import Image, ImageDraw, ImageFont
 
 Box = Sequence[float]
 
-# Anchors of matplotlib's "inferno" above its darkest: lightness rises evenly, so that
-# it reads in grey and with any colour vision.
-_INFERNO = np.array(
-    [[87, 16, 110], [188, 55, 84], [249, 142, 9], [246, 215, 70], [252, 255, 164]],
-    np.float64,
-)
 _OPACITY = 0.75  # of the strongest activation
 _SHORT_SIDE_PX = (320, 640)  # pictures are shown within these
 _INK, _PAPER, _BAR, _TRACK = (24, 24, 27), (255, 255, 255), (0, 114, 178), (228,) * 3
 
 
+def activation_colors(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The colors of a class activation map.
+
+    They are those of inferno without its darkest: lightness rises evenly, so that the
+    map reads in grey and with any color vision.
+
+    Args:
+      activation: ``[h, w]`` of either sign.
+
+    Returns:
+      RGB ``[h, w, 3]`` from 0 to 255, and the share ``[h, w]`` of the maximum, which is
+      0 where the activation is 0 or less.
+    """
+    import matplotlib  # here, because predicting without overlays does not need it
+
+    positive = np.maximum(activation, 0)
+    share = positive / max(float(positive.max()), 1e-12)
+    rgb = matplotlib.colormaps["inferno"](0.1 + 0.9 * share)[..., :3] * 255
+    return rgb, share
+
+
 def heat(activation: np.ndarray) -> np.ndarray:
-    """A class activation map as colours to lay over a picture.
+    """A class activation map as colors to lay over an image.
 
     Args:
       activation: ``[h, w]`` of either sign.
@@ -27,12 +42,8 @@ def heat(activation: np.ndarray) -> np.ndarray:
     Returns:
       uint8 ``[h, w, 4]``, RGBA: clear where it is 0 or less, strongest at its maximum.
     """
-    positive = np.maximum(np.asarray(activation, np.float64), 0)
-    share = positive / max(positive.max(), 1e-12)
-    place = share * (len(_INFERNO) - 1)
-    anchors = np.arange(len(_INFERNO))
-    colours = [np.interp(place, anchors, channel) for channel in _INFERNO.T]
-    rgba = np.stack([*colours, 255 * _OPACITY * share], -1)
+    rgb, share = activation_colors(activation)
+    rgba = np.dstack([rgb, 255 * _OPACITY * share])
     return np.round(rgba).astype(np.uint8)
 
 

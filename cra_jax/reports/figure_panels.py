@@ -121,7 +121,9 @@ def activation_maps(
         figure_style.draw_box(axes[0][column], box)
         for row, answered in enumerate(answers.values(), start=1):
             answer, ax = answered[column], axes[row][column]
-            figure_style.show(ax, figure_style.overlay(picture, answer.activation))
+            figure_style.show(
+                ax, figure_style.overlay_activation(picture, answer.activation)
+            )
             figure_style.draw_box(ax, box)
             figure_style.verdict(ax, answer.predicted, right=answer.right)
     for row, name in enumerate(("test picture", *answers)):
@@ -199,7 +201,9 @@ def corrections(found: Sequence[Correction], names: tuple[str, str]) -> Figure:
         figure_style.show(row[2], one.like_truth)
         figure_style.verdict(row[2], one.truth, right=True, width=18)
         for ax, activation in zip(row[3:], one.activations, strict=True):
-            figure_style.show(ax, figure_style.overlay(one.picture, activation))
+            figure_style.show(
+                ax, figure_style.overlay_activation(one.picture, activation)
+            )
     titles = (
         f"{wrong} says:\nlike this one",
         "test picture\nand its truth",

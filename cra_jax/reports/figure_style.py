@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
+from cra_jax.inference import overlay
+
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
     *("#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"),
@@ -78,7 +80,7 @@ def tidy(name: str, *, width: int = 16, lines: int = 2) -> str:
     return "\n".join(wrapped)
 
 
-def overlay(picture: np.ndarray, activation: np.ndarray) -> np.ndarray:
+def overlay_activation(picture: np.ndarray, activation: np.ndarray) -> np.ndarray:
     """A map over its picture in grey: the stronger, the more opaque and the lighter.
 
     Args:
@@ -88,14 +90,10 @@ def overlay(picture: np.ndarray, activation: np.ndarray) -> np.ndarray:
     Returns:
       uint8 ``[h, w, 3]``.
     """
-    positive = np.maximum(activation, 0)
-    share = positive / max(float(positive.max()), 1e-12)
+    rgb, share = overlay.activation_colors(activation)
     grey = picture @ np.array([0.299, 0.587, 0.114]) * 0.85
-    colours = matplotlib.colormaps["inferno"](0.1 + 0.9 * share)[..., :3] * 255
     opacity = (0.85 * share)[..., None]
-    return np.round(opacity * colours + (1 - opacity) * grey[..., None]).astype(
-        np.uint8
-    )
+    return np.round(opacity * rgb + (1 - opacity) * grey[..., None]).astype(np.uint8)
 
 
 def grid(

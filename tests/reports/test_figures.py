@@ -251,7 +251,7 @@ def test_a_map_is_clear_where_nothing_is_active_and_lighter_where_more_is():
     picture = np.full((4, 4, 3), 90, np.uint8)
     activation = np.zeros((4, 4))
     activation[0] = (-5, 1, 2, 4)
-    shown = figure_style.overlay(picture, activation).astype(int)
+    shown = figure_style.overlay_activation(picture, activation).astype(int)
     assert (shown[1:] == shown[3, 3]).all()
     assert (shown[0, 0] == shown[3, 3]).all()
     assert np.ptp(shown[3, 3]) == 0  # grey
