@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cra_jax.model import KINDS
 from cra_jax.reports import html_page, paper_results, run_summary, uncertainty
 from cra_jax.runtime import files, run_folder
 
@@ -154,11 +155,7 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
         rows.append(
             (
                 *(row.table, paper_results.NAMES[row.data], row.backbone),
-                *(
-                    run_summary.KINDS[row.kind],
-                    row.protocol,
-                    html_page.percent(row.top1),
-                ),
+                *(KINDS[row.kind], row.protocol, html_page.percent(row.top1)),
                 *(ours, str(len(found)), cost),
             )
         )

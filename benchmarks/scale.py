@@ -30,7 +30,8 @@ from benchmarks.reproduce import (
     Cell,
 )
 from configs.cub import get_config
-from cra_jax.reports import paper_results, run_summary
+from cra_jax.model import KINDS
+from cra_jax.reports import paper_results
 from cra_jax.runtime import files
 
 # The paper's, as configs/cub.py has them.
@@ -351,7 +352,7 @@ def _all_cells() -> str:
 def _by_cell() -> str:
     rows = [
         (
-            f"{paper_results.NAMES[c.data]}, {c.backbone}, {run_summary.KINDS[c.kind]}",
+            f"{paper_results.NAMES[c.data]}, {c.backbone}, {KINDS[c.kind]}",
             f"{gflop(c.backbone, c.kind):.0f}",
             f"{steps(c.data):,}",
             *(f"{hours(c, m):.2f}" for m in MACHINES),
@@ -362,7 +363,7 @@ def _by_cell() -> str:
     kinds = dict.fromkeys((c.backbone, c.kind) for c in CELLS)
     times = [
         (
-            f"{backbone}, {run_summary.KINDS[kind]}",
+            f"{backbone}, {KINDS[kind]}",
             *(
                 " + ".join(
                     f"{1000 * x:.1f}"

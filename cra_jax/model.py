@@ -5,7 +5,7 @@ backbone, and the backbone alone is what evaluation builds, restores and runs. T
 regularization stream and the attention head exist in training only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax import Array
 from cra_jax import art_module
 from cra_jax.art_module import ArtConfig, Attention, AttentionHead
 
-KINDS = ("cra", "baseline", "stn")
+KINDS: Mapping[str, str] = {"cra": "CRA-CNN", "baseline": "baseline", "stn": "STN"}
+"""The kinds, each with its printed name."""
 
 
 @struct.dataclass

@@ -6,7 +6,6 @@ Maps use inferno, whose lightness rises evenly. Nothing here touches pyplot.
 """
 
 import functools
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
 from cra_jax.inference import overlay
+from cra_jax.reports import html_page
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
@@ -72,7 +72,7 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
 
 def tidy(name: str, *, width: int = 16, lines: int = 2) -> str:
     """A class name for a narrow space: "001.Black_footed_Albatross" -> two lines."""
-    words = re.sub(r"^\d+\.", "", name).replace("_", " ").strip() or name
+    words = html_page.class_words(name)
     wrapped = textwrap.wrap(words, width) or [words]
     if len(wrapped) > lines:
         wrapped = wrapped[:lines]

@@ -18,13 +18,8 @@ from cra_jax.inference import evaluate, run_options
 from cra_jax.inference.restore import Restored, restore, restore_attention
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import batches, normalize, splits
-from cra_jax.reports import (
-    confusions,
-    figure_panels,
-    figure_style,
-    run_summary,
-    training_curves,
-)
+from cra_jax.model import KINDS
+from cra_jax.reports import confusions, figure_panels, figure_style, training_curves
 from cra_jax.runtime import run_folder
 
 _MAPS = 8  # pictures of Fig. 3
@@ -113,7 +108,7 @@ class _Run:
         self.head = restore_attention(options, workdir)
         self.crop_px: int = options.data.crop_px
         self.lines = run_folder.read_metrics(workdir)
-        self.kind = run_summary.KINDS[options.kind]
+        self.kind = KINDS[options.kind]
         dataset = sources.load_dataset(options.data)
         names = self.restored.class_names
         evaluate.check_classes(dataset.class_names, names, workdir)

@@ -95,6 +95,11 @@ def plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def class_words(name: str) -> str:
+    """A class name in words: "001.Black_footed" is "Black footed"."""
+    return re.sub(r"^\d+\.", "", name).replace("_", " ").strip() or name
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal, too."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]

@@ -2,17 +2,15 @@
 
 import collections
 import importlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cra_jax.reports import paper_results, uncertainty
+from cra_jax.model import KINDS
+from cra_jax.reports import html_page, paper_results, uncertainty
 from cra_jax.runtime import run_folder
 from cra_jax.runtime.checkpoint import Checkpoints
 
-KINDS = {"cra": "CRA-CNN", "baseline": "baseline", "stn": "STN"}
-"""What people call the kinds."""
 _HARDEST = 10
 _SUREST = 8
 
@@ -145,13 +143,13 @@ def _hardest(
         low, high = uncertainty.wilson(right, count)
         rows.append(
             {
-                "name": _name(names, label),
+                "name": _class_name(names, label),
                 "right": right,
                 "count": count,
                 "share": right / count,
                 "low": low,
                 "high": high,
-                "taken_for": None if other is None else _name(names, other),
+                "taken_for": None if other is None else _class_name(names, other),
                 "times": times,
             }
         )
@@ -161,8 +159,8 @@ def _hardest(
     surest = [
         {
             "name": result.name,
-            "truth": _name(names, result.label),
-            "said": _name(names, result.predicted),
+            "truth": _class_name(names, result.label),
+            "said": _class_name(names, result.predicted),
             "confidence": result.confidence,
         }
         for result in wrong[:_SUREST]
@@ -181,8 +179,7 @@ def _class_names(workdir: Path, step: int) -> tuple[str, ...]:
         return tuple(checkpoints.meta(step)["class_names"])
 
 
-def _name(names: Sequence[str], label: int) -> str:
-    """A class for people: "Black footed Albatross" of "001.Black_footed_Albatross"."""
+def _class_name(names: Sequence[str], label: int) -> str:
     if label >= len(names):
         return f"class {label}"
-    return re.sub(r"^\d+\.", "", names[label]).replace("_", " ")
+    return html_page.class_words(names[label])

@@ -43,6 +43,8 @@ def test_words():
     assert html_page.duration(50 * 3600) == "2 d 2 h"
     assert html_page.plain((0.0, 0.4, "a")) == "(0, 0.4, a)"
     assert html_page.plain("") == '""'
+    assert html_page.class_words("001.Black_footed") == "Black footed"
+    assert html_page.class_words("707.") == "707."
 
 
 def test_a_name_may_break_but_not_break_out():
