@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-import scipy
+import scipy  # `scipy.stats` loads on first use, because it takes a second
 
 LEVEL = 0.95
 """Confidence of every interval that this project prints."""
@@ -58,37 +57,20 @@ class Paired(NamedTuple):
         return (self.only_second - self.only_first) / sum(self[:4])
 
 
-def wilson(successes: float, count: int, *, level: float = LEVEL) -> Interval:
-    """The score interval of a proportion.
-
-    It stays within 0 and 1 and is of use at 0 and at 1, too, where the usual
-    p ± 1.96 sd has length 0.
-
-    Args:
-      successes: how often it was so.
-      count: of how many, 1 or more.
-      level: confidence.
+def wilson(successes: int, count: int) -> Interval:
+    """The score interval of a proportion, of use at 0 and at 1 as well.
 
     Raises:
-      ValueError: the numbers are none of a proportion.
+      ValueError: `count` is below 1, or `successes` is not between 0 and `count`.
 
-    Source: Wilson (1927), eq. for the limits.
+    Source: Wilson (1927).
     """
-    if count < 1 or not 0 <= successes <= count:
-        raise ValueError(f"{successes} of {count} is no proportion")
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, weight = successes / count, z * z / count
-    middle = (share + weight / 2) / (1 + weight)
-    half = (
-        z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / count / 4)
-    )
-    # At the ends the limit is exactly 0 or 1; rounding must not push it over.
-    low = 0.0 if successes == 0 else middle - half
-    high = 1.0 if successes == count else middle + half
-    return Interval(low, high)
+    test = scipy.stats.binomtest(successes, count)
+    low, high = test.proportion_ci(LEVEL, method="wilson")
+    return Interval(float(low), float(high))
 
 
-def spread(values: Sequence[float], *, level: float = LEVEL) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
     """Mean, standard deviation, and Student's interval of the mean.
 
     Raises:
@@ -100,7 +82,7 @@ def spread(values: Sequence[float], *, level: float = LEVEL) -> Spread:
     if count == 1:
         return Spread(mean, None, 1, None)
     sd = float(np.std(values, ddof=1))
-    half = float(scipy.stats.t.isf((1 - level) / 2, count - 1)) * sd / math.sqrt(count)
+    half = float(scipy.stats.t.isf((1 - LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
     return Spread(mean, sd, count, Interval(mean - half, mean + half))
 
 
@@ -134,6 +116,8 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of several tests, adjusted so that one limit holds for all of them.
+
+    By hand, because scipy has no such adjustment.
 
     Source: Holm (1979): the i-th smallest of m times m - i + 1, made monotone.
     """
