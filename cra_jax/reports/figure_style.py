@@ -70,13 +70,12 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     return png
 
 
-def tidy(name: str, *, width: int = 16, lines: int = 2) -> str:
+def tidy(name: str, *, width: int = 16) -> str:
     """A class name for a narrow space: "001.Black_footed_Albatross" -> two lines."""
     words = html_page.class_words(name)
     wrapped = textwrap.wrap(words, width) or [words]
-    if len(wrapped) > lines:
-        wrapped = wrapped[:lines]
-        wrapped[-1] = wrapped[-1][: width - 1].rstrip(" .,") + "…"
+    if len(wrapped) > 2:
+        wrapped = [wrapped[0], wrapped[1][: width - 1].rstrip(" .,") + "…"]
     return "\n".join(wrapped)
 
 

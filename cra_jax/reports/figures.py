@@ -44,11 +44,6 @@ class Drawn:
     png: Path
     caption: str
 
-    @property
-    def pdf(self) -> Path:
-        """The vector file."""
-        return self.png.with_suffix(".pdf")
-
 
 def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None):
     """As `draw_all`; prints where the figures are and what they show."""

@@ -35,19 +35,18 @@ class Axis(NamedTuple):
         return f"{100 * min(max(share, 0), 1):.2f}%"
 
 
-def axis(values: Iterable[float], *, most_ticks: int = 5) -> Axis:
-    """A scale that holds the values and ends at ticks.
+def axis(values: Iterable[float]) -> Axis:
+    """A scale of at most 5 ticks that holds the values and ends at ticks.
 
     Args:
       values: fractions, such as the ends of intervals.
-      most_ticks: it has at most so many.
     """
     found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = max(min(found), 0.0), min(max(found), 1.0)
     for step in _STEPS:
         first = math.floor(low / step + 1e-9)
         last = max(math.ceil(high / step - 1e-9), first + 1)
-        if last - first < most_ticks:
+        if last - first < 5:
             break
     else:
         step, first, last = 0.25, 0, 4
@@ -136,7 +135,6 @@ def render(template: str, **values: Any) -> str:
     environment.filters |= {
         "percent": percent,
         "p_value": p_value,
-        "duration": duration,
         "plain": plain,
         "breakable": breakable,
     }

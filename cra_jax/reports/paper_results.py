@@ -1,8 +1,6 @@
-"""The figures that the paper reports, each with its table; nothing here is ours."""
+"""The accuracies that the paper (Liu et al., BMVC 2020) reports, with their tables."""
 
 from typing import NamedTuple
-
-CITATION = "Liu, Wang, Kato and Mase, BMVC 2020"
 
 
 class Row(NamedTuple):

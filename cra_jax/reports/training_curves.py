@@ -87,7 +87,7 @@ def phases(
 
 @figure_style.styled
 def draw(
-    lines: _Lines, phases: Phases, *, other: _Lines = (), other_name: str = "baseline"
+    lines: _Lines, phases: Phases, *, other: _Lines = (), other_name: str = ""
 ) -> Figure:
     """Draws accuracy, losses and, where boxes are known, attention by epoch.
 

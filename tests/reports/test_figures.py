@@ -83,7 +83,7 @@ def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
     for figure in drawn:
         assert figure.png.parent == tmp_path / "ours" / "report"
         assert min(_size(figure.png)) > 300
-        assert figure.pdf.read_bytes().startswith(b"%PDF")
+        assert figure.png.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
         assert figure.caption.endswith(".")
     assert pyplot.get_fignums() == []
 
@@ -214,8 +214,8 @@ def test_names_fit_into_narrow_columns():
     assert figure_style.tidy("001.Black_footed_Albatross") == "Black footed\nAlbatross"
     name = "Bentley Continental Supersports Conv. Convertible 2012"
     assert figure_style.tidy(name, width=12) == "Bentley\nContinental…"
-    assert figure_style.tidy("Llanfairpwllgwyngyllgogerychwyrndrobwll", lines=1) == (
-        "Llanfairpwllgwy…"
+    assert figure_style.tidy("Llanfairpwllgwyngyllgogerychwyrndrobwll") == (
+        "Llanfairpwllgwyn\ngyllgogerychwyr…"
     )
     assert figure_style.tidy("707.") == "707."
 
