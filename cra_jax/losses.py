@@ -5,12 +5,17 @@ Shapes: ``b`` batch, ``p`` pairs, ``d`` feature size, ``k`` classes.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
 from jax import Array
+
+# Euclidean length along the last axis, with gradient 0 at 0 instead of NaN.
+_norm = partial(optax.safe_norm, min_norm=0.0, axis=-1)
 
 DISTANCES = ("euclidean", "squared")
 PAIRS = ("random", "all")
@@ -31,11 +36,11 @@ def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Ar
     Source of the smoothing: Szegedy et al., "Rethinking the Inception architecture for
       computer vision", 2016, Sec. 7. The paper has none.
     """
-    log_probability = jax.nn.log_softmax(logits)
-    right = -jnp.take_along_axis(log_probability, labels[:, None], -1)[:, 0]
     if not smoothing:
-        return right
-    return (1 - smoothing) * right - smoothing * log_probability.mean(-1)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    targets = optax.smooth_labels(targets, smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 @struct.dataclass
@@ -177,10 +182,3 @@ def _check_pairable(batch_size: int) -> None:
             f"L_cntr contrasts pairs, but a device's batch has {batch_size} image(s): "
             "raise train.batch_size to at least 2 per device, or set loss.cntr=0"
         )
-
-
-def _norm(x: Array) -> Array:
-    """Euclidean length along the last axis, with gradient 0 at 0 instead of NaN."""
-    squared = jnp.square(x).sum(-1)
-    positive = squared > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)

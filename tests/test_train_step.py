@@ -193,7 +193,7 @@ def test_gamma_is_described():
 
 
 def test_unknown_pairs_are_refused():
-    with pytest.raises(ValueError, match=r"contrast.pairs 'some' is unknown"):
+    with pytest.raises(ValueError, match=r"unknown contrast.pairs 'some'"):
         _loss(Echo(), pairs="some")
 
 
@@ -229,14 +229,14 @@ def test_training_on_one_batch_lowers_the_loss_and_moves_everything():
     batch = _batch(8, 32, classes=5)
     step = jax.jit(step)
     history = []
-    for _ in range(25):
+    for _ in range(30):
         state, terms = step(state, batch)
         history.append({k: float(v) for k, v in terms.items()})
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
     assert history[-1]["loss_cls1"] < 0.3 * history[0]["loss_cls1"]
     assert history[-1]["loss_cls2"] < 0.6 * history[0]["loss_cls2"]
     assert all(math.isfinite(v) for terms in history for v in terms.values())
-    assert int(state.step) == 25
+    assert int(state.step) == 30
     for before, after in (
         (first.params, state.params),
         (first.batch_stats, state.batch_stats),

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from scipy.special import softmax
 from tqdm import tqdm
 
 from cra_jax import art_module
@@ -237,8 +238,7 @@ class Evaluator:
 
 def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.Result]:
     """The prediction for each image, for `run_folder.write_results`."""
-    shifted = found.logits - found.logits.max(1, keepdims=True)
-    confidence = 1 / np.exp(shifted).sum(1)  # softmax of the highest score
+    confidence = softmax(found.logits, axis=1).max(1)
     predicted = found.logits.argmax(1)
     return [
         run_folder.Result(

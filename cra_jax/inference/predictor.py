@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 from cra_jax import art_module
 from cra_jax.backbones import class_activation
@@ -242,8 +243,7 @@ class Predictor:
                 f"the scores of {self.network.about} are not finite: it is damaged, or "
                 "training had diverged; take another one (eval.checkpoint)"
             )
-        powers = np.exp(scores - scores.max())
-        probabilities = powers / powers.sum()
+        probabilities = softmax(scores)
         labels = np.argsort(-scores, kind="stable")[:TOP]
         side = self.network.crop_px
         kept = np.array(pictures.kept_region(*sample.size_px))

@@ -77,7 +77,7 @@ def keep_config(
     path = workdir / "config.json"
     text = json.dumps(config, indent=2, sort_keys=True)
     if path.is_file() and not allow_change:
-        now = flatten(_with_tuples(json.loads(text)))
+        now = flatten(upgraded(_with_tuples(json.loads(text))))
         before = flatten(read_config(workdir))
         changes = [
             f"{key}: {before.get(key, 'absent')!r} in the run folder, "

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from cra_jax import schedule, train_step
@@ -112,9 +113,7 @@ def average_weights(step: Step, decay: float) -> Step:
         after, terms = step(state, batch)
         new = train_step.predicting_part(after.params, after.batch_stats)
         weight = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(
-            lambda mean, x: mean + weight * (x - mean), state.average, new
-        )
+        average = optax.incremental_update(new, state.average, weight)
         return dataclasses.replace(after, average=average), terms
 
     return run

@@ -76,7 +76,7 @@ def test_an_attention_that_is_on_the_bird_gains_nothing_by_going_there(made):
         True,
         mutable=["batch_stats"],
     )
-    place = out.gamma_res[:, :2]
+    place = out.attention.gamma_res[:, :2]
     found = probe._ask(state.params, state.batch_stats, images, labels, place)
     assert float(found["on bird"]) == pytest.approx(float(found["loss"]), rel=1e-3)
     other = probe._ask(state.params, state.batch_stats, images, labels, -place)

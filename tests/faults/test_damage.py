@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from cra_jax.inference import evaluate, export, restore
+from cra_jax.inference import evaluate, export, restore, run_options
 from cra_jax.runtime.checkpoint import Checkpoints, DamagedError
 from tests.helpers import tiny_run
 
@@ -264,6 +264,6 @@ def test_no_number_comes_from_a_damaged_checkpoint(run_of_two, tmp_path, mode, n
         content[::64] = bytes(x ^ 1 for x in content[::64])
         file.write_bytes(content)
     with pytest.raises(DamagedError, match=r"7 is damaged: .*eval.checkpoint=\[6\]"):
-        mode(config, copy)
+        mode(run_options.from_config(config), copy)
     assert sorted(copy.rglob("*")) == before  # no result, no export
     note("a damaged checkpoint is evaluated, exported, restored", "refused by name")

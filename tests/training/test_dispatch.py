@@ -9,7 +9,7 @@ import pytest
 from cra_jax.training import train
 from tests.helpers import tiny_config
 
-WAITS = {"_log_window", "_evaluate", "_save", "_watch_the_start"}
+WAITS = {"_log_window", "_evaluate", "_save", "_record_first_attention"}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_loop_waits_for_no_step(tmp_path, reads):
     config.train.log_every_steps = 3
     config.model.kind = "baseline"
     train.run(config, tmp_path / "run")
-    inside = [set(stack) for stack in reads if "_loop" in stack]
+    inside = [set(stack) for stack in reads if "_train" in stack]
     assert inside
     early = [stack for stack in inside if not stack & WAITS]
     assert not early

@@ -233,7 +233,7 @@ def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypa
 
 
 def test_too_few_pictures_are_found_before_any_is_decoded(tmp_path, capsys):
-    with pytest.raises(ValueError, match="96 training pictures do not fill one batch"):
+    with pytest.raises(ValueError, match="96 training images do not fill one batch"):
         run(tmp_path, capsys, **{"train.batch_size": 128})
     assert not (tmp_path / "cache").exists()
 

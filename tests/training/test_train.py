@@ -331,15 +331,15 @@ def test_eval_refuses_what_does_not_fit(finished, changes, message):
     [
         ({"train.batch_size": 20}, r"train.batch_size=20 cannot be shared"),
         ({"train.batch_size": 8}, "at least 2 pictures on each"),
-        ({"train.batch_size": 112}, "96 training pictures do not fill one batch"),
+        ({"train.batch_size": 112}, "96 training images do not fill one batch"),
         ({"train.epochs": 0}, "train.epochs=0 must be 1 or more"),
         ({"data.crop_px": 40}, "data.crop_px=40 does not fit"),
         ({"data.source": "imagenet"}, "'imagenet'"),
         ({"data.source": "cub", "data.path": "nowhere"}, "there is no such folder"),
         ({"model.backbone": "vgg16"}, "unknown backbone 'vgg16'"),
         ({"model.kind": "cnn"}, "unknown model.kind 'cnn'"),
-        ({"contrast.pairs": "some"}, "'some' is unknown"),
-        ({"contrast.distance": "cosine"}, "'cosine' is unknown"),
+        ({"contrast.pairs": "some"}, "unknown contrast.pairs 'some'"),
+        ({"contrast.distance": "cosine"}, "unknown contrast.distance 'cosine'"),
         ({"bn.sync": True, "bn.group_size": 2}, "give only one"),
     ],
 )
