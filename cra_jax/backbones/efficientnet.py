@@ -16,7 +16,6 @@ recipe has neither, and a training step needs no random key without them.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,7 +29,6 @@ from cra_jax.backbones.layers import (
     DepthwiseConv,
     Outputs,
     at_least_float32,
-    check_common_options,
     check_images,
     pad_same,
     relu,
@@ -38,6 +36,7 @@ from cra_jax.backbones.layers import (
     shrink,
     symmetric_uniform,
 )
+from cra_jax.backbones.options import BackboneOptions, check_architecture
 from cra_jax.backbones.weight_record import WeightRecord
 
 _BN_EPSILON = 1e-3
@@ -126,20 +125,10 @@ class EfficientNet(nn.Module):
 
     arch: str
     num_classes: int
-    dtype: Any = jnp.float32
-    bn_group_size: int = 0
-    all_mean: Callable[[jax.Array], jax.Array] | None = None
-    num_replicas: int = 1
-    remat: bool = False
+    options: BackboneOptions
 
     def setup(self) -> None:  # noqa: D102 (Flax's hook)
-        norm = partial(
-            BatchNorm,
-            self.bn_group_size,
-            self.all_mean,
-            self.num_replicas,
-            epsilon=_BN_EPSILON,
-        )
+        norm = self.options.batch_norm(_BN_EPSILON)
         stem, stages, head = ARCHITECTURES[self.arch]
         self.conv_stem = Conv(stem, 3, 2, padding_px=0)
         self.bn0 = norm()
@@ -203,13 +192,15 @@ class EfficientNet(nn.Module):
     ) -> jax.Array:
         """Last feature map; `extent_px` is the valid (height, width) of each image."""
         check_images(images, train, extent_px)
-        is_float64 = images.dtype == jnp.float64
-        x = images.astype(jnp.float64 if is_float64 else self.dtype)
+        options = self.options
+        x = images if images.dtype == jnp.float64 else images.astype(options.dtype)
         x = self.conv_stem(pad_same(x, 3, self.conv_stem.stride, extent_px))
         x = relu(self.bn0(x, train=train), 6)
         extent_px = shrink(extent_px, self.conv_stem.stride)
         for block in self.blocks:
-            x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)
+            x = run_block(
+                block, x, train=train, extent_px=extent_px, remat=options.remat
+            )
             extent_px = shrink(extent_px, block.stride)
         return relu(self.bn1(self.conv_head(x), train=train), 6)
 
@@ -218,47 +209,27 @@ class EfficientNet(nn.Module):
         return self.fc(pooled.astype(at_least_float32(pooled.dtype)))
 
 
-def create(
-    arch: str,
-    num_classes: int,
-    *,
-    width: int = 64,
-    stem: str = "imagenet",
-    dtype: Any = jnp.float32,
-    bn_group_size: int = 0,
-    all_mean: Callable[[jax.Array], jax.Array] | None = None,
-    num_replicas: int = 1,
-    remat: bool = False,
-) -> EfficientNet:
+def create(arch: str, num_classes: int, **options: Any) -> EfficientNet:
     """An EfficientNet-Lite whose variables are `{"params", "batch_stats"}`.
 
     Args:
-        arch: a key of `ARCHITECTURES`.
-        num_classes: length of the score vector.
-        width: only the default: this family has one width.
-        stem: only the default: this family has one stem.
-        dtype: this and the rest: see `families.Family.create`.
-        bn_group_size: in training, pictures that are normalised together; 0: all.
-        all_mean: shares BatchNorm's statistics.
-        num_replicas: how many replicas `all_mean` averages.
-        remat: whether the backward pass computes what lies within blocks again.
+      arch: a key of `ARCHITECTURES`.
+      num_classes: length of the score vector.
+      **options: those of `BackboneOptions`; `width` and `stem` must be the defaults.
 
     Raises:
-        ValueError: if an argument is unknown, out of range, or contradicts another.
+      TypeError: there is no such option.
+      ValueError: an argument is out of range, or contradicts another.
     """
-    if arch not in ARCHITECTURES:
+    check_architecture(arch, num_classes, ARCHITECTURES)
+    checked = BackboneOptions(**options)
+    if (checked.width, checked.stem) != (64, "imagenet"):
         raise ValueError(
-            f"unknown arch {arch!r}; choose from {', '.join(ARCHITECTURES)}"
+            f"{arch} has one width and one stem, and was given width={checked.width} "
+            f"and stem={checked.stem!r}: leave them at 64 and 'imagenet', or choose a "
+            "ResNet"
         )
-    if (width, stem) != (64, "imagenet"):
-        raise ValueError(
-            f"{arch} has one width and one stem, and was given width={width} and "
-            f"stem={stem!r}: leave them at 64 and 'imagenet', or choose a ResNet"
-        )
-    check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
-    return EfficientNet(
-        arch, num_classes, dtype, bn_group_size, all_mean, num_replicas, remat
-    )
+    return EfficientNet(arch, num_classes, checked)
 
 
 def plain_name(name: str) -> str:

@@ -4,12 +4,11 @@ A family is one room with all that is its own: networks, names of published file
 records of published weights. It is named here, in `FAMILIES`, and nowhere else.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cra_jax.backbones import efficientnet, resnet
@@ -113,37 +112,17 @@ class Family(Protocol):
         """Published weights by their names; of each architecture the default first."""
         ...
 
-    def create(
-        self,
-        arch: str,
-        num_classes: int,
-        *,
-        width: int = 64,
-        stem: str = "imagenet",
-        dtype: Any = jnp.float32,
-        bn_group_size: int = 0,
-        all_mean: Callable[[jax.Array], jax.Array] | None = None,
-        num_replicas: int = 1,
-        remat: bool = False,
-    ) -> Backbone:
-        """A network, untrained.
+    def create(self, arch: str, num_classes: int, **options: Any) -> Backbone:
+        """An untrained network.
 
         Args:
-            arch: a key of `ARCHITECTURES`.
-            num_classes: length of the score vector.
-            width: channels of the first stage, where the family offers a choice.
-            stem: its first layers, where the family offers a choice.
-            dtype: compute dtype of convolutions and activations.
-            bn_group_size: in training, normalise each run of so many pictures on its
-                own; 0: all pictures of the device together.
-            all_mean: array -> its mean over all replicas, to share BatchNorm's
-                statistics.
-            num_replicas: how many replicas `all_mean` averages.
-            remat: in training, keep of each block its input alone, and compute the rest
-                again in the backward pass: the same numbers, less memory, more time.
+          arch: a key of `ARCHITECTURES`.
+          num_classes: length of the score vector.
+          **options: those of `options.BackboneOptions`.
 
         Raises:
-            ValueError: if an argument is unknown, out of range, or contradicts another.
+          TypeError: there is no such option.
+          ValueError: an argument is out of range, or contradicts another.
         """
         ...
 
@@ -188,7 +167,7 @@ def family_of(arch: str) -> Family:
 
 
 def create_backbone(arch: str, num_classes: int, **options: Any) -> nn.Module:
-    """A `Backbone` by its name; the options are those of `Family.create`.
+    """A `Backbone` by its name; the options are those of `BackboneOptions`.
 
     Raises:
       ValueError: as `family_of` and `Family.create`.

@@ -291,35 +291,6 @@ def symmetric_uniform(limit: float) -> Callable[..., jax.Array]:
     return init
 
 
-def check_common_options(
-    num_classes: int,
-    dtype: Any,
-    bn_group_size: int,
-    all_mean: Callable[[jax.Array], jax.Array] | None,
-    num_replicas: int,
-) -> None:
-    """Refuses options that every family's `create` has, with a `ValueError`."""
-    for name, value in {
-        "num_classes": num_classes,
-        "num_replicas": num_replicas,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if bn_group_size < 0:
-        raise ValueError(f"bn_group_size must be 0 or more, not {bn_group_size}")
-    if bn_group_size and all_mean is not None:
-        raise ValueError(
-            f"bn_group_size={bn_group_size} splits a device's batch and all_mean joins"
-            " the devices; give only one"
-        )
-    if all_mean is None and num_replicas != 1:
-        raise ValueError(
-            f"num_replicas={num_replicas} needs all_mean, which joins them"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating point, like bfloat16, not {dtype}")
-
-
 def check_images(images: jax.Array, train: bool, extent_px: jax.Array | None) -> None:
     """Refuses arguments of `extract` of a wrong shape or dtype, with a `ValueError`."""
     if images.ndim != 4 or images.shape[-1] != 3:

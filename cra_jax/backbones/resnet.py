@@ -15,7 +15,6 @@ What every family has is explained in `backbones/families.py`.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +27,6 @@ from cra_jax.backbones.layers import (
     Conv,
     Outputs,
     at_least_float32,
-    check_common_options,
     check_images,
     mask,
     relu,
@@ -37,6 +35,7 @@ from cra_jax.backbones.layers import (
     symmetric_uniform,
 )
 from cra_jax.backbones.max_pooling import max_pool
+from cra_jax.backbones.options import BackboneOptions, check_architecture
 from cra_jax.backbones.weight_record import WeightRecord
 
 
@@ -128,25 +127,17 @@ class ResNet(nn.Module):
 
     arch: str
     num_classes: int
-    width: int = 64
-    stem: str = "imagenet"
-    dtype: Any = jnp.float32
-    bn_group_size: int = 0
-    all_mean: Callable[[jax.Array], jax.Array] | None = None
-    num_replicas: int = 1
-    remat: bool = False
+    options: BackboneOptions
 
     def setup(self) -> None:  # noqa: D102 (Flax's hook)
-        norm = partial(BatchNorm, self.bn_group_size, self.all_mean, self.num_replicas)
-        self.conv1 = Conv(self.width, *_STEM_CONVOLUTIONS[self.stem])
+        width, norm = self.options.width, self.options.batch_norm()
+        self.conv1 = Conv(width, *_STEM_CONVOLUTIONS[self.options.stem])
         self.bn1 = norm()
         blocks, bottleneck = ARCHITECTURES[self.arch]
         # Flax names the members of a list layer1_0, layer1_1, ...
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             [
-                Block(
-                    self.width * 2**stage, 2 if stage and not i else 1, bottleneck, norm
-                )
+                Block(width * 2**stage, 2 if stage and not i else 1, bottleneck, norm)
                 for i in range(depth)
             ]
             for stage, depth in enumerate(blocks)
@@ -160,12 +151,13 @@ class ResNet(nn.Module):
     @property
     def stride_px(self) -> int:
         """Pixels of the picture per cell of the feature map: 32, 16 or 8."""
-        return _STRIDES_PX[self.stem]
+        return _STRIDES_PX[self.options.stem]
 
     @property
     def feature_channels(self) -> int:
         """Channels of the feature map."""
-        return self.width * 8 * (4 if ARCHITECTURES[self.arch].bottleneck else 1)
+        expansion = 4 if ARCHITECTURES[self.arch].bottleneck else 1
+        return self.options.width * 8 * expansion
 
     @nn.nowrap
     def feature_extent(self, extent_px: Any) -> Any:
@@ -192,17 +184,18 @@ class ResNet(nn.Module):
     ) -> jax.Array:
         """Last feature map; `extent_px` is the valid (height, width) of each image."""
         check_images(images, train, extent_px)
-        is_float64 = images.dtype == jnp.float64
-        x = mask(images.astype(jnp.float64 if is_float64 else self.dtype), extent_px)
-        x = relu(self.bn1(self.conv1(x), train=train))
+        options = self.options
+        x = images if images.dtype == jnp.float64 else images.astype(options.dtype)
+        x = relu(self.bn1(self.conv1(mask(x, extent_px)), train=train))
         extent_px = shrink(extent_px, self.conv1.stride)
-        if self.stem == "imagenet":
+        if options.stem == "imagenet":
             # 0 is as good as -inf beyond the picture's edge: nothing here is negative.
-            x = mask(x, extent_px)
-            x = max_pool(x)
+            x = max_pool(mask(x, extent_px))
             extent_px = shrink(extent_px, 2)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
-            x = run_block(block, x, train=train, extent_px=extent_px, remat=self.remat)
+            x = run_block(
+                block, x, train=train, extent_px=extent_px, remat=options.remat
+            )
             extent_px = shrink(extent_px, block.stride)
         return x
 
@@ -211,57 +204,29 @@ class ResNet(nn.Module):
         return self.fc(pooled.astype(at_least_float32(pooled.dtype)))
 
 
-def create(
-    arch: str,
-    num_classes: int,
-    *,
-    width: int = 64,
-    stem: str = "imagenet",
-    dtype: Any = jnp.float32,
-    bn_group_size: int = 0,
-    all_mean: Callable[[jax.Array], jax.Array] | None = None,
-    num_replicas: int = 1,
-    remat: bool = False,
-) -> ResNet:
+def create(arch: str, num_classes: int, **options: Any) -> ResNet:
     """A ResNet whose variables are `{"params", "batch_stats"}`.
 
     Args:
-        arch: a key of `ARCHITECTURES`. `resnet10` is not torchvision's: basic blocks
-            1, 1, 1, 1, for small pictures.
-        num_classes: length of the score vector.
-        width: channels of the first stage; 64 is torchvision's.
-        stem: `"imagenet"`: 7x7 convolution and max-pool, stride 4 together. `"medium"`:
-            3x3 convolution of stride 2, for pictures of 64 to 128 px. `"small"`: the
-            same without stride, for pictures of 32 to 96 px.
-        dtype: this and the rest: see `families.Family.create`.
-        bn_group_size: in training, pictures that are normalised together; 0: all.
-        all_mean: shares BatchNorm's statistics.
-        num_replicas: how many replicas `all_mean` averages.
-        remat: whether the backward pass computes what lies within blocks again.
+      arch: a key of `ARCHITECTURES`. `resnet10` is not torchvision's: basic blocks
+        1, 1, 1, 1, for small images.
+      num_classes: length of the score vector.
+      **options: those of `BackboneOptions`. `width` 64 is torchvision's. `stem` is
+        `"imagenet"`: 7x7 convolution and max-pool, stride 4 together; `"medium"`: 3x3
+        convolution of stride 2, for images of 64 to 128 px; or `"small"`: the same
+        without stride, for images of 32 to 96 px.
 
     Raises:
-        ValueError: if an argument is unknown, out of range, or contradicts another.
+      TypeError: there is no such option.
+      ValueError: an argument is out of range, or contradicts another.
     """
-    if arch not in ARCHITECTURES:
+    check_architecture(arch, num_classes, ARCHITECTURES)
+    checked = BackboneOptions(**options)
+    if checked.stem not in STEMS:
         raise ValueError(
-            f"unknown arch {arch!r}; choose from {', '.join(ARCHITECTURES)}"
+            f"unknown stem {checked.stem!r}; choose from {', '.join(STEMS)}"
         )
-    if stem not in STEMS:
-        raise ValueError(f"unknown stem {stem!r}; choose from {', '.join(STEMS)}")
-    if width < 1:
-        raise ValueError(f"width must be at least 1, not {width}")
-    check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
-    return ResNet(
-        arch,
-        num_classes,
-        width,
-        stem,
-        dtype,
-        bn_group_size,
-        all_mean,
-        num_replicas,
-        remat,
-    )
+    return ResNet(arch, num_classes, checked)
 
 
 def plain_name(name: str) -> str:

@@ -503,6 +503,8 @@ def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         resnet.create(**{"arch": "resnet18", "num_classes": 5} | options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
+        resnet.create("resnet18", 5, widht=8)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,15 @@
 """A third family, as small as one can be: what somebody who adds one has to write."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cra_jax.backbones.batch_norm import BatchNorm
-from cra_jax.backbones.layers import (
-    Conv,
-    Outputs,
-    check_common_options,
-    check_images,
-    mask,
-    shrink,
-)
+from cra_jax.backbones.layers import Conv, Outputs, check_images, mask, shrink
+from cra_jax.backbones.options import BackboneOptions, check_architecture
 from cra_jax.backbones.weight_record import WeightRecord
 
 ARCHITECTURES = {"patches": 2, "patches_deep": 3}
@@ -91,25 +83,14 @@ class Patches(nn.Module):
         return self.fc(pooled)
 
 
-def create(
-    arch: str,
-    num_classes: int,
-    *,
-    width: int = 64,
-    stem: str = "imagenet",
-    dtype: Any = jnp.float32,
-    bn_group_size: int = 0,
-    all_mean: Callable[[jax.Array], jax.Array] | None = None,
-    num_replicas: int = 1,
-    remat: bool = False,
-) -> Patches:
-    if remat:
+def create(arch: str, num_classes: int, **options: Any) -> Patches:
+    check_architecture(arch, num_classes, ARCHITECTURES)
+    checked = BackboneOptions(**options)
+    if checked.remat:
         raise ValueError("patches have no blocks to compute again")
-    if stem != "imagenet":
-        raise ValueError(f"patches have no stem {stem!r}")
-    check_common_options(num_classes, dtype, bn_group_size, all_mean, num_replicas)
-    norm = partial(BatchNorm, bn_group_size, all_mean, num_replicas)
-    return Patches(arch, num_classes, width, norm)
+    if checked.stem != "imagenet":
+        raise ValueError(f"patches have no stem {checked.stem!r}")
+    return Patches(arch, num_classes, checked.width, checked.batch_norm())
 
 
 def plain_name(name: str) -> str:
