@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cra_jax.backbones import efficientnet, resnet
@@ -174,6 +175,20 @@ def create_backbone(arch: str, num_classes: int, **options: Any) -> nn.Module:
     """
     backbone = family_of(arch).create(arch, num_classes, **options)
     return backbone  # pyright: ignore[reportReturnType] (no protocol can say so)
+
+
+def variable_shapes(network: nn.Module, crop_px: int) -> dict[str, Any]:
+    """Shapes and dtypes of a network's variables; computes nothing.
+
+    Args:
+      network: a backbone, or any other network whose `init` takes a batch of images.
+      crop_px: height and width of the images.
+
+    Returns:
+      `{"params", "batch_stats"}` with a `jax.ShapeDtypeStruct` for each array.
+    """
+    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
+    return dict(jax.eval_shape(network.init, jax.random.key(0), images))
 
 
 def looks_like(names: Iterable[str]) -> str | None:

@@ -246,10 +246,10 @@ def _plan(
     same = same and own["params", "fc", "bias"] == (len(wanted),)
     leave = () if same else CLASSIFIER
     expected = own if same else weights.without_classifier(own)
-    found, left = weights.fill(
-        expected, file, place=origin.place, arch=arch, leave=leave
+    found, left = weights.match_variables(
+        expected, file, source=origin.place, arch=arch, unused=leave
     )
-    named = [file.called[name] for name in CLASSIFIER if name in left]
+    named = [file.original_names[name] for name in CLASSIFIER if name in left]
     why = " (of other classes)" if named and origin.class_names else ""
     heads = [] if same else [f"fc of {' and '.join(streams)}"]
     heads += [name for name in params if name not in STREAMS]

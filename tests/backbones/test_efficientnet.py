@@ -468,9 +468,7 @@ def test_both_streams_start_from_a_file(tmp_path):
     torch_model, expected = published(num_classes=1000)
     path = tmp_path / "weights.pth"
     torch.save(torch_model.state_dict(), path)
-    images = jnp.zeros((1, 32, 32, 3))
-    net = efficientnet.create(LITE0, 7)
-    shapes: Any = jax.eval_shape(net.init, jax.random.key(0), images)
+    shapes = families.variable_shapes(efficientnet.create(LITE0, 7), 32)
     fresh: Any = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), shapes)
     params: Any = dict.fromkeys(pretrained.STREAMS, fresh["params"])
     stats: Any = dict.fromkeys(pretrained.STREAMS, fresh["batch_stats"])

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch._utils import _rebuild_tensor_v2
 
 from configs.quickstart import get_config
-from cra_jax.backbones import hub, resnet, torch_files, weights
+from cra_jax.backbones import families, hub, resnet, torch_files, weights
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import check_config, pretrained
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
@@ -136,20 +136,6 @@ def test_old_files_have_no_counters(tmp_path):
     assert_same(loaded, to_linen(model.state_dict().items()))
 
 
-@pytest.mark.parametrize("headless", [False, True])
-def test_a_trunk_names_what_it_left(headless, tmp_path):
-    state = dict(network(classes=1000).state_dict())
-    if headless:
-        del state["fc.weight"], state["fc.bias"]
-    trunk, left = weights.load_trunk(save(state, tmp_path, "zip.pth"), arch="resnet10")
-    expected = to_linen(state.items())
-    expected["params"].pop("fc", None)
-    assert_same(trunk, expected)
-    counters = {name for name in state if name.endswith("num_batches_tracked")}
-    assert len(counters) == 12
-    assert set(left) == counters | (set() if headless else {"fc.weight", "fc.bias"})
-
-
 # --- what is wrong is said, all at once ---------------------------------------------
 
 
@@ -219,18 +205,17 @@ def test_each_damage_is_named(damage, kind, tmp_path):
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize("load", [weights.load_torch, weights.load_trunk])
-def test_another_architecture_is_recognised(load, tmp_path):
+def test_another_architecture_is_recognised(tmp_path):
     path = save(network("resnet18").state_dict(), tmp_path, "safetensors")
     with pytest.raises(ValueError, match=r"does not fit resnet50.*like a resnet18.*"):
-        load(path, arch="resnet50")
+        weights.load_torch(path, arch="resnet50")
     with pytest.raises(ValueError, match=r"resnet19.*choose from"):
-        load(path, arch="resnet19")
+        weights.load_torch(path, arch="resnet19")
 
 
 def test_another_number_of_classes_is_refused(tmp_path):
     path = save(network(classes=1000).state_dict(), tmp_path, "safetensors")
-    with pytest.raises(ValueError, match=r"1000 classes, not 200.*load_trunk"):
+    with pytest.raises(ValueError, match=r"1000 classes, not 200.*num_classes=1000"):
         weights.load_torch(path, arch="resnet10", num_classes=200)
 
 
@@ -607,9 +592,7 @@ def test_a_folder_is_refused(client, tmp_path):
 
 def training_state(streams=pretrained.STREAMS) -> Any:
     """Parameters and statistics, other ones in each stream; made without compiling."""
-    model = resnet.create("resnet10", 7, width=4)
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
+    shapes = families.variable_shapes(resnet.create("resnet10", 7, width=4), 32)
     rng = np.random.default_rng(0)
     params, stats = (
         {
@@ -679,6 +662,24 @@ def test_a_baseline_starts_from_a_known_name(client, tmp_path, monkeypatch):
     assert "BSD-3-Clause" in report
     with pytest.raises(ValueError, match=r"is a resnet10.*backbone is 'resnet50'"):
         start(params, stats, arch="resnet50")
+
+
+def test_a_file_without_a_classifier_starts_the_rest(tmp_path):
+    state = dict(network().state_dict())
+    del state["fc.weight"], state["fc.bias"]
+    path = save(state, tmp_path, "zip.pth")
+    params, stats = training_state(pretrained.STREAMS[:1])
+    new_params, new_stats, lines = pretrained.start_from(
+        params, stats, pretrained=path, arch="resnet10"
+    )
+    (stream,) = stats
+    fresh = new_params[stream].pop("fc")
+    jax.tree.map(np.testing.assert_array_equal, fresh, params[stream]["fc"])
+    start = {"params": new_params[stream], "batch_stats": new_stats[stream]}
+    assert_same(start, to_linen(state.items()))
+    assert (
+        lines[3] == "left in the file: no classifier; 12 counters (num_batches_tracked)"
+    )
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path):
@@ -796,9 +797,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path):
     start = partial(pretrained.start_from, pretrained=tmp_path)
     with pytest.raises(ValueError, match=r"step 3.*does not fit(.|\n)*1 unknown"):
         start(*wide, arch="resnet10")
-    model = resnet.create("resnet18", 7, width=4)
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    other: Any = jax.eval_shape(model.init, jax.random.key(0), images)
+    other = families.variable_shapes(resnet.create("resnet18", 7, width=4), 32)
     state = [{"classification_stream": other[c]} for c in ("params", "batch_stats")]
     with pytest.raises(ValueError, match=r"fit resnet18 .*like a resnet10"):
         start(*state, arch="resnet18")
