@@ -5,7 +5,7 @@
 What a training step spends in convolutions on either side, and how near each comes to
 what the machine does in a product of matrices: the part of
 `benchmarks.train_step_speed` that no code of ours can change, but for 1 x 1 ones, which
-`layers.product` writes as products.
+`convolutions.product` writes as products.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import timing
-from cra_jax.backbones import families, layers
+from cra_jax.backbones import convolutions, families
 from cra_jax.runtime import devices
 
 
@@ -99,7 +99,7 @@ def _kinds(backbone: str, crop_px: int) -> dict[Kind, int]:
     counts = collections.Counter()
 
     def note(call: Callable, args: tuple, kwargs: dict, context: Any):
-        if isinstance(context.module, layers.Conv):
+        if isinstance(context.module, convolutions.Conv):
             conv: Any = context.module
             x = args[0]
             kind = Kind(x.shape[1], x.shape[-1], conv.features, conv.size, conv.stride)
@@ -122,7 +122,7 @@ def _arrays(kind: Kind, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _ours(kind: Kind, batch: int) -> Callable[[], object]:
     x, kernel = _arrays(kind, batch)
-    conv = layers.Conv(kind.out_channels, kind.size, kind.stride)
+    conv = convolutions.Conv(kind.out_channels, kind.size, kind.stride)
 
     def apply(kernel: jax.Array, x: jax.Array) -> Any:
         return conv.apply({"params": {"kernel": kernel}}, x)

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cra_jax.backbones.layers import at_least_float32
+
 _MOMENTUM = 0.9  # torch says 0.1: there it is the weight of the new value
 
 
@@ -157,8 +159,7 @@ def _group_mean(x: jax.Array) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    """At least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))
 
 
 def _update(running: nn.Variable, new: jax.Array) -> None:

@@ -24,17 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from cra_jax.backbones.batch_norm import BatchNorm
+from cra_jax.backbones.convolutions import Conv, DepthwiseConv
 from cra_jax.backbones.layers import (
-    Conv,
-    DepthwiseConv,
     Outputs,
     at_least_float32,
     check_images,
+    linear,
     pad_same,
     relu,
     run_block,
     shrink,
-    symmetric_uniform,
 )
 from cra_jax.backbones.options import BackboneOptions, check_architecture
 from cra_jax.backbones.weight_record import WeightRecord
@@ -140,11 +139,7 @@ class EfficientNet(nn.Module):
         ]
         self.conv_head = Conv(head, 1)
         self.bn1 = norm()
-        self.fc = nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            bias_init=symmetric_uniform(self.feature_channels**-0.5),
-        )
+        self.fc = linear(self.feature_channels, self.num_classes)
 
     @property
     def stride_px(self) -> int:

@@ -23,16 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from cra_jax.backbones.batch_norm import BatchNorm
+from cra_jax.backbones.convolutions import Conv
 from cra_jax.backbones.layers import (
-    Conv,
     Outputs,
     at_least_float32,
     check_images,
+    linear,
     mask,
     relu,
     run_block,
     shrink,
-    symmetric_uniform,
 )
 from cra_jax.backbones.max_pooling import max_pool
 from cra_jax.backbones.options import BackboneOptions, check_architecture
@@ -142,11 +142,7 @@ class ResNet(nn.Module):
             ]
             for stage, depth in enumerate(blocks)
         )
-        self.fc = nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            bias_init=symmetric_uniform(self.feature_channels**-0.5),
-        )
+        self.fc = linear(self.feature_channels, self.num_classes)
 
     @property
     def stride_px(self) -> int:

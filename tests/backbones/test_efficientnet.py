@@ -15,10 +15,10 @@ from torch import nn
 from cra_jax import model
 from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import (
+    convolutions,
     efficientnet,
     families,
     hub,
-    layers,
     weight_record,
     weights,
 )
@@ -292,7 +292,7 @@ def test_float64_gradients_equal_torch():
 )
 def test_depthwise_and_its_gradients_equal_torch(sides, size, stride):
     x, kernel = photos(2, *sides, 3, dtype=float), photos(size, size, 1, 3, dtype=float)
-    depthwise: Any = lambda *args: layers.depthwise(*args, stride)  # noqa: E731
+    depthwise: Any = lambda *args: convolutions.depthwise(*args, stride)  # noqa: E731
     y, pull_back = jax.vjp(depthwise, x, kernel)
     cotangent = photos(*y.shape, seed=1, dtype=float)
     torch_x = to_torch(x).requires_grad_()
@@ -311,7 +311,7 @@ def test_depthwise_and_its_gradients_equal_torch(sides, size, stride):
 def test_depthwise_adds_up_bfloat16_in_float32():
     x = jnp.ones((1, 40, 5, 1), jnp.bfloat16) * 1.0078125
     kernel = jnp.ones((5, 5, 1, 1), jnp.bfloat16)
-    depthwise: Any = lambda *args: layers.depthwise(*args, 1)  # noqa: E731
+    depthwise: Any = lambda *args: convolutions.depthwise(*args, 1)  # noqa: E731
     y, pull_back = jax.vjp(depthwise, x, kernel)
     assert y.dtype == jnp.bfloat16
     assert (y == jnp.bfloat16(25 * 1.0078125)).all()  # 25.125 if rounded at each step
@@ -322,7 +322,7 @@ def test_depthwise_adds_up_bfloat16_in_float32():
 def test_a_fresh_depthwise_kernel_keeps_the_scale():
     """As TensorFlow's, whose fan-out of a depthwise kernel is its area."""
     x = jnp.zeros((1, 5, 5, 900))
-    variables: Any = layers.DepthwiseConv(5).init(jax.random.key(0), x)
+    variables: Any = convolutions.DepthwiseConv(5).init(jax.random.key(0), x)
     std = variables["params"]["kernel"].std()
     np.testing.assert_allclose(std, (2 / 25) ** 0.5, rtol=0.02)
 
@@ -419,7 +419,7 @@ def test_wrong_options_are_refused(options, message):
 
 def test_wrong_pictures_are_refused():
     _, net, variables = twins("tiny")
-    with pytest.raises(ValueError, match=r"uint8.*normalise"):
+    with pytest.raises(ValueError, match=r"uint8.*normalize"):
         net.apply(variables, np.zeros((1, 9, 9, 3), np.uint8))
 
 

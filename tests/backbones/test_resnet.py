@@ -8,7 +8,7 @@ import pytest
 import torch
 from flax import traverse_util
 
-from cra_jax.backbones import batch_norm, layers, max_pooling, resnet
+from cra_jax.backbones import batch_norm, convolutions, layers, max_pooling, resnet
 from cra_jax.backbones.batch_norm import BatchNorm
 from tests.oracles.torch_resnet import (
     LAYERS,
@@ -200,7 +200,9 @@ def test_three_float64_sgd_steps_equal_torch(arch):
 
 def test_initial_weights_follow_torchvision():
     """Kaiming normal over the outputs; the scores' layer as `torch.nn.Linear`."""
-    conv: Any = layers.Conv(96, 3).init(jax.random.key(3), jnp.zeros((1, 3, 3, 32)))
+    conv: Any = convolutions.Conv(96, 3).init(
+        jax.random.key(3), jnp.zeros((1, 3, 3, 32))
+    )
     kernel = conv["params"]["kernel"]
     std = (2 / (3 * 3 * 96)) ** 0.5
     np.testing.assert_allclose(kernel.std(), std, rtol=0.02)
@@ -512,7 +514,7 @@ def test_wrong_options_are_refused(options, message):
     [
         ((16, 16, 3), "float32", {}, r"\[b, height, width, 3\].*\(16, 16, 3\)"),
         ((2, 16, 16, 1), "float32", {}, r"\(2, 16, 16, 1\)"),
-        ((2, 16, 16, 3), "uint8", {}, "uint8.*normalise"),
+        ((2, 16, 16, 3), "uint8", {}, "uint8.*normalize"),
         ((3, 16, 16, 3), "float32", {"train": True}, "bn_group_size=2.*batch of 3"),
         (
             (2, 16, 16, 3),
@@ -524,7 +526,7 @@ def test_wrong_options_are_refused(options, message):
             (2, 16, 16, 3),
             "float32",
             {"extent_px": np.full((3, 2), 9)},
-            r"2 pictures.*\(3, 2\)",
+            r"2 images.*\(3, 2\)",
         ),
     ],
 )
@@ -569,7 +571,7 @@ def test_max_pool_keeps_the_dtype():
 @pytest.mark.parametrize("batch", [1, 6, 7, 16])
 def test_the_gradient_of_a_product_is_autodiffs(batch):
     x, kernel = pictures(batch, 3, 4, 5), pictures(5, 6)
-    y, pull_back = jax.vjp(layers.product, x, kernel)
+    y, pull_back = jax.vjp(convolutions.product, x, kernel)
     plain, pull_back_plain = jax.vjp(jnp.matmul, x, kernel)
     np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
     cotangent = pictures(*y.shape, seed=1)

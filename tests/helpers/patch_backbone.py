@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from cra_jax.backbones.batch_norm import BatchNorm
-from cra_jax.backbones.layers import Conv, Outputs, check_images, mask, shrink
+from cra_jax.backbones.convolutions import Conv
+from cra_jax.backbones.layers import Outputs, check_images, mask, shrink
 from cra_jax.backbones.options import BackboneOptions, check_architecture
 from cra_jax.backbones.weight_record import WeightRecord
 
