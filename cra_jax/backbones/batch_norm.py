@@ -2,7 +2,7 @@
 
 It follows the dtype of its input and keeps parameters in float32; statistics are at
 least float32. The gradient is written out: on a CPU it takes two thirds of the time of
-autodiff's, and it keeps the input, in its dtype, where autodiff keeps float32.
+autodiff's, and it keeps the input in its own dtype, where autodiff keeps float32.
 """
 
 from collections.abc import Callable
@@ -15,20 +15,21 @@ import jax.numpy as jnp
 
 from cra_jax.backbones.layers import at_least_float32
 
-_MOMENTUM = 0.9  # torch says 0.1: there it is the weight of the new value
+_MOMENTUM = 0.9  # torch's 0.1, which is the weight of the new value
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, as torch does it.
+    """Batch normalization over all axes but the last, as in torch.
 
-    Pictures are normalised with the biased variance; the running variance is the
-    unbiased one. Statistics are at least float32, whatever the input is.
+    Images are normalized with the biased variance; the running variance is unbiased.
+    Statistics are at least float32, whatever the input is.
 
     Attributes:
-        group_size: consecutive pictures that share statistics; 0: the whole batch.
-        all_mean: array -> its mean over all replicas; None: no synchronisation.
-        num_replicas: how many replicas `all_mean` averages, for the unbiased variance.
-        epsilon: added to the variance.
+      group_size: consecutive images that share statistics; 0: the whole batch.
+      all_mean: array -> its mean over all replicas; None: no synchronization.
+      num_replicas: number of replicas that `all_mean` averages, for the unbiased
+        variance.
+      epsilon: added to the variance.
     """
 
     group_size: int = 0
@@ -38,11 +39,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises `[b, h, w, c]`; shape and dtype stay.
+        """Normalizes `[b, h, w, c]`; shape and dtype stay.
 
         Raises:
-            ValueError: in training, if the groups do not divide the batch, or a channel
-                has a single value: its variance says nothing.
+          ValueError: in training, the groups do not divide the batch, or a channel has
+            a single value, which has no variance.
         """
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -55,10 +56,10 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
             return _normalize(x, mean, var, scale, bias, self.epsilon)
         alone = self.all_mean is None or self.is_initializing()
-        synchronise = _identity if alone else self.all_mean
+        all_mean = _identity if alone else self.all_mean
         groups = x.reshape(-1, self._group(x.shape), *x.shape[1:])
         unbias = self._unbias(groups)
-        normalized: Any = normalize(groups, scale, bias, synchronise, self.epsilon)
+        normalized: Any = normalize(groups, scale, bias, all_mean, self.epsilon)
         y, mean, var = normalized
         if not self.is_initializing():
             _update(running_mean, mean)
@@ -66,22 +67,22 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape)
 
     def _group(self, shape: tuple[int, ...]) -> int:
-        """Pictures that share statistics in a batch of this shape."""
+        """Number of images that share statistics in a batch of this shape."""
         group = self.group_size or shape[0]
         if shape[0] % group:
             raise ValueError(
-                f"bn_group_size={group} does not divide a batch of {shape[0]} pictures;"
+                f"bn_group_size={group} does not divide a batch of {shape[0]} images;"
                 " choose a batch size that is a multiple of it, or bn_group_size=0"
             )
         return group
 
     def _unbias(self, groups: jax.Array) -> float:
-        """What makes an unbiased variance of a biased one of `[groups, g, h, w, c]`."""
+        """Unbiased variance over biased variance for `[groups, g, h, w, c]`."""
         count = self.num_replicas * groups[0, ..., 0].size
         if count == 1:
             raise ValueError(
                 f"BatchNorm has one value per channel to train on ({groups.shape[1:]});"
-                " use a larger batch or larger pictures"
+                " use a larger batch or larger images"
             )
         return count / (count - 1)
 
@@ -94,25 +95,26 @@ def normalize(
     all_mean: Callable[[jax.Array], jax.Array],
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each group of `[groups, g, h, w, c]` by its own statistics.
+    """Normalizes each group with its own statistics.
 
-    Ioffe and Szegedy (2015), Algorithm 1. With n values to a channel of a group, x' the
-    normalised x and s = scale / sqrt(var + epsilon), the gradient to x is
+    With x' the normalized x and s = scale / sqrt(var + epsilon), the gradient to x is
 
         s * (dy - mean(dy) - x' * mean(dy * x')),
 
-    for the mean and the variance depend on x, too.
+    because the mean and the variance depend on x.
 
     Args:
-        x: what is normalised.
-        scale: `[c]`.
-        bias: `[c]`.
-        all_mean: array -> its mean over all replicas.
-        epsilon: added to the variance.
+      x: `[groups, g, h, w, c]`.
+      scale: `[c]`.
+      bias: `[c]`.
+      all_mean: array -> its mean over all replicas.
+      epsilon: added to the variance.
 
     Returns:
-        What `x` becomes, in its dtype; the means and the biased variances,
-        `[groups, 1, 1, 1, c]`, at least float32, which pass no gradient on.
+      The normalized `x`, in its dtype; the means and the biased variances,
+      `[groups, 1, 1, 1, c]`, at least float32, which have no gradient.
+
+    Source: Ioffe and Szegedy (2015), Algorithm 1.
     """
     return _normalize_forward(x, scale, bias, all_mean, epsilon)[0]
 
@@ -129,7 +131,7 @@ def _normalize_backward(all_mean, epsilon, residuals, cotangents):
     x, mean, var, scale = residuals
     dy, deviation = _wide(cotangents[0]), _wide(x) - mean
     inverse = jax.lax.rsqrt(var + epsilon)
-    # Means of dy and of dy * x', over what shares statistics on this replica.
+    # Means of dy and of dy * x' over the group, on this replica.
     to_bias, to_scale = _group_mean(dy), _group_mean(dy * deviation) * inverse
     x_cotangent = (scale * inverse) * (
         dy - all_mean(to_bias) - deviation * (inverse * all_mean(to_scale))
@@ -146,7 +148,7 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _normalize(x: Any, mean: Any, var: Any, scale: Any, bias: Any, epsilon: float):
-    """`x` by given statistics, which broadcast to it."""
+    """`x`, normalized with given statistics, which broadcast to it."""
     wide = _wide(x)
     gain = scale.astype(wide.dtype) * jax.lax.rsqrt(var.astype(wide.dtype) + epsilon)
     y = (wide - mean.astype(wide.dtype)) * gain + bias.astype(wide.dtype)

@@ -1,7 +1,7 @@
-"""Class activation maps, and where in the image their cells lie.
+"""Class activation maps (CAM), and the pixel coordinates of their cells.
 
-Points are ``(x, y)``. Pixel coordinates are those of the crop that the network is
-shown, pixel centres at integers, so that the crop reaches from -0.5 to size - 0.5.
+Points are ``(x, y)`` in pixels of the crop that the network receives. Pixel centres are
+integers, so the crop reaches from -0.5 to size - 0.5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from jax import Array
 def class_activation(
     backbone: nn.Module, variables: Mapping[str, Any], features: Array, classes: Array
 ) -> Array:
-    """The class activation map: the classifier at each place, without its bias.
+    """The class activation map: the classifier at each cell, without its bias.
 
-    The mean over the places plus the bias is the class's score.
+    The mean over the cells plus the bias is the class's score.
 
     Args:
-      backbone: of a family, whose `classify` is linear.
+      backbone: a `families.Backbone`, whose `classify` is linear.
       variables: of the backbone.
       features: ``[b, h, w, c]``, the last feature map.
-      classes: int ``[b]``, whose map is wanted.
+      classes: int ``[b]``, the class of each image's map.
 
     Returns:
       ``[b, h, w]``, of either sign.
@@ -42,12 +42,15 @@ def class_activation(
 def places_px(
     backbone: nn.Module, shape: Sequence[int], crop_px: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the cells of a feature map look: y of its rows ``[h]``, x of its columns.
+    """Centres of the receptive fields of the cells of a feature map.
 
     Args:
-      backbone: of a family, which knows the centres of its receptive fields.
+      backbone: a `families.Backbone`.
       shape: ``(h, w)`` of the map.
       crop_px: height and width of the crop.
+
+    Returns:
+      y of the map's rows ``[h]`` and x of its columns ``[w]``.
     """
     place: Any = backbone.feature_place_px  # pyright: ignore[reportAttributeAccessIssue]
     rows, columns = (np.asarray(place(np.arange(n), crop_px), float) for n in shape)
@@ -55,7 +58,7 @@ def places_px(
 
 
 def peak_px(activation: np.ndarray, rows_px: np.ndarray, columns_px: np.ndarray):
-    """``[n, 2]``: where maps ``[n, h, w]`` are strongest, at the centre of the cell."""
+    """Centre ``[n, 2]`` of the cell with the largest value of maps ``[n, h, w]``."""
     width = activation.shape[2]
     peak = activation.reshape(len(activation), -1).argmax(-1)
     return np.stack([columns_px[peak % width], rows_px[peak // width]], -1)
@@ -64,9 +67,9 @@ def peak_px(activation: np.ndarray, rows_px: np.ndarray, columns_px: np.ndarray)
 def enlarge(
     activation: np.ndarray, rows_px: np.ndarray, columns_px: np.ndarray, crop_px: int
 ) -> np.ndarray:
-    """A map ``[h, w]`` at each pixel ``[crop, crop]``, bilinear between cells' centres.
+    """A map ``[h, w]`` at each pixel ``[crop, crop]``, bilinear between cell centres.
 
-    For pictures: beyond the outermost centres a map goes on as it is there.
+    Beyond the outermost centres the values of the nearest cells continue.
     """
     pixels = np.arange(crop_px)
     wide = np.stack([np.interp(pixels, columns_px, row) for row in activation])

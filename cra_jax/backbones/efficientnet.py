@@ -1,19 +1,20 @@
 """EfficientNet-Lite0: 4.7 million parameters, for phones and CPUs.
 
-Inverted bottlenecks with depthwise convolutions, ReLU6, and neither squeeze-and-excite
-nor swish. Padding is TensorFlow's "SAME", which the published weights were trained
-with: on even sizes one pixel less at the top and the left. Names follow the PyTorch
+Inverted bottlenecks with depthwise convolutions and ReLU6, without squeeze-and-excite
+and swish. Padding is TensorFlow's "SAME", with which the published weights were
+trained: on even sizes one pixel less at the top and the left. Names follow the PyTorch
 conversion of those weights, without its leading underscores: `conv_stem`, `bn0`,
-`blocks_3`, `expand_conv`, `fc`. Dtypes are treated as in `resnet.py`; what every
-family has is explained in `families.py`.
+`blocks_3`, `expand_conv`, `fc`. Dtypes are as in `resnet.py`; `families.py` documents
+what every family provides.
 
 Source: Tan and Le, ICML 2019, Table 1; github.com/tensorflow/tpu, `efficientnet/lite`.
-Differs: BatchNorm's running statistics move by 0.1 a step, as the ResNets' do (there by
-0.01, for hundreds of epochs of ImageNet: a short fine-tuning would end before they had
-followed it). Dropout (0.2 before `fc`) and stochastic depth are left out: the paper's
-recipe has neither, and a training step needs no random key without them.
+Differs: BatchNorm's running statistics move by 0.1 a step, as in ResNet. (With 0.01, as
+in the source, a short fine-tuning would end before they have followed.) There is no
+dropout (0.2 before `fc`) and no stochastic depth: the paper's recipe has neither, and
+without them a training step needs no random key.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ _BN_EPSILON = 1e-3
 
 
 class Stage(NamedTuple):
-    """A run of blocks; the first of them strides and changes the channels."""
+    """Consecutive blocks; the first of them strides and changes the channels."""
 
     blocks: int
     size: int
@@ -52,7 +53,7 @@ class Stage(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """Channels of stem and head, and what lies between them."""
+    """Channels of stem and head, and the stages between them."""
 
     stem: int
     stages: tuple[Stage, ...]
@@ -120,7 +121,7 @@ class Block(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet-Lite; make one with `create`, which explains and checks these."""
+    """EfficientNet-Lite; `create` makes one and checks its arguments."""
 
     arch: str
     num_classes: int
@@ -143,11 +144,8 @@ class EfficientNet(nn.Module):
 
     @property
     def stride_px(self) -> int:
-        """Pixels of the picture per cell of the feature map."""
-        stride_px = 2
-        for stage in ARCHITECTURES[self.arch].stages:
-            stride_px *= stage.stride
-        return stride_px
+        """Image pixels per cell of the feature map."""
+        return 2 * math.prod(s.stride for s in ARCHITECTURES[self.arch].stages)
 
     @property
     def feature_channels(self) -> int:
@@ -156,15 +154,15 @@ class EfficientNet(nn.Module):
 
     @nn.nowrap
     def feature_extent(self, extent_px: Any) -> Any:
-        """Cells per side: what strides maps n to ceil(n / 2), and ceilings compose."""
+        """Valid cells: each stride maps n to ceil(n / 2), and ceilings compose."""
         return -(-extent_px // self.stride_px)
 
     @nn.nowrap
     def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
-        """Where a layer that strides sees an even size, "SAME" pads one less in front.
+        """Centres in pixels, which depend on the size: on 448 px, cell 0 is at 31.
 
-        All that follows then looks one of that layer's own pixels further: on 448 px,
-        cell 0 looks at pixel 31.
+        A layer that strides over an even size pads one pixel less in front, which moves
+        all centres by one of that layer's input pixels.
         """
         offset_px, step_px = 0, 1
         while step_px < self.stride_px:
@@ -173,7 +171,7 @@ class EfficientNet(nn.Module):
         return cells * self.stride_px + offset_px
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Scores, features and their mean for `[b, H, W, 3]` normalised pictures."""
+        """Scores, features and their mean for `[b, H, W, 3]` normalized images."""
         features = self.extract(images, train=train)
         pooled = features.mean((1, 2), dtype=at_least_float32(features.dtype))
         return Outputs(self.classify(pooled), features, pooled)
@@ -228,18 +226,18 @@ def create(arch: str, num_classes: int, **options: Any) -> EfficientNet:
 
 
 def plain_name(name: str) -> str:
-    """A published file's name without its underscores: `_blocks.0._bn1.bias`."""
+    """`_blocks.0._bn1.bias` -> `blocks.0.bn1.bias`, which stays as it is."""
     return re.sub(r"(^|\.)_", r"\1", name)
 
 
 def published_name(name: str) -> str:
-    """`blocks.0.bn1.bias` as the PyTorch package has it: `_blocks.0._bn1.bias`."""
+    """`blocks.0.bn1.bias` -> the PyTorch package's `_blocks.0._bn1.bias`."""
     *modules, leaf = name.split(".")
     return ".".join([m if m.isdecimal() else f"_{m}" for m in modules] + [leaf])
 
 
 def looks_like(names: Iterable[str]) -> str | None:
-    """The architecture with just these blocks, of plain names."""
+    """The architecture with exactly the blocks of these plain names."""
     names = list(names)
     found = {int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))}
     for arch, (_, stages, _) in ARCHITECTURES.items():
@@ -249,6 +247,6 @@ def looks_like(names: Iterable[str]) -> str | None:
 
 
 def size_options(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Nothing: this family has one width and one stem."""
+    """No options: this family has one width and one stem."""
     del arrays
     return {}

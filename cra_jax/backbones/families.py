@@ -1,7 +1,7 @@
-"""The families of backbones: which there are, and what each owes to the other rooms.
+"""The families of backbones, and what each family must provide.
 
-A family is one room with all that is its own: networks, names of published files, and
-records of published weights. It is named here, in `FAMILIES`, and nowhere else.
+A family is one module with its networks, the names of its published files, and the
+records of its published weights. It has one entry, in `FAMILIES`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,16 +18,16 @@ from cra_jax.backbones.weight_record import WeightRecord
 
 
 class Backbone(Protocol):
-    """What a family's `create` gives: a linen module with these, and a Dense `fc`.
+    """A linen module with these methods and a Dense layer `fc`.
 
-    Its variables are `{"params", "batch_stats"}`. float64 pictures are computed in
-    float64; others in the dtype that it was made for, with statistics, pooled features
-    and scores in float32.
+    Its variables are `{"params", "batch_stats"}`. float64 images are computed in
+    float64; others in the compute dtype, with statistics, pooled features and scores in
+    float32.
     """
 
     @property
     def stride_px(self) -> int:
-        """Pixels of the picture per cell of the feature map."""
+        """Image pixels per cell of the feature map."""
         ...
 
     @property
@@ -36,35 +36,35 @@ class Backbone(Protocol):
         ...
 
     def feature_extent(self, extent_px: Any) -> Any:
-        """Valid part of the feature map for `[..., 2]` valid (height, width) in pixels.
+        """Valid part of the feature map, in cells; needs no variables.
 
-        Any integer array does; needs no variables.
+        Args:
+          extent_px: valid height, width or both in pixels; any integer array.
         """
         ...
 
     def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
-        """Centre of the receptive fields of these cells of the feature map, in pixels.
+        """Centres of the receptive fields of cells of the feature map, in pixels.
 
         Args:
-            cells: indices along an axis of the feature map; any array of numbers does.
-            extent_px: the picture's size along that axis, integer, which broadcasts
-                with them.
+          cells: indices along an axis of the feature map; any array of numbers.
+          extent_px: the image's size along that axis, integer; broadcasts with `cells`.
 
         Returns:
-            Coordinates of which pixel centres are the integers.
+          Coordinates in which pixel centres are integers.
         """
         ...
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Scores, feature map and its mean for `[b, H, W, 3]` normalised pictures.
+        """Scores, feature map and its mean.
 
         Args:
-            images: floating point, already normalised.
-            train: normalise with the batch's statistics, and update the running ones:
-                `apply` then needs `mutable=["batch_stats"]`.
+          images: `[b, H, W, 3]`, floating point, normalized.
+          train: normalize with the batch's statistics, and update the running ones:
+            `apply` then needs `mutable=["batch_stats"]`.
 
         Raises:
-            ValueError: as `extract`.
+          ValueError: as `extract`.
         """
         ...
 
@@ -75,19 +75,22 @@ class Backbone(Protocol):
         train: bool = False,
         extent_px: jax.Array | None = None,
     ) -> jax.Array:
-        """Last feature map, `[b, ceil(H / stride_px), ceil(W / stride_px), c]`.
+        """The last feature map.
 
         Args:
-            images: as in `__call__`.
-            train: as in `__call__`.
-            extent_px: int `[b, 2]`, valid (height, width) of each picture, if they were
-                padded at the right and the bottom to share a batch. Within
-                `feature_extent(extent_px)` the features are then those of the picture
-                alone, rounding aside; those beyond mean nothing.
+          images: as in `__call__`.
+          train: as in `__call__`.
+          extent_px: int `[b, 2]`, valid (height, width) of each image, for images that
+            were padded at the right and the bottom to share a batch. Features within
+            `feature_extent(extent_px)` are then those of the image alone, except for
+            rounding; the others are undefined.
+
+        Returns:
+          `[b, ceil(H / stride_px), ceil(W / stride_px), c]`.
 
         Raises:
-            ValueError: if the shape or dtype of an argument is wrong, if `extent_px` is
-                given in training, or as `batch_norm.BatchNorm`.
+          ValueError: the shape or dtype of an argument is wrong, `extent_px` is given
+            in training, or as `batch_norm.BatchNorm`.
         """
         ...
 
@@ -97,20 +100,20 @@ class Backbone(Protocol):
 
 
 class Family(Protocol):
-    """What a family's room holds.
+    """What the module of a family must provide.
 
-    Plain names are a variable's path in linen with dots and torch's words for its end:
+    A plain name is a variable's path in linen with dots and torch's word for its leaf:
     `("batch_stats", "layer1_0", "bn1", "mean")` is `layer1.0.bn1.running_mean`.
     """
 
     @property
     def ARCHITECTURES(self) -> Mapping[str, Any]:
-        """The names of its architectures; no two families share one."""
+        """Its architectures by name; no two families share a name."""
         ...
 
     @property
     def PUBLISHED(self) -> Mapping[str, WeightRecord]:
-        """Published weights by their names; of each architecture the default first."""
+        """Published weights by name; the first of an architecture is its default."""
         ...
 
     def create(self, arch: str, num_classes: int, **options: Any) -> Backbone:
@@ -128,21 +131,21 @@ class Family(Protocol):
         ...
 
     def plain_name(self, name: str) -> str:
-        """The plain name of what published files call `name`; a plain name stays."""
+        """The plain name of a published or plain name."""
         ...
 
     def published_name(self, name: str) -> str:
-        """What its published files, and so ours, call a plain name."""
+        """The name in published files, which is also written, of a plain name."""
         ...
 
     def looks_like(self, names: Iterable[str]) -> str | None:
-        """The architecture whose blocks these plain names are, if it is one of its."""
+        """The architecture whose blocks have these plain names; None: none of these."""
         ...
 
     def size_options(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """`width` and `stem` of the network that these arrays, by plain names, fit.
+        """`width` and `stem` of the network that arrays, by plain names, belong to.
 
-        Whatever is missing or misshapen is taken for the default.
+        Options that cannot be inferred are left out.
         """
         ...
 
@@ -159,7 +162,7 @@ def family_of(arch: str) -> Family:
     """The family of an architecture.
 
     Raises:
-      ValueError: the name is unknown; the message lists the known ones.
+      ValueError: there is no such architecture; the message lists all.
     """
     for family in FAMILIES:
         if arch in family.ARCHITECTURES:
@@ -168,13 +171,19 @@ def family_of(arch: str) -> Family:
 
 
 def create_backbone(arch: str, num_classes: int, **options: Any) -> nn.Module:
-    """A `Backbone` by its name; the options are those of `BackboneOptions`.
+    """An untrained `Backbone`.
+
+    Args:
+      arch: one of `backbones()`.
+      num_classes: length of the score vector.
+      **options: those of `options.BackboneOptions`.
 
     Raises:
-      ValueError: as `family_of` and `Family.create`.
+      TypeError: there is no such option.
+      ValueError: an argument is unknown, out of range, or contradicts another.
     """
     backbone = family_of(arch).create(arch, num_classes, **options)
-    return backbone  # pyright: ignore[reportReturnType] (no protocol can say so)
+    return backbone  # pyright: ignore[reportReturnType] (a protocol cannot require it)
 
 
 def variable_shapes(network: nn.Module, crop_px: int) -> dict[str, Any]:
@@ -192,7 +201,7 @@ def variable_shapes(network: nn.Module, crop_px: int) -> dict[str, Any]:
 
 
 def looks_like(names: Iterable[str]) -> str | None:
-    """The architecture that arrays of these published or plain names belong to."""
+    """The architecture with these published or plain names; None: no known one."""
     names = list(names)
     for family in FAMILIES:
         if arch := family.looks_like(family.plain_name(name) for name in names):

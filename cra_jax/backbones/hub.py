@@ -1,4 +1,4 @@
-"""The named weights, and how to get them: the hub, a package, or by hand."""
+"""Published weights by name, from the Hugging Face hub or an installed package."""
 
 import importlib.util
 import re
@@ -9,7 +9,7 @@ from cra_jax.backbones.weight_record import WeightRecord
 
 
 def known() -> dict[str, WeightRecord]:
-    """The published weights of all families, by their names."""
+    """Records of the published weights of all families, by name."""
     return {
         name: record
         for family in families.FAMILIES
@@ -18,32 +18,32 @@ def known() -> dict[str, WeightRecord]:
 
 
 def default_for(arch: str) -> str:
-    """The name of the weights that an architecture starts from; empty: it has none."""
+    """The name of an architecture's default pretrained weights; empty: it has none."""
     return next((name for name, record in known().items() if record.arch == arch), "")
 
 
 def record_of(name_or_path: str | Path) -> WeightRecord | None:
-    """The record of a known name, or of a published file under its own name."""
+    """The record of a published name, or of a path to a file of a published name."""
     records = known()
     files = {record.file: record for record in records.values()}
     return records.get(str(name_or_path)) or files.get(Path(name_or_path).name)
 
 
 def fetch(name_or_path: str | Path) -> Path:
-    """The file that a name stands for; the hub's client downloads it once and caches.
+    """Path of a weight file; the hub's client downloads a name once and caches it.
 
     Args:
-      name_or_path: a file, one of `known`, or another model on the Hugging Face hub.
+      name_or_path: a file, a key of `known()`, or another model on the hub.
 
     Raises:
       ValueError: there is no such file or name, its package is not installed, or it
-        cannot be downloaded; the message says how to get it.
+        cannot be downloaded; the message gives the way to get it.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file of weights in it")
+        raise ValueError(f"{path} is a directory: give the weight file in it")
     record = known().get(name)
     if record and record.package:
         return _installed(record)
@@ -73,7 +73,7 @@ def fetch(name_or_path: str | Path) -> Path:
 
 
 def _installed(record: WeightRecord) -> Path:
-    """The file of an installed package, none of whose code runs."""
+    """Path of the file in an installed package; runs none of the package's code."""
     spec = importlib.util.find_spec(record.package.replace("-", "_"))
     for folder in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(folder).rglob(record.file)):

@@ -1,16 +1,15 @@
-"""ResNet with torchvision's numerics, so that its weights mean the same thing here.
+"""ResNet with torchvision's numerics, so that its weights give the same scores.
 
 Padding is explicit (Flax's "SAME" differs from torch's on even sizes), the bottleneck
 strides in its 3x3 convolution, and BatchNorm keeps torch's unbiased running variance.
 Names follow torchvision: `conv1`, `bn1`, `layer1_0`, `downsample_conv`, `fc`.
 
-Two dtypes are at work. Images are cast once, on entry, to the compute dtype, and every
-layer follows its input from there: convolutions and activations run in the compute
-dtype, statistics, pooling and scores in at least float32, and parameters are kept in
-float32. float64 images are never cast down: they are computed in float64 whatever the
-compute dtype, so a gradient check needs nothing but float64 arrays.
+Images are cast once to the compute dtype, and every layer follows the dtype of its
+input: convolutions and activations run in the compute dtype, statistics, pooling and
+scores in at least float32. Parameters are kept in float32. float64 images are computed
+in float64 whatever the compute dtype, so a gradient check needs only float64 arrays.
 
-What every family has is explained in `backbones/families.py`.
+`families.py` documents what every family provides.
 """
 
 import re
@@ -116,14 +115,14 @@ class Block(nn.Module):
             y = Conv(features, size, stride, name=f"conv{i}")(y)
             y = self.norm(name=f"bn{i}")(y, train=train)
             extent_px = shrink(extent_px, stride)
-        if x.shape[-1] != wide:  # true wherever a block strides, too
+        if x.shape[-1] != wide:  # also true wherever a block strides
             x = Conv(wide, 1, self.stride, name="downsample_conv")(x)
             x = self.norm(name="downsample_bn")(x, train=train)
         return relu(y + x)
 
 
 class ResNet(nn.Module):
-    """Residual network; make one with `create`, which explains and checks these."""
+    """Residual network; `create` makes one and checks its arguments."""
 
     arch: str
     num_classes: int
@@ -146,7 +145,7 @@ class ResNet(nn.Module):
 
     @property
     def stride_px(self) -> int:
-        """Pixels of the picture per cell of the feature map: 32, 16 or 8."""
+        """Image pixels per cell of the feature map: 32, 16 or 8."""
         return _STRIDES_PX[self.options.stem]
 
     @property
@@ -157,16 +156,16 @@ class ResNet(nn.Module):
 
     @nn.nowrap
     def feature_extent(self, extent_px: Any) -> Any:
-        """Cells per side: what strides maps n to ceil(n / 2), and ceilings compose."""
+        """Valid cells: each stride maps n to ceil(n / 2), and ceilings compose."""
         return -(-extent_px // self.stride_px)
 
     @nn.nowrap
     def feature_place_px(self, cells: Any, extent_px: Any) -> Any:
-        """Padding is symmetric: cell 0 looks at pixel 0, whatever the size."""
+        """Centres in pixels: padding is symmetric, so cell 0 is centred at pixel 0."""
         return cells * self.stride_px + 0 * extent_px
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Scores, features and their mean for `[b, H, W, 3]` normalised pictures."""
+        """Scores, features and their mean for `[b, H, W, 3]` normalized images."""
         features = self.extract(images, train=train)
         pooled = features.mean((1, 2), dtype=at_least_float32(features.dtype))
         return Outputs(self.classify(pooled), features, pooled)
@@ -185,7 +184,7 @@ class ResNet(nn.Module):
         x = relu(self.bn1(self.conv1(mask(x, extent_px)), train=train))
         extent_px = shrink(extent_px, self.conv1.stride)
         if options.stem == "imagenet":
-            # 0 is as good as -inf beyond the picture's edge: nothing here is negative.
+            # 0 is as good as -inf beyond the image's edge: no value is negative.
             x = max_pool(mask(x, extent_px))
             extent_px = shrink(extent_px, 2)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
@@ -226,7 +225,7 @@ def create(arch: str, num_classes: int, **options: Any) -> ResNet:
 
 
 def plain_name(name: str) -> str:
-    """The plain name for torchvision's, timm's (the same) or transformers' name.
+    """The plain name of a name of torchvision, timm (the same) or transformers.
 
     `layer1.0.downsample.1.bias` -> `layer1.0.downsample_bn.bias`, and
     `resnet.encoder.stages.0.layers.1.layer.2.convolution.weight` ->
@@ -257,7 +256,7 @@ def published_name(name: str) -> str:
 
 
 def looks_like(names: Iterable[str]) -> str | None:
-    """The architecture with just these blocks, of plain names."""
+    """The architecture with exactly the blocks of these plain names."""
     names = list(names)
     found = {m[0] for name in names if (m := re.match(r"layer\d+\.\d+\.", name))}
     bottleneck = any(name.endswith(".conv3.weight") for name in names)
@@ -269,9 +268,9 @@ def looks_like(names: Iterable[str]) -> str | None:
 
 
 def size_options(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Width and stem of the network that these arrays, by plain names, fit.
+    """Width and stem of the network that arrays, by plain names, belong to.
 
-    `"medium"` has the shapes of `"small"`, which stands for both.
+    `"medium"` has the same shapes as `"small"`, which is returned for both.
     """
     conv1 = arrays.get("conv1.weight")
     if conv1 is None or conv1.ndim != 4:

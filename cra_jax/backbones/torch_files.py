@@ -1,8 +1,8 @@
-"""The arrays of a `.safetensors` or `.pth` file, read without running anything.
+"""Reads the arrays of a `.safetensors` or `.pth` file without running its code.
 
-A `.pth` holds a pickle, and a pickle can call any function. Here it may only name what
-a saved `state_dict` needs, each a harmless stand-in; any other name is refused. Needs
-no torch.
+A `.pth` holds a pickle, and a pickle can call any function. Here it may name only what
+a saved `state_dict` needs, each replaced by a harmless function; any other name is an
+error. Needs no torch.
 """
 
 import io
@@ -37,7 +37,7 @@ _STORAGES = {
 
 
 class _Storage(NamedTuple):
-    """A run of numbers in the file, which tensors are views of."""
+    """Consecutive numbers in the file, of which tensors are views."""
 
     key: str
     dtype: np.dtype
@@ -54,7 +54,7 @@ class _Tensor(NamedTuple):
 
 
 class _Dict(dict):
-    """Like `collections.OrderedDict`, it may carry attributes; torch saves one."""
+    """A dict that may have attributes, as torch saves one for `OrderedDict`."""
 
 
 class _Refused(ValueError):
@@ -62,15 +62,15 @@ class _Refused(ValueError):
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a file by their names, as they are stored.
+    """The arrays of a file by name, as they are stored.
 
     Args:
       path: `.safetensors`, or a `state_dict` that `torch.save` wrote, in its zip format
-        or in the one before torch 1.6; told apart by their content.
+        or in the one before torch 1.6; the content decides, not the file's name.
 
     Raises:
-      ValueError: there is no such file, it is damaged, incomplete or something else, or
-        its pickle holds or calls anything but arrays; nothing of it has run then.
+      ValueError: there is no such file, it is damaged, incomplete or of another format,
+        or its pickle holds or calls anything but arrays; none of its code has run.
     """
     path = Path(path)
     try:
@@ -80,11 +80,11 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             if start.startswith(_ZIP):
                 return _read_zip(file, path)
             if start.startswith(_PICKLE):
-                # Mapped: to ask for more than there is then costs no memory.
+                # Mapped: a read beyond the end then costs no memory.
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     return _read_legacy(mapped, path)
         if start[8:9] != b"{":
-            raise ValueError(_what_else(start))
+            raise ValueError(_describe_start(start))
         with safetensors.safe_open(path, "numpy") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except _Refused:
@@ -99,7 +99,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _what_else(start: bytes) -> str:
+def _describe_start(start: bytes) -> str:
     if not start:
         return "the file is empty"
     if start.startswith(b"version https://"):
@@ -121,7 +121,7 @@ def _read_zip(file: IO[bytes], path: Path) -> dict[str, np.ndarray]:
 
         def stored(name: str) -> bytes:
             info = archive.getinfo(f"{folder}{name}")
-            # torch never compresses, so nothing can unfold to more than the file.
+            # torch never compresses, so no entry can be larger than the file.
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"storage {name} is compressed")
             return archive.read(info)
@@ -160,10 +160,10 @@ def _read_legacy(file: mmap.mmap, path: Path) -> dict[str, np.ndarray]:
 
 
 class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    """Knows the names that a `state_dict` needs, and no other.
+    """Resolves the names that a `state_dict` needs, and no other.
 
-    The one that is written in Python: its twin in C makes room for as many memos as a
-    pickle says it has, tens of gigabytes where one byte of the file is wrong.
+    The base class is the one in Python: the one in C allocates as many memos as the
+    pickle claims, tens of gigabytes where one byte of the file is wrong.
     """
 
     def __init__(self, file: Any, path: Path):
@@ -171,11 +171,11 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIss
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        # Made anew each time: a pickle can set attributes on what it is given.
+        # A new object on each call: a pickle can set attributes on what it receives.
         if (module, name) == ("collections", "OrderedDict"):
             return lambda items=(): _Dict(items)
         if module == "torch" and name in _STORAGES:
-            return lambda: name  # never called; `persistent_load` asks for its name
+            return lambda: name  # called by `persistent_load` alone
         if module == "torch._utils" and name in (
             "_rebuild_tensor",
             "_rebuild_tensor_v2",

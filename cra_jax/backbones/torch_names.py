@@ -1,7 +1,7 @@
-"""Names and shapes of torch's arrays <-> those of linen's variables.
+"""Converts names and shapes of arrays between torch and linen.
 
-Names are plain here, as `families.Family` explains; each family knows how its published
-files differ.
+Names are plain names, which `families.Family` defines; each family converts those of
+its published files.
 """
 
 import re
@@ -22,7 +22,7 @@ _LEAVES = {
 
 
 def torch_name(key: Key) -> str:
-    """`("params", "layer1_0", "bn1", "scale")` -> `layer1.0.bn1.weight`, and so on."""
+    """`("params", "layer1_0", "bn1", "scale")` -> `layer1.0.bn1.weight`."""
     _, *modules, leaf = key
     # Flax names the members of a list layer1_0, layer1_1, ...; torch has a dot there.
     modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
@@ -37,12 +37,12 @@ def to_torch(array: Any) -> np.ndarray:
 
 
 def to_linen(array: np.ndarray) -> np.ndarray:
-    """Torch's kernels as linen's."""
+    """Torch's `OIHW` and `OI` kernels as linen's `HWIO` and `IO`; vectors stay."""
     order = (2, 3, 1, 0) if array.ndim == 4 else None
     return np.ascontiguousarray(array.transpose(order))
 
 
 def counters(names: Iterable[str]) -> list[str]:
-    """BatchNorm's counters that belong to these names."""
+    """Names of the counters of the BatchNorm layers among these names."""
     means = [name for name in names if name.endswith(".running_mean")]
     return [n.replace(".running_mean", ".num_batches_tracked") for n in means]

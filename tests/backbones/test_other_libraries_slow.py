@@ -51,9 +51,9 @@ def imported(library):
 
 
 def _let_in(extension: Path) -> None:
-    """Lets torchvision be imported beside a torch that cannot load its extension.
+    """Lets torchvision be imported with a torch that cannot load its extension.
 
-    One built for CUDA does not load beside a torch for CPUs. Classification needs
+    One built for CUDA does not load with a torch for CPUs. Classification needs
     nothing of it, but the import wants two operators of detection to have a signature.
     """
     try:
@@ -94,7 +94,7 @@ def scores_of(net, images) -> np.ndarray:
 def assert_close(actual, expected, what):
     difference = np.abs(np.asarray(actual) - expected).max()
     print(f"{what}: scores of {np.abs(expected).max():.1f} differ by {difference:.1e}")
-    assert np.ptp(expected, 0).min() > 1e-2  # the pictures are told apart
+    assert np.ptp(expected, 0).min() > 1e-2  # the images have different scores
     assert difference < 1e-4 * max(1, np.abs(expected).max())
 
 

@@ -22,7 +22,7 @@ ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIDES_PX = (224, 225, 448)
 
 
-def pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -51,7 +51,7 @@ def differences(actual, expected):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_stage_of_a_whole_network_equals_torch(arch, side_px):
     torch_model = randomize(TorchResNet(arch, 1000), seed=0).eval()
-    images = pictures(1, side_px, side_px, 3)
+    images = random_images(1, side_px, side_px, 3)
     with torch.no_grad():
         expected = torch_model.stages(to_torch(images))
     expected = {name: to_numpy(value) for name, value in expected.items()}
@@ -111,7 +111,7 @@ def test_weights_and_statistics_equal_torch_after_ten_steps():
 
     optimizer_state = optimizer.init(variables["params"])
     for i in range(steps):
-        images = pictures(4, 65, 64, 3, seed=i)
+        images = random_images(4, 65, 64, 3, seed=i)
         labels = np.arange(i, i + 4) % 5
         variables, optimizer_state = step(variables, optimizer_state, images, labels)
         sgd.zero_grad()

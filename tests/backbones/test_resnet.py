@@ -36,7 +36,7 @@ def tiny_bottleneck(monkeypatch):
     monkeypatch.setitem(LAYERS, "tiny50", ("bottleneck", list(stages)))
 
 
-def pictures(*shape, seed=0, dtype: Any = np.float32):
+def random_images(*shape, seed=0, dtype: Any = np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
@@ -127,7 +127,7 @@ EVEN, ODD = (64, 64), (75, 75)
 )
 def test_activations_equal_torch_stage_by_stage(arch, stem, size, train):
     torch_model, model, variables = twins(arch, stem=stem)
-    images = pictures(2, *size, 3)
+    images = random_images(2, *size, 3)
     with torch.no_grad():
         expected = torch_model.train(train).stages(to_torch(images))
     outputs, state = forward(
@@ -181,7 +181,7 @@ def test_three_float64_sgd_steps_equal_torch(arch):
         return {"params": params, **updates}, grads
 
     for step in range(3):
-        images = pictures(3, 17, 24, 3, seed=step, dtype=np.float64)
+        images = random_images(3, 17, 24, 3, seed=step, dtype=np.float64)
         labels = np.array([0, 2, 1])
         variables, grads = sgd(variables, images, labels)
         optimizer.zero_grad()
@@ -237,8 +237,11 @@ def norm_variables(channels):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
-def test_norm_groups_are_normalised_apart():
-    x = pictures(6, 3, 2, 4) * 2 + np.arange(6, dtype=np.float32)[:, None, None, None]
+def test_norm_groups_are_normalized_separately():
+    x = (
+        random_images(6, 3, 2, 4) * 2
+        + np.arange(6, dtype=np.float32)[:, None, None, None]
+    )
     variables = norm_variables(4)
     y, state = BatchNorm(2).apply(variables, x, train=True, mutable=["batch_stats"])
     alone = [
@@ -254,9 +257,9 @@ def test_norm_groups_are_normalised_apart():
 
 @pytest.mark.usefixtures("x64")
 def test_gradient_of_groups_equals_torch_in_float64():
-    """To the pictures, the scale and the bias; what the statistics say adds nothing."""
-    x = 3 * pictures(6, 3, 2, 4, dtype=np.float64) + 1
-    cotangent = pictures(6, 3, 2, 4, seed=1, dtype=np.float64)
+    """To the images, the scale and the bias; what the statistics say adds nothing."""
+    x = 3 * random_images(6, 3, 2, 4, dtype=np.float64) + 1
+    cotangent = random_images(6, 3, 2, 4, seed=1, dtype=np.float64)
     scale, bias = np.array([0.5, -1.5, 2, 0]), np.array([0.1, -0.3, 0, 2])
 
     def loss(x, scale, bias):
@@ -280,7 +283,7 @@ def test_gradient_of_groups_equals_torch_in_float64():
 
 def test_norm_keeps_its_input_as_it_came():
     """bfloat16 costs half the memory of float32 between the passes."""
-    x = jnp.asarray(pictures(4, 8, 8, 3), jnp.bfloat16)
+    x = jnp.asarray(random_images(4, 8, 8, 3), jnp.bfloat16)
 
     def run(x):
         y, _ = BatchNorm().apply(
@@ -306,10 +309,13 @@ def test_relu_passes_gradient_on_where_torch_does_and_keeps_its_output_alone(cei
     assert [v.shape for v in jax.tree.leaves(back)] == [x.shape]
 
 
-def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
+def test_norm_synchronized_over_replicas_is_the_norm_of_the_whole_batch():
     """Values, running statistics and gradients, with means that differ a lot."""
-    x = pictures(6, 3, 2, 4) + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
-    cotangent = pictures(6, 3, 2, 4, seed=1)
+    x = (
+        random_images(6, 3, 2, 4)
+        + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
+    )
+    cotangent = random_images(6, 3, 2, 4, seed=1)
     variables = norm_variables(4)
 
     def run(norm, x, cotangent):
@@ -328,8 +334,8 @@ def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
     def all_mean(v):
         return jax.lax.pmean(v, "replica")
 
-    synchronised = BatchNorm(all_mean=all_mean, num_replicas=3)
-    shared = jax.jit(jax.vmap(partial(run, synchronised), axis_name="replica"))
+    synchronized = BatchNorm(all_mean=all_mean, num_replicas=3)
+    shared = jax.jit(jax.vmap(partial(run, synchronized), axis_name="replica"))
     (x_grad_r, grads_r), y_r, state_r = shared(
         x.reshape(3, 2, 3, 2, 4), cotangent.reshape(3, 2, 3, 2, 4)
     )
@@ -343,7 +349,7 @@ def test_norm_synchronised_over_replicas_is_the_norm_of_the_whole_batch():
 
 
 def test_norm_variance_survives_a_large_mean():
-    x = pictures(4, 8, 8, 1, dtype=np.float64) + 3000
+    x = random_images(4, 8, 8, 1, dtype=np.float64) + 3000
     variables = norm_variables(1)
     y, _ = BatchNorm().apply(
         variables, x.astype(np.float32), train=True, mutable=["batch_stats"]
@@ -354,7 +360,7 @@ def test_norm_variance_survives_a_large_mean():
 
 
 def test_norm_statistics_of_bfloat16_are_those_of_float32():
-    x = jnp.asarray(pictures(4, 8, 8, 3) + 20, jnp.bfloat16)
+    x = jnp.asarray(random_images(4, 8, 8, 3) + 20, jnp.bfloat16)
     norm = partial(
         BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
     )
@@ -366,7 +372,7 @@ def test_norm_statistics_of_bfloat16_are_those_of_float32():
 
 
 def test_network_passes_the_group_size_on():
-    images = pictures(4, 16, 16, 3)
+    images = random_images(4, 16, 16, 3)
     _, model, variables = twins("resnet10", stem="small")
     _, grouped, _ = twins("resnet10", stem="small", bn_group_size=2)
     run = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
@@ -375,7 +381,7 @@ def test_network_passes_the_group_size_on():
     np.testing.assert_allclose(outputs.logits, np.concatenate(halves), atol=1e-4)
 
 
-def test_network_synchronises_every_norm():
+def test_network_synchronizes_every_norm():
     calls = []
 
     def all_mean(x):
@@ -396,7 +402,7 @@ def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh(
     assert (variables["batch_stats"]["mean"] == 0).all()
 
 
-# --- pictures of different sizes in one batch ---------------------------------------
+# --- images of different sizes in one batch ---------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -420,7 +426,7 @@ def test_padding_beyond_the_extent_changes_nothing(arch, stem):
     }[stem]
     high, wide = np.max(sizes, 0) + 3
     batch = np.full((2, high, wide, 3), 7, np.float32)  # padding that would be seen
-    singles = [pictures(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
+    singles = [random_images(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
     for i, (h, w) in enumerate(sizes):
         batch[i, :h, :w] = singles[i][0]
 
@@ -429,8 +435,8 @@ def test_padding_beyond_the_extent_changes_nothing(arch, stem):
         return model.apply(variables, images, extent_px=extent_px, method="extract")
 
     masked = extract(batch, jnp.array(sizes))
-    for i, picture in enumerate(singles):
-        alone = extract(picture)[0]
+    for i, image in enumerate(singles):
+        alone = extract(image)[0]
         h, w = model.feature_extent(np.array(sizes[i]))
         assert alone.shape[:2] == (h, w)
         np.testing.assert_allclose(masked[i, :h, :w], alone, rtol=1e-5, atol=1e-5)
@@ -461,12 +467,12 @@ def test_no_extent_costs_nothing():
     assert "iota" in str(jax.make_jaxpr(extract)(images, extent_px))
 
 
-# --- doors and dtypes ---------------------------------------------------------------
+# --- heads and dtypes ---------------------------------------------------------------
 
 
 def test_classify_works_on_every_place_of_a_feature_map():
     _, model, variables = twins("resnet10", stem="small")
-    outputs, _ = forward(model, variables, pictures(2, 16, 24, 3))
+    outputs, _ = forward(model, variables, random_images(2, 16, 24, 3))
     places: Any = model.apply(variables, outputs.features, method="classify")
     assert places.shape == (2, 2, 3, 5)
     np.testing.assert_allclose(places.mean((1, 2)), outputs.logits, atol=1e-5)
@@ -475,7 +481,7 @@ def test_classify_works_on_every_place_of_a_feature_map():
 def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
     _, model, variables = twins("resnet10", stem="small")
     _, half, _ = twins("resnet10", stem="small", dtype=jnp.bfloat16)
-    images = pictures(4, 32, 32, 3)
+    images = random_images(4, 32, 32, 3)
     exact, _ = forward(model, variables, images)
     outputs, _ = forward(half, variables, images)
     error = jnp.abs(outputs.logits - exact.logits).max()
@@ -550,9 +556,9 @@ def test_training_on_one_value_per_channel_is_refused():
 
 @pytest.mark.parametrize("sides", [(8, 9), (7, 7), (1, 1), (2, 3)])
 def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
-    x = np.maximum(pictures(2, *sides, 3).round(), 0)
+    x = np.maximum(random_images(2, *sides, 3).round(), 0)
     y, pull_back = jax.vjp(max_pooling.max_pool, x)
-    cotangent = pictures(*y.shape, seed=1)
+    cotangent = random_images(*y.shape, seed=1)
     torch_x = to_torch(x).requires_grad_()
     torch_y = torch.nn.functional.max_pool2d(torch_x, 3, 2, 1)
     torch_y.backward(to_torch(cotangent))
@@ -563,18 +569,18 @@ def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
 
 
 def test_max_pool_keeps_the_dtype():
-    x = pictures(1, 6, 6, 2).astype(jnp.bfloat16)
+    x = random_images(1, 6, 6, 2).astype(jnp.bfloat16)
     y, pull_back = jax.vjp(max_pooling.max_pool, x)
     assert y.dtype == pull_back(y)[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("batch", [1, 6, 7, 16])
 def test_the_gradient_of_a_product_is_autodiffs(batch):
-    x, kernel = pictures(batch, 3, 4, 5), pictures(5, 6)
+    x, kernel = random_images(batch, 3, 4, 5), random_images(5, 6)
     y, pull_back = jax.vjp(convolutions.product, x, kernel)
     plain, pull_back_plain = jax.vjp(jnp.matmul, x, kernel)
     np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
-    cotangent = pictures(*y.shape, seed=1)
+    cotangent = random_images(*y.shape, seed=1)
     pairs = zip(pull_back(cotangent), pull_back_plain(cotangent), strict=True)
     for got, wanted in pairs:
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)

@@ -136,7 +136,7 @@ def test_old_files_have_no_counters(tmp_path):
     assert_same(loaded, to_linen(model.state_dict().items()))
 
 
-# --- what is wrong is said, all at once ---------------------------------------------
+# --- one error lists all problems -----------------------------------------------------
 
 
 def changed(state, **changes):
@@ -582,8 +582,8 @@ def test_no_file_and_no_name_is_refused_without_a_download(name, message, client
     assert client.calls == []
 
 
-def test_a_folder_is_refused(client, tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
+def test_a_directory_is_refused(client, tmp_path):
+    with pytest.raises(ValueError, match="is a directory"):
         hub.fetch(tmp_path)
 
 
@@ -801,7 +801,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path):
     state = [{"classification_stream": other[c]} for c in ("params", "batch_stats")]
     with pytest.raises(ValueError, match=r"fit resnet18 .*like a resnet10"):
         start(*state, arch="resnet18")
-    # Runs are told apart from other folders; nothing of theirs is guessed.
+    # Other directories are not taken for runs.
     (empty := tmp_path / "empty").mkdir()
     for folder, message in [
         (empty, "neither a run .* nor an export"),
@@ -828,7 +828,7 @@ def test_an_export_without_its_description_is_refused(about, tmp_path):
 
 
 @pytest.mark.parametrize("save_as", [save_run, save_export])
-def test_how_pictures_were_normalised_is_known_before_any_work(save_as, tmp_path):
+def test_how_pictures_were_normalized_is_known_before_any_work(save_as, tmp_path):
     folder = save_as(tmp_path / "first", trained_state(pretrained.STREAMS[:1]))
     about = tuple(ABOUT["mean"]), tuple(ABOUT["std"])
     assert pretrained.normalization(folder) == about
@@ -845,7 +845,7 @@ def test_how_pictures_were_normalised_is_known_before_any_work(save_as, tmp_path
     check_config.check(config)
 
 
-def test_how_pictures_were_normalised_may_be_unknown(tmp_path, monkeypatch):
+def test_how_pictures_were_normalized_may_be_unknown(tmp_path, monkeypatch):
     record = resnet.PUBLISHED["timm/resnet50.tv2_in1k"]
     for name in ("timm/resnet50.tv2_in1k", tmp_path / record.file):
         assert pretrained.normalization(name) == (record.mean, record.std)

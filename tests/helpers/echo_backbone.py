@@ -1,4 +1,4 @@
-"""A backbone whose scores are its picture's own pixels: what a stream was shown."""
+"""A backbone whose scores are the pixels of its image: the input of a stream."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""A third family, as small as one can be: what somebody who adds one has to write."""
+"""A third family, as small as possible: what a new family has to provide."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
