@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from torch import nn
 
 from cra_jax import model
@@ -25,7 +25,17 @@ from cra_jax.backbones import (
 from cra_jax.backbones.efficientnet import Architecture, Stage
 from cra_jax.input import pictures
 from cra_jax.training import pretrained
+from tests.helpers.torch_parity import (
+    assert_stages_equal,
+    assert_trees_close,
+    flat,
+    noise,
+    to_numpy,
+    to_torch,
+)
 from tests.oracles.torch_resnet import randomize, to_linen_array
+
+assert_same = partial(assert_trees_close, rtol=0, atol=0)
 
 LITE0 = "efficientnet_lite0"
 ALBATROSS = 146  # of ImageNet's classes
@@ -155,69 +165,11 @@ def tiny(monkeypatch):
     monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny", tiny)
 
 
-def random_images(*shape, seed=0, dtype: Any = np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def to_torch(images):
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-
-
-def to_numpy(tensor):
-    array = tensor.detach().numpy()
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-
 def twins(arch, *, num_classes=5, seed=0, **options):
     """A torch network and the same one in linen, with its variables."""
     torch_model = randomize(TorchLite(arch, num_classes), seed)
     net = efficientnet.create(arch, num_classes, **options)
     return torch_model, net, to_linen(torch_model.state_dict().items())
-
-
-def flat(tree) -> dict[Any, Any]:
-    return flatten_dict(tree)
-
-
-def assert_trees_close(actual, expected, **tolerance):
-    actual, expected = flat(actual), flat(expected)
-    assert actual.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_allclose(
-            actual[path], value, err_msg="/".join(path), **tolerance
-        )
-
-
-def assert_same(actual, expected):
-    """The same tree, bit for bit."""
-    actual, expected = flat(actual), flat(expected)
-    assert actual.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_array_equal(actual[path], value, err_msg="/".join(path))
-
-
-def assert_stages_equal(torch_model, net, variables, images, train):
-    with torch.no_grad():
-        expected = torch_model.train(train).stages(to_torch(images))
-    apply = partial(
-        net.apply,
-        train=train,
-        mutable=["intermediates", "batch_stats"],
-        capture_intermediates=True,
-    )
-    outputs, state = jax.jit(apply)(variables, images)
-    seen = {
-        name: module["__call__"][0]
-        for name, module in state["intermediates"].items()
-        if name != "__call__" and "__call__" in module
-    }
-    seen |= {name: getattr(outputs, name) for name in ("features", "pooled", "logits")}
-    for name, value in expected.items():
-        value = to_numpy(value)
-        # Rounding is relative to what was added up: to the scale of the whole array.
-        limit = 1e-4 * max(1, np.abs(value).max())
-        np.testing.assert_allclose(seen[name], value, rtol=0, atol=limit, err_msg=name)
-    return state["batch_stats"]
 
 
 # --- the network is the published one -----------------------------------------------
@@ -255,8 +207,8 @@ def test_names_shapes_and_counts_are_the_published_ones():
 )
 def test_activations_equal_torch_stage_by_stage(arch, size, train):
     torch_model, net, variables = twins(arch)
-    images = random_images(2, *size, 3)
-    stats = assert_stages_equal(torch_model, net, variables, images, train)
+    images = noise(2, *size, 3)
+    stats, _ = assert_stages_equal(torch_model, net, variables, images, train)
     after = to_linen(torch_model.state_dict().items())
     assert_trees_close(stats, after["batch_stats"], rtol=1e-4, atol=1e-5)
 
@@ -265,7 +217,7 @@ def test_activations_equal_torch_stage_by_stage(arch, size, train):
 def test_float64_gradients_equal_torch():
     torch_model, net, variables = twins("tiny")
     torch_model = torch_model.double().train()
-    images, labels = random_images(3, 13, 16, 3, dtype=np.float64), np.array([0, 4, 1])
+    images, labels = noise(3, 13, 16, 3, dtype=np.float64), np.array([0, 4, 1])
 
     def loss(params):
         outputs, updates = net.apply(
@@ -291,13 +243,10 @@ def test_float64_gradients_equal_torch():
     [((6, 5), 3, 1), ((7, 8), 3, 2), ((8, 7), 5, 2), ((6, 9), 5, 1), ((5, 6), 5, 2)],
 )
 def test_depthwise_and_its_gradients_equal_torch(sides, size, stride):
-    x, kernel = (
-        random_images(2, *sides, 3, dtype=float),
-        random_images(size, size, 1, 3, dtype=float),
-    )
+    x, kernel = noise(2, *sides, 3, dtype=float), noise(size, size, 1, 3, dtype=float)
     depthwise: Any = lambda *args: convolutions.depthwise(*args, stride)  # noqa: E731
     y, pull_back = jax.vjp(depthwise, x, kernel)
-    cotangent = random_images(*y.shape, seed=1, dtype=float)
+    cotangent = noise(*y.shape, seed=1, dtype=float)
     torch_x = to_torch(x).requires_grad_()
     torch_kernel = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).requires_grad_()
     torch_y = nn.functional.conv2d(torch_x, torch_kernel, stride=stride, groups=3)
@@ -338,7 +287,7 @@ def test_padding_beyond_the_extent_changes_nothing():
     _, net, variables = twins("tiny")
     sizes = [(38, 44), (39, 31), (24, 45), (25, 34), (2, 1)]
     batch = np.full((len(sizes), 42, 47, 3), 7, np.float32)  # would be seen
-    singles = [random_images(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
+    singles = [noise(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
     for i, (h, w) in enumerate(sizes):
         batch[i, :h, :w] = singles[i][0]
 
@@ -372,7 +321,7 @@ def test_feature_extent_is_the_shape_of_the_feature_map():
 def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
     _, net, variables = twins("tiny")
     _, half, _ = twins("tiny", dtype=jnp.bfloat16)
-    images = random_images(4, 32, 32, 3)
+    images = noise(4, 32, 32, 3)
     exact = jax.jit(net.apply)(variables, images).logits
     outputs: Any = jax.jit(half.apply)(variables, images)
     error = jnp.abs(outputs.logits - exact).max()
@@ -392,7 +341,7 @@ def test_options_of_batchnorm_reach_every_norm():
         return x
 
     _, net, variables = twins("tiny", all_mean=all_mean, num_replicas=2)
-    images = random_images(4, 16, 16, 3)
+    images = noise(4, 16, 16, 3)
     apply = partial(net.apply, train=True, mutable=["batch_stats"])
     jax.eval_shape(apply, variables, images)
     norms = [path for path in flat(variables["batch_stats"]) if path[-1] == "mean"]

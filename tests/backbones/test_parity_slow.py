@@ -14,25 +14,13 @@ from flax.traverse_util import flatten_dict
 
 from cra_jax.backbones import resnet
 from cra_jax.training.optimizer import make_optimizer
+from tests.helpers.torch_parity import noise, to_numpy, to_torch
 from tests.oracles.torch_resnet import LAYERS, TorchResNet, randomize, to_linen
 
 pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIDES_PX = (224, 225, 448)
-
-
-def random_images(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def to_torch(images):
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-
-
-def to_numpy(tensor):
-    array = tensor.detach().numpy()
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
 def differences(actual, expected):
@@ -51,7 +39,7 @@ def differences(actual, expected):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_stage_of_a_whole_network_equals_torch(arch, side_px):
     torch_model = randomize(TorchResNet(arch, 1000), seed=0).eval()
-    images = random_images(1, side_px, side_px, 3)
+    images = noise(1, side_px, side_px, 3)
     with torch.no_grad():
         expected = torch_model.stages(to_torch(images))
     expected = {name: to_numpy(value) for name, value in expected.items()}
@@ -111,7 +99,7 @@ def test_weights_and_statistics_equal_torch_after_ten_steps():
 
     optimizer_state = optimizer.init(variables["params"])
     for i in range(steps):
-        images = random_images(4, 65, 64, 3, seed=i)
+        images = noise(4, 65, 64, 3, seed=i)
         labels = np.arange(i, i + 4) % 5
         variables, optimizer_state = step(variables, optimizer_state, images, labels)
         sgd.zero_grad()

@@ -6,10 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import traverse_util
 
 from cra_jax.backbones import batch_norm, convolutions, layers, max_pooling, resnet
 from cra_jax.backbones.batch_norm import BatchNorm
+from tests.helpers.torch_parity import (
+    assert_stages_equal,
+    assert_trees_close,
+    flat,
+    noise,
+    to_numpy,
+    to_torch,
+)
 from tests.oracles.torch_resnet import (
     LAYERS,
     TorchResNet,
@@ -36,19 +43,6 @@ def tiny_bottleneck(monkeypatch):
     monkeypatch.setitem(LAYERS, "tiny50", ("bottleneck", list(stages)))
 
 
-def random_images(*shape, seed=0, dtype: Any = np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
-def to_torch(images):
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-
-
-def to_numpy(tensor):
-    array = tensor.detach().numpy()
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-
 def twins(arch, *, num_classes=5, width=8, stem="imagenet", seed=0, **options):
     """A torch network and the same one in linen, with its variables."""
     torch_model = randomize(TorchResNet(arch, num_classes, width, stem), seed)
@@ -60,19 +54,6 @@ def forward(model, variables, images, **options) -> Any:
     """Outputs and updated collections of a compiled `apply`."""
     options = {"mutable": ["batch_stats"]} | options
     return jax.jit(partial(model.apply, **options))(variables, images)
-
-
-def flat(tree) -> dict[Any, Any]:
-    return traverse_util.flatten_dict(tree)
-
-
-def assert_trees_close(actual, expected, **tolerance):
-    actual, expected = flat(actual), flat(expected)
-    assert actual.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_allclose(
-            actual[path], value, err_msg="/".join(path), **tolerance
-        )
 
 
 # --- the network is torchvision's ---------------------------------------------------
@@ -127,32 +108,11 @@ EVEN, ODD = (64, 64), (75, 75)
 )
 def test_activations_equal_torch_stage_by_stage(arch, stem, size, train):
     torch_model, model, variables = twins(arch, stem=stem)
-    images = random_images(2, *size, 3)
-    with torch.no_grad():
-        expected = torch_model.train(train).stages(to_torch(images))
-    outputs, state = forward(
-        model,
-        variables,
-        images,
-        train=train,
-        mutable=["intermediates", "batch_stats"],
-        capture_intermediates=True,
-    )
-    seen = {
-        name: module["__call__"][0]
-        for name, module in state["intermediates"].items()
-        if name != "__call__" and "__call__" in module
-    }
-    seen |= {name: getattr(outputs, name) for name in ("features", "pooled", "logits")}
-    assert expected.keys() <= seen.keys()
-    assert sum(name.startswith("layer") for name in expected) == sum(LAYERS[arch][1])
-    for name, value in expected.items():
-        value = to_numpy(value)
-        # Rounding is relative to what was added up: to the scale of the whole array.
-        limit = 1e-4 * max(1, np.abs(value).max())
-        np.testing.assert_allclose(seen[name], value, rtol=0, atol=limit, err_msg=name)
+    images = noise(2, *size, 3)
+    stats, stages = assert_stages_equal(torch_model, model, variables, images, train)
+    assert sum(name.startswith("layer") for name in stages) == sum(LAYERS[arch][1])
     after = to_linen(torch_model.state_dict().items())
-    assert_trees_close(state["batch_stats"], after["batch_stats"], rtol=1e-4, atol=1e-5)
+    assert_trees_close(stats, after["batch_stats"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet10", "tiny50"])
@@ -181,7 +141,7 @@ def test_three_float64_sgd_steps_equal_torch(arch):
         return {"params": params, **updates}, grads
 
     for step in range(3):
-        images = random_images(3, 17, 24, 3, seed=step, dtype=np.float64)
+        images = noise(3, 17, 24, 3, seed=step, dtype=np.float64)
         labels = np.array([0, 2, 1])
         variables, grads = sgd(variables, images, labels)
         optimizer.zero_grad()
@@ -238,10 +198,7 @@ def norm_variables(channels):
 
 
 def test_norm_groups_are_normalized_separately():
-    x = (
-        random_images(6, 3, 2, 4) * 2
-        + np.arange(6, dtype=np.float32)[:, None, None, None]
-    )
+    x = noise(6, 3, 2, 4) * 2 + np.arange(6, dtype=np.float32)[:, None, None, None]
     variables = norm_variables(4)
     y, state = BatchNorm(2).apply(variables, x, train=True, mutable=["batch_stats"])
     alone = [
@@ -258,8 +215,8 @@ def test_norm_groups_are_normalized_separately():
 @pytest.mark.usefixtures("x64")
 def test_gradient_of_groups_equals_torch_in_float64():
     """To the images, the scale and the bias; what the statistics say adds nothing."""
-    x = 3 * random_images(6, 3, 2, 4, dtype=np.float64) + 1
-    cotangent = random_images(6, 3, 2, 4, seed=1, dtype=np.float64)
+    x = 3 * noise(6, 3, 2, 4, dtype=np.float64) + 1
+    cotangent = noise(6, 3, 2, 4, seed=1, dtype=np.float64)
     scale, bias = np.array([0.5, -1.5, 2, 0]), np.array([0.1, -0.3, 0, 2])
 
     def loss(x, scale, bias):
@@ -283,7 +240,7 @@ def test_gradient_of_groups_equals_torch_in_float64():
 
 def test_norm_keeps_its_input_as_it_came():
     """bfloat16 costs half the memory of float32 between the passes."""
-    x = jnp.asarray(random_images(4, 8, 8, 3), jnp.bfloat16)
+    x = jnp.asarray(noise(4, 8, 8, 3), jnp.bfloat16)
 
     def run(x):
         y, _ = BatchNorm().apply(
@@ -311,11 +268,8 @@ def test_relu_passes_gradient_on_where_torch_does_and_keeps_its_output_alone(cei
 
 def test_norm_synchronized_over_replicas_is_the_norm_of_the_whole_batch():
     """Values, running statistics and gradients, with means that differ a lot."""
-    x = (
-        random_images(6, 3, 2, 4)
-        + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
-    )
-    cotangent = random_images(6, 3, 2, 4, seed=1)
+    x = noise(6, 3, 2, 4) + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
+    cotangent = noise(6, 3, 2, 4, seed=1)
     variables = norm_variables(4)
 
     def run(norm, x, cotangent):
@@ -349,7 +303,7 @@ def test_norm_synchronized_over_replicas_is_the_norm_of_the_whole_batch():
 
 
 def test_norm_variance_survives_a_large_mean():
-    x = random_images(4, 8, 8, 1, dtype=np.float64) + 3000
+    x = noise(4, 8, 8, 1, dtype=np.float64) + 3000
     variables = norm_variables(1)
     y, _ = BatchNorm().apply(
         variables, x.astype(np.float32), train=True, mutable=["batch_stats"]
@@ -360,7 +314,7 @@ def test_norm_variance_survives_a_large_mean():
 
 
 def test_norm_statistics_of_bfloat16_are_those_of_float32():
-    x = jnp.asarray(random_images(4, 8, 8, 3) + 20, jnp.bfloat16)
+    x = jnp.asarray(noise(4, 8, 8, 3) + 20, jnp.bfloat16)
     norm = partial(
         BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
     )
@@ -372,7 +326,7 @@ def test_norm_statistics_of_bfloat16_are_those_of_float32():
 
 
 def test_network_passes_the_group_size_on():
-    images = random_images(4, 16, 16, 3)
+    images = noise(4, 16, 16, 3)
     _, model, variables = twins("resnet10", stem="small")
     _, grouped, _ = twins("resnet10", stem="small", bn_group_size=2)
     run = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
@@ -426,7 +380,7 @@ def test_padding_beyond_the_extent_changes_nothing(arch, stem):
     }[stem]
     high, wide = np.max(sizes, 0) + 3
     batch = np.full((2, high, wide, 3), 7, np.float32)  # padding that would be seen
-    singles = [random_images(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
+    singles = [noise(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
     for i, (h, w) in enumerate(sizes):
         batch[i, :h, :w] = singles[i][0]
 
@@ -472,7 +426,7 @@ def test_no_extent_costs_nothing():
 
 def test_classify_works_on_every_place_of_a_feature_map():
     _, model, variables = twins("resnet10", stem="small")
-    outputs, _ = forward(model, variables, random_images(2, 16, 24, 3))
+    outputs, _ = forward(model, variables, noise(2, 16, 24, 3))
     places: Any = model.apply(variables, outputs.features, method="classify")
     assert places.shape == (2, 2, 3, 5)
     np.testing.assert_allclose(places.mean((1, 2)), outputs.logits, atol=1e-5)
@@ -481,7 +435,7 @@ def test_classify_works_on_every_place_of_a_feature_map():
 def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
     _, model, variables = twins("resnet10", stem="small")
     _, half, _ = twins("resnet10", stem="small", dtype=jnp.bfloat16)
-    images = random_images(4, 32, 32, 3)
+    images = noise(4, 32, 32, 3)
     exact, _ = forward(model, variables, images)
     outputs, _ = forward(half, variables, images)
     error = jnp.abs(outputs.logits - exact.logits).max()
@@ -556,9 +510,9 @@ def test_training_on_one_value_per_channel_is_refused():
 
 @pytest.mark.parametrize("sides", [(8, 9), (7, 7), (1, 1), (2, 3)])
 def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
-    x = np.maximum(random_images(2, *sides, 3).round(), 0)
+    x = np.maximum(noise(2, *sides, 3).round(), 0)
     y, pull_back = jax.vjp(max_pooling.max_pool, x)
-    cotangent = random_images(*y.shape, seed=1)
+    cotangent = noise(*y.shape, seed=1)
     torch_x = to_torch(x).requires_grad_()
     torch_y = torch.nn.functional.max_pool2d(torch_x, 3, 2, 1)
     torch_y.backward(to_torch(cotangent))
@@ -569,18 +523,18 @@ def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
 
 
 def test_max_pool_keeps_the_dtype():
-    x = random_images(1, 6, 6, 2).astype(jnp.bfloat16)
+    x = noise(1, 6, 6, 2).astype(jnp.bfloat16)
     y, pull_back = jax.vjp(max_pooling.max_pool, x)
     assert y.dtype == pull_back(y)[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("batch", [1, 6, 7, 16])
 def test_the_gradient_of_a_product_is_autodiffs(batch):
-    x, kernel = random_images(batch, 3, 4, 5), random_images(5, 6)
+    x, kernel = noise(batch, 3, 4, 5), noise(5, 6)
     y, pull_back = jax.vjp(convolutions.product, x, kernel)
     plain, pull_back_plain = jax.vjp(jnp.matmul, x, kernel)
     np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
-    cotangent = random_images(*y.shape, seed=1)
+    cotangent = noise(*y.shape, seed=1)
     pairs = zip(pull_back(cotangent), pull_back_plain(cotangent), strict=True)
     for got, wanted in pairs:
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)

@@ -15,13 +15,14 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from torch._utils import _rebuild_tensor_v2
 
 from configs.quickstart import get_config
 from cra_jax.backbones import families, hub, resnet, torch_files, weights
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import check_config, pretrained
+from tests.helpers.torch_parity import flat
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 
 FORMATS = ("zip.pth", "legacy.pth", "safetensors")
@@ -39,10 +40,6 @@ def save(state: Any, folder, kind):
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip.pth")
     return path
-
-
-def flat(tree) -> dict[Any, Any]:
-    return flatten_dict(tree)
 
 
 def assert_same(actual, expected):
