@@ -207,14 +207,3 @@ def looks_like(names: Iterable[str]) -> str | None:
         if arch := family.looks_like(family.plain_name(name) for name in names):
             return arch
     return None
-
-
-def variable_shapes(backbone: nn.Module, crop_px: int) -> dict[str, Any]:
-    """Abstract variables ``{"params", "batch_stats"}`` of a network; nothing is drawn.
-
-    Args:
-      backbone: or any module that takes ``[b, crop_px, crop_px, 3]`` images.
-      crop_px: height and width of the images.
-    """
-    images = jax.ShapeDtypeStruct((2, crop_px, crop_px, 3), jnp.float32)
-    return dict(jax.eval_shape(backbone.init, jax.random.key(0), images))
