@@ -1,9 +1,12 @@
 """The variants `released` and `modern`: what each changes, and nothing else."""
 
+import dataclasses
+
 import pytest
 
 from configs import cars, cub, quickstart
 from cra_jax import schedule
+from cra_jax.art_module import ArtConfig
 from cra_jax.runtime import run_folder
 from cra_jax.training import check_config, step_wrappers
 
@@ -94,3 +97,19 @@ def test_an_unknown_variant_is_named_with_those_there_are():
     for module in (cub, cars, quickstart):
         with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released, modern"):
             module.get_config("baseline,relaesd")
+
+
+@pytest.mark.parametrize("module", [cub, cars, quickstart])
+def test_the_paper_has_no_guards(module):
+    assert _changed(module, "paper") == {
+        "art.gradient_clip": 0.0,
+        "art.normalize_head": False,
+        "art.inside": False,
+        "art.guard": 0.0,
+    }
+    check_config.check(module.get_config("paper,resnet18"))
+
+
+def test_options_of_the_art_module_have_one_default():
+    art = cub.get_config().art.to_dict()
+    assert art == dataclasses.asdict(ArtConfig())

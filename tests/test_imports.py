@@ -31,6 +31,20 @@ def test_only_one_file_names_pmap_and_devices(path):
         assert used == [x for x in used if f"devices.{name}" in x], f"{path}: {name}"
 
 
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if f.parent.name == "cra_jax"], ids=_named
+)
+def test_the_method_imports_no_folder(path):
+    method = {f.stem for f in path.parent.glob("*.py")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "cra_jax"
+        ):
+            part = (node.module or "").partition(".")[2]
+            parts = {part} if part else {a.name for a in node.names}
+            assert parts <= method
+
+
 def test_the_package_needs_no_tensorflow_or_torch():
     for path in [*FILES, *(ROOT / "configs").glob("*.py"), ROOT / "launch.py"]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,38 +33,42 @@ from cra_jax.input import pictures, store
 from cra_jax.input.records import Box, Dataset, Record
 from cra_jax.input.splits import DataOptions
 
+
+class Reader(NamedTuple):
+    """How a dataset on disk is read.
+
+    Attributes:
+      read: the folder or file, with a seed and the options if there are any -> Listing.
+      layout: what is expected on disk, and where to get it; ends messages.
+      options: the keyword arguments of `read`.
+    """
+
+    read: Callable[..., Listing]
+    layout: str
+    options: tuple[str, ...] = ()
+
+
+READERS = {
+    "cub": Reader(cub.cub, cub.LAYOUT),
+    "cars": Reader(stanford_cars.cars, stanford_cars.LAYOUT),
+    "dogs": Reader(stanford_dogs.dogs, stanford_dogs.LAYOUT),
+    "aircraft": Reader(aircraft.aircraft, aircraft.LAYOUT),
+    "nabirds": Reader(cub.nabirds, cub.NABIRDS_LAYOUT),
+    "folder": Reader(
+        class_folders.class_folders, class_folders.LAYOUT, ("test_share",)
+    ),
+    "csv": Reader(csv_file.csv_list, csv_file.LAYOUT, ("test_share",)),
+}
+"""The datasets on disk: one entry each."""
+
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "synthetic": ("num_species", "habitat_share", "train_size", "test_size"),
-    "cub": (),
-    "cars": (),
-    "dogs": (),
-    "aircraft": (),
-    "nabirds": (),
-    "folder": ("test_share",),
-    "csv": ("test_share",),
+    **{name: reader.options for name, reader in READERS.items()},
     "tfds": ("name",),
 }
 """The options of `load` that each source reads."""
 
 SOURCES = tuple(OPTIONS)
-
-_PUBLISHED = {
-    "cub": cub.cub,
-    "cars": stanford_cars.cars,
-    "dogs": stanford_dogs.dogs,
-    "aircraft": aircraft.aircraft,
-    "nabirds": cub.nabirds,
-}
-
-_LAYOUTS = {
-    "cub": cub.LAYOUT,
-    "cars": stanford_cars.LAYOUT,
-    "dogs": stanford_dogs.LAYOUT,
-    "aircraft": aircraft.LAYOUT,
-    "nabirds": cub.NABIRDS_LAYOUT,
-    "folder": class_folders.LAYOUT,
-    "csv": csv_file.LAYOUT,
-}
 
 
 def load(
@@ -112,20 +116,17 @@ def load(
         return _check(_synthetic(seed, **options))
     if source == "tfds":
         return _check(_from_tfds(path, **options))
+    reader = READERS[source]
     if not path:
-        raise ValueError(f"source {source!r} needs a path: {_LAYOUTS[source]}")
+        raise ValueError(f"source {source!r} needs a path: {reader.layout}")
     root = Path(path).expanduser().absolute()
     kind = "file" if source == "csv" else "folder"
     if not (root.is_file() if kind == "file" else root.is_dir()):
-        raise ValueError(f"{root}: there is no such {kind}; {_LAYOUTS[source]}")
+        raise ValueError(f"{root}: there is no such {kind}; {reader.layout}")
+    if reader.options:
+        options["seed"] = seed
     try:
-        if source == "csv":
-            listing = csv_file.csv_list(root, seed=seed, **options)
-        elif source == "folder":
-            listing = class_folders.class_folders(root, seed=seed, **options)
-        else:
-            listing = _PUBLISHED[source](root)
-        return _check(_from_listing(source, listing))
+        return _check(_from_listing(source, reader.read(root, **options)))
     except OSError as error:
         raise ValueError(
             f"{error.filename}: {error.strerror}; make it readable, or leave it out"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-from ml_collections import ConfigDict
 
 from cra_jax import art_module, model, schedule, train_step
 from cra_jax.backbones import families
@@ -88,8 +87,8 @@ class Training:
 
 
 def config_of_run(
-    workdir: Path, defaults: ConfigDict, changes: Mapping[str, Any]
-) -> ConfigDict:
+    workdir: Path, defaults: Config, changes: Mapping[str, Any]
+) -> Config:
     """The config that a run was made with.
 
     Keys that this version does not know are named, and ignored.

@@ -30,6 +30,7 @@ def make_optimizer(
             weight_decay, mask=None if decay_norm_and_bias else _is_kernel
         ),
         optax.trace(decay=momentum),
+        optax.identity(),  # checkpoints of older versions have a third state, empty
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from cra_jax.datasets import tfds_build
+from cra_jax.inference import run_options
 from cra_jax.input import records, splits, store
 from cra_jax.training import build, check_config, preview
 from cra_jax.training.pretrained import open_pretrained
@@ -30,11 +31,14 @@ def run(config: build.Config, workdir: Path) -> None:
     """
     begun_s = time.time()
     check_config.check(config)
-    data, made = config.data, []
-    if config.model.pretrained:
-        made.append(_get_weights(config, begun_s))
+    options, loop = run_options.from_config(config), build.loop_options(config)
+    data, made = options.data, []
+    if loop.pretrained:
+        made.append(_get_weights(loop.pretrained, options.backbone, begun_s))
     if data.source == "tfds":
-        built = tfds_build.build(data.name, data.path, manual_dir=data.manual_dir)
+        built = tfds_build.build(
+            data.source_options["name"], data.path, manual_dir=config.data.manual_dir
+        )
         dataset = build.load_dataset(config)
         got = _word("built", built)
     elif data.source == "cub" and not data.path:
@@ -45,8 +49,8 @@ def run(config: build.Config, workdir: Path) -> None:
         dataset, built, got = build.load_dataset(config), False, ""
     made.append(built)
     _tell_dataset(dataset, got)
-    splits.check_fills_batch(dataset, config.train.batch_size)
-    if config.model.pretrained:
+    splits.check_fills_batch(dataset, loop.batch_size)
+    if loop.pretrained:
         preview.weight_lines(config, dataset.class_names)  # or says what does not fit
     for name in dataset.splits:
         made.append(_open(build.open_split(config, dataset, name), name, begun_s))
@@ -58,10 +62,9 @@ def run(config: build.Config, workdir: Path) -> None:
     _tell("the same command without --mode prepare trains")
 
 
-def _get_weights(config: build.Config, begun_s: float) -> bool:
+def _get_weights(pretrained: str, arch: str, begun_s: float) -> bool:
     """Gets the weights to start from, and says so; returns whether they came now."""
-    pretrained = config.model.pretrained
-    weights = open_pretrained(pretrained, arch=config.model.backbone)
+    weights = open_pretrained(pretrained, arch=arch)
     file = Path(weights.place)
     came = file.is_file() and _is_new([file], begun_s)
     size = f", {file.stat().st_size / 1e6:,.1f} MB" if file.is_file() else ""

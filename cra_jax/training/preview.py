@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cra_jax.backbones import families
 from cra_jax.datasets import survey
+from cra_jax.inference import run_options
 from cra_jax.training import build, check_config, pretrained
 
 
@@ -26,7 +27,7 @@ def run(config: build.Config, workdir: Path, *, what: str) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         print(survey.describe(dataset, sheet=workdir / "data.png"))
         return
-    if not config.model.pretrained:
+    if not build.loop_options(config).pretrained:
         raise ValueError(
             "model.pretrained is empty, so training starts from random weights: give "
             "--config.model.pretrained= a name, a file or a run folder"
@@ -44,12 +45,13 @@ def weight_lines(config: build.Config, class_names: Sequence[str]) -> list[str]:
     Raises:
       ValueError: the weights are not there, or do not fit; says all that is wrong.
     """
+    options = run_options.from_config(config)
     network = build.build_network(config, len(class_names))
-    abstract = families.variable_shapes(network, config.data.crop_px)
+    abstract = families.variable_shapes(network, options.data.crop_px)
     return pretrained.preview(
         abstract["params"],
         abstract["batch_stats"],
-        pretrained=config.model.pretrained,
-        arch=config.model.backbone,
+        pretrained=build.loop_options(config).pretrained,
+        arch=options.backbone,
         class_names=class_names,
     )

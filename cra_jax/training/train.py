@@ -203,8 +203,9 @@ class Run:
         self._first_step = first_step or 0
         # A resumed run has its weights; a new one reads them before any image is
         # prepared. Other hosts get them from the first.
+        options = run_options.from_config(config)
         wanted = hosts.is_first() and not first_step and self._loop.pretrained
-        arch = config.model.backbone
+        arch = options.backbone
         weights = open_pretrained(wanted, arch=arch) if wanted else None
         self._data = Data.open(config, dataset)
         self._steps_per_epoch = self._data.batches.steps_per_epoch
@@ -213,7 +214,6 @@ class Run:
         self._training = build.build_training(
             config, num_classes, steps_per_epoch=self._steps_per_epoch
         )
-        options = run_options.from_config(config)
         self._evaluator = Evaluator(
             options.create_backbone(num_classes), options, shard=hosts.shard()
         )

@@ -1,5 +1,6 @@
 """The lock, the config that a run directory belongs to, and the results per image."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -82,3 +83,28 @@ def test_results_of_each_picture_come_back_as_they_were(tmp_path):
     assert [x.name for x in file.parent.iterdir()] == ["test-center.csv"]
     with pytest.raises(ValueError, match=r"--mode eval .*eval.protocol=full"):
         run_folder.read_results(tmp_path, "test", "full")
+
+
+def test_a_config_of_an_older_run_has_todays_keys_with_what_they_meant_then(tmp_path):
+    old = {
+        "seed": 3,
+        "art": {"alpha_p": 0.9, "softness": 0.05},
+        "model": {"ar_passes": 1, "width": 8},
+        "optim": {"attention_lr_scale": 0.1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = run_folder.read_config(tmp_path)
+    assert config["art"] == {
+        "alpha_p": 0.9,
+        "inside": False,
+        "normalize_head": False,
+        "gradient_share": 1.0,
+        "inner_scale": 0.0,
+    }
+    assert config["model"] == {"width": 8}  # a second pass was not asked for
+    # A value that changed something stays, to be named.
+    assert config["optim"] == {"attention_lr_scale": 0.1, "ema_decay": 0.0}
+    # A run goes on where the keys that are gone had changed nothing.
+    del old["optim"]["attention_lr_scale"], old["art"]["softness"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    run_folder.keep_config(tmp_path, {**old, "model": {"width": 8}})
