@@ -228,7 +228,7 @@ def build_training(
         normalize=partial(normalize, mean=config.data.mean, std=config.data.std),
         all_mean=devices.all_mean,
         accumulate=config.train.accumulate,
-        mix=_build_mix(config, num_classes),
+        mix=build_mix(config, num_classes),
     )
     if options.freeze_period_epochs:
         step = step_wrappers.freeze_alternately(
@@ -266,7 +266,7 @@ def build_learning_rate(config: Config, steps_per_epoch: int) -> Callable:
     )
 
 
-def _build_mix(config: Config, num_classes: int) -> mixing.Mix | None:
+def build_mix(config: Config, num_classes: int) -> mixing.Mix | None:
     """What mixes images, where ``mix.kind`` names something."""
     if not config.mix.kind:
         return None

@@ -36,8 +36,6 @@ def test_a_run_knows_its_own_values_and_changes_are_laid_over_them(tmp_path, cap
     options = run_options.from_config(config)
     assert (options.art.alpha_p, options.data.workers) == (0.9, 1)
     assert not capsys.readouterr().err
-    with pytest.raises(KeyError, match=r"data.worker"):
-        build.config_of_run(tmp_path, tiny_config.config(tmp_path), {"data.worker": 1})
 
 
 @pytest.mark.parametrize(
