@@ -49,8 +49,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, LookupError, AttributeError, OSError, ValueError) as error:
         text = str(error).replace("\\n", "\n").replace("\\", "").strip('" \n')
         # What a config file raises arrives with its traceback as text: the last line.
-        text = text.rpartition("ValueError: ")[-1].replace("''", "no setting '")
-        sys.exit(f"error in the flags: {' '.join(text.split())}")
+        text = " ".join(text.rpartition("ValueError: ")[-1].split())
+        if key := re.match(r"'{1,2}(\w+)'(?= Did|'?$)", text):  # of a LookupError
+            hint = text[key.end() :].strip("' ") or "configs/cub.py has them all"
+            text = f"no config key {key[1]!r}: {hint}"
+        sys.exit(f"error in the flags: {text}")
 
 
 def _main(argv: list[str]) -> None:

@@ -114,7 +114,7 @@ def test_train_then_eval(cache, tmp_path):
     [
         (
             ["--config.train.epoch=3"],
-            "no setting 'epoch' Did you mean",
+            "no config key 'epoch': Did you mean",
         ),
         (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
         (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
