@@ -1,11 +1,9 @@
 """Scores against counting by hand, and means that fetch only when asked."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cra_jax.inference import accuracy
-from cra_jax.training import running_mean
 
 
 def test_scores_are_counted_picture_by_picture():
@@ -50,18 +48,3 @@ def test_scores_that_are_no_numbers_are_refused(bad):
 def test_an_empty_split_is_refused():
     with pytest.raises(ValueError, match="empty"):
         accuracy.classification_scores(np.zeros((0, 4)), np.zeros(0, int))
-
-
-def test_mean_goes_on_from_what_was_saved():
-    whole, first = running_mean.Mean(), running_mean.Mean()
-    for value in (0.1, 0.7, 0.4):
-        whole.add({"loss": jnp.float32(value)})
-    first.add({"loss": jnp.float32(0.1)})
-    second = running_mean.Mean()
-    for saved in first.fetch():
-        second.add(saved)
-    for value in (0.7, 0.4):
-        second.add({"loss": jnp.float32(value)})
-    assert len(second) == 3
-    assert second.take() == whole.take()
-    assert len(second) == 0

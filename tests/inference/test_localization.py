@@ -1,4 +1,4 @@
-"""Class activation maps, the attention's parallelogram, and how both fit a box."""
+"""Class activation maps, and how maps and attention fit a box."""
 
 from typing import Any
 
@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from cra_jax import art_module, geometry, model
-from cra_jax.art_module import ArtConfig
+from cra_jax import art_module
 from cra_jax.backbones import class_activation, efficientnet, resnet
 from cra_jax.inference import localization
 from cra_jax.input import center_crop
-from tests.oracles import attention, equations
+from tests.oracles import attention
 
 CROP = 64
 
@@ -131,25 +130,6 @@ def test_an_enlarged_map_keeps_its_values_where_the_cells_look():
     assert found[1, 2] == pytest.approx(middle)
 
 
-def test_the_corners_are_where_the_sampler_looks(x64):
-    rng = np.random.default_rng(0)
-    matrices = rng.normal(size=(5, 2, 3))
-    grid = np.asarray(geometry.affine_grid(jnp.asarray(matrices), (9, 9)))
-    ends = np.stack([grid[:, i, j] for i, j in ((0, 0), (0, -1), (-1, -1), (-1, 0))], 1)
-    assert_allclose(art_module.corners_px(matrices, CROP), (ends + 1) / 2 * (CROP - 1))
-    whole = art_module.corners_px(np.eye(2, 3), CROP)
-    assert_array_equal(whole, [[0, 0], [63, 0], [63, 63], [0, 63]])
-
-
-@pytest.mark.parametrize("gamma", [(0.2, -0.3, 0.4, 1.0), (0.0, 0.9, 0.3, -3.0)])
-def test_gamma_comes_back_from_its_matrix(gamma):
-    assert_allclose(art_module.gamma_of(equations.attention_matrix(gamma)), gamma)
-    x, y, scale, angle = gamma
-    turned = art_module.gamma_of(equations.attention_matrix((x, y, -scale, angle)))
-    assert turned[2] == pytest.approx(scale)
-    assert np.cos(turned[3] - angle) == pytest.approx(-1)
-
-
 matrices = st.tuples(*[st.floats(-1, 1)] * 6).map(lambda m: np.reshape(m, (2, 3)))
 
 
@@ -192,64 +172,3 @@ def test_a_box_in_pixels_of_the_centre_crop_and_back():
     assert_allclose(cut, (-0.5, -0.5, 31.5, 63.5))
     x_min, _, x_max, _ = center_crop.box_in_crop_px((0, 0, 0.1, 1), (100, 80), 64)
     assert x_min == x_max == -0.5  # beyond the crop's edge
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("kind", ["cra", "stn"])
-def test_the_head_says_what_the_network_in_training_says(kind, normalize):
-    config = ArtConfig(size_px=16, alpha_p=0.8, alpha_s=0.6, normalize_head=normalize)
-    network = model.create(
-        kind,
-        lambda: resnet.create("resnet10", 5, width=8, stem="small"),
-        config,
-    )
-    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
-    variables: Any = jax.jit(network.init)(jax.random.key(1), images)
-    kernel = variables["params"]["attention_head"]["kernel"]
-    params = dict(variables["params"])
-    params["attention_head"] = {
-        "kernel": kernel + jax.random.normal(jax.random.key(2), kernel.shape),
-        "bias": params["attention_head"]["bias"],
-    }
-    out = jax.jit(network.apply)({**variables, "params": params}, images)
-    assert isinstance(out, model.Outputs)
-    assert out.attention is not None
-    if kind == "stn":
-        expected = out.attention.gamma.reshape(-1, 2, 3)
-    else:
-        assert out.attention.gamma_res is not None
-        expected = geometry.attention_matrix(out.attention.gamma_res)
-    stream = "classification_stream"
-    backbone = resnet.create("resnet10", 5, width=8, stem="small")
-    plain = {k: variables[k][stream] for k in ("params", "batch_stats")}
-    head = art_module.trained_head(params, config, kind)
-    assert head is not None
-    classified: Any = jax.jit(backbone.apply)(plain, images)
-    found = head(classified.pooled)
-    assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert np.ptp(np.asarray(found), axis=0).max() > 1e-3  # not the bias alone
-
-
-@pytest.mark.parametrize("redundancy", art_module.REDUNDANCIES)
-def test_what_figures_show_is_what_the_second_stream_sees(redundancy):
-    from tests.helpers.echo_backbone import Echo
-
-    config = ArtConfig(size_px=8, redundancy=redundancy)
-    network = model.create("cra", Echo, config)
-    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    variables = jax.jit(network.init)(jax.random.key(1), images)
-    out = jax.jit(network.apply)(variables, images)
-    assert isinstance(out, model.Outputs)
-    assert out.attention is not None
-    # A run keeps matrices alone; figures make the rest from them.
-    matrices = np.asarray(out.attention.matrix)
-    gamma_res = jnp.asarray(art_module.gamma_of(matrices))
-    kept = art_module.Attention(out.attention.gamma, gamma_res, jnp.asarray(matrices))
-    shown = art_module.views(images, kept, config)
-    for found, logits in (
-        (shown.attention, out.attention_logits),
-        (shown.redundancy, out.redundancy_logits),
-    ):
-        assert found is not None
-        assert logits is not None
-        assert_allclose(found.reshape(2, -1), logits, atol=1e-4)
