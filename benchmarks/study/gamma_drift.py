@@ -26,7 +26,7 @@ from benchmarks import timing
 from benchmarks.study.rows import BIRDS
 from configs.quickstart import get_config
 from cra_jax import geometry, losses, train_step
-from cra_jax.art_module import AttentionHead
+from cra_jax.art_module import CLASSIFICATION_STREAM, AttentionHead
 from cra_jax.input import normalize, splits
 from cra_jax.input.batches import TrainBatches, center_batches
 from cra_jax.reports import figure_style
@@ -59,7 +59,7 @@ asks at some steps how large that is, and where it points.
 """
 TERMS = ("cls2", "res", "cntr")
 _PROBE_BATCHES = 3
-_CLASSIFIER = "classification_stream"
+_CLASSIFIER = CLASSIFICATION_STREAM
 
 COLUMNS = {
     "place": "mean over pictures of the length of (gamma1, gamma2) of Eq. 6",
