@@ -1,11 +1,11 @@
-"""Where to look: the attention and redundancy grids, and the sampler (Sec. 3.1).
+"""Attention grid, redundancy grid and bilinear sampler (Sec. 3.1).
 
-One coordinate frame serves the whole package. A grid holds ``(x, y)``, x to the right
-and y downwards; -1 and +1 are the *centres* of the first and the last pixel. Outside
-the picture a sample is 0, reached linearly within one pixel of the border.
+The whole package uses one coordinate frame. A grid holds points ``(x, y)``: x points
+right, y points down, and -1 and +1 are the *centres* of the first and the last pixel.
+Samples outside the image are 0; they fall to 0 linearly within one pixel of the border.
 
-Shapes: ``b`` batch, ``H W`` the picture's and ``h w`` the grid's height and width,
-``c`` channels.
+Shapes: ``b`` batch size, ``H W`` height and width of the image, ``h w`` height and
+width of the grid, ``c`` channels.
 """
 
 from typing import Any
@@ -15,23 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Covered points are sent here, to the left of and above every picture: with two pixels
-# or more along an axis, a sample and its slope are exactly 0 beyond -3.
+# Coordinate of covered points, left of and above the image. If the image has at least
+# two pixels along an axis, samples and their gradients are exactly 0 beyond -3.
 _OUTSIDE = -5.0
 
 
 def restrict(
     gamma: Array, *, alpha_p: float = 1.0, alpha_s: float = 0.5, inside: bool = False
 ) -> Array:
-    """Keeps location and scale of the attention in a reasonable range.
+    """Restricts the attention parameters Gamma to their bounds.
 
     Args:
-      gamma: ``[..., 4]``: horizontal place, vertical place, scale, angle in radians.
-      alpha_p: bound of the two places.
-      alpha_s: bound of the scale; 0.5 is half the picture's width.
-      inside: whether the places' bound is also what keeps the whole attention in the
-        picture, ``1 - |s| (|cos g4| + |sin g4|)`` at the scale s: no padding is seen,
-        whose shape could tell the second stream what the first one knows.
+      gamma: ``[..., 4]``: x and y of the centre, scale, angle in radians.
+      alpha_p: bound of x and y.
+      alpha_s: bound of the scale; 0.5 is half the width of the image.
+      inside: whether to keep the whole attention inside the image. The bound of x and y
+        is then at most ``1 - |s| (|cos g4| + |sin g4|)``, where s is the restricted
+        scale. An attention without padding cannot pass information from the first
+        stream to the second through the shape of the padding.
 
     Returns:
       ``[..., 4]``: ``(alpha_p tanh g1, alpha_p tanh g2, alpha_s tanh g3, g4)``.
@@ -40,26 +41,27 @@ def restrict(
 
     Differs: the paper has no `inside`.
     """
-    place, scale, angle_rad = gamma[..., :2], gamma[..., 2:3], gamma[..., 3:]
+    centre, scale, angle_rad = gamma[..., :2], gamma[..., 2:3], gamma[..., 3:]
     scale = alpha_s * jnp.tanh(scale)
     bound = place_bound(scale, angle_rad, alpha_p=alpha_p) if inside else alpha_p
-    return jnp.concatenate([bound * jnp.tanh(place), scale, angle_rad], -1)
+    return jnp.concatenate([bound * jnp.tanh(centre), scale, angle_rad], -1)
 
 
 def place_bound(
     scale: Array | float, angle_rad: Array | float, *, alpha_p: float = 1.0
 ) -> Array:
-    """How far out the attention's centre may lie with all of it in the picture.
+    """Largest |x| and |y| of the centre that keep the attention inside the image.
 
-    Numbers are computed by NumPy, so that a config can be checked without a device.
+    Python numbers are computed with NumPy, so that a config is checked without a
+    device.
 
     Args:
-      scale: of either sign, ``[...]``.
+      scale: ``[...]``, of either sign.
       angle_rad: ``[...]``.
-      alpha_p: the bound is at most this.
+      alpha_p: upper limit of the bound.
 
     Returns:
-      ``[...]``; 0 or more where the scale is at most ``1 / sqrt 2``.
+      ``[...]``; at least 0 if ``|scale|`` is at most ``1 / sqrt 2``.
     """
     xp: Any = jnp if isinstance(scale, Array) else np
     reach = xp.abs(scale) * (xp.abs(xp.cos(angle_rad)) + xp.abs(xp.sin(angle_rad)))
@@ -67,13 +69,13 @@ def place_bound(
 
 
 def attention_matrix(gamma_res: Array) -> Array:
-    """The affine matrix that scales, turns and places the attention.
+    """Affine matrix of the attention: scale, rotation and translation.
 
     Args:
       gamma_res: ``[b, 4]``, restricted attention parameters.
 
     Returns:
-      ``[b, 2, 3]``, to be used with `affine_grid`.
+      ``[b, 2, 3]``, the input of `affine_grid`.
 
     Source: Eq. (4).
     """
@@ -83,10 +85,10 @@ def attention_matrix(gamma_res: Array) -> Array:
 
 
 def affine_grid(theta: Array, size: tuple[int, int]) -> Array:
-    """Where each point of the regular grid G lands under an affine map.
+    """Applies an affine matrix to each point of the regular grid G.
 
     Args:
-      theta: ``[b, 2, 3]``.
+      theta: ``[b, 2, 3]``, affine matrices.
       size: ``(h, w)`` of the grid.
 
     Returns:
@@ -96,14 +98,14 @@ def affine_grid(theta: Array, size: tuple[int, int]) -> Array:
     """
     x, y = _regular_grid(size, theta.dtype)
     t = theta[:, :, :, None, None]
-    # Written out rather than as a matrix product: accelerators round those.
+    # Not a matrix product, because accelerators round its inputs.
     return jnp.stack(
         [t[:, row, 0] * x + t[:, row, 1] * y + t[:, row, 2] for row in (0, 1)], -1
     )
 
 
 def attention_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
-    """Where the attention looks.
+    """Sampling grid of the attention.
 
     Args:
       gamma_res: ``[b, 4]``, restricted attention parameters.
@@ -118,11 +120,11 @@ def attention_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
 
 
 def redundancy_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
-    """The regular grid without what the attention covers.
+    """Sampling grid of the redundancy: the regular grid without the attention.
 
-    Covered points are moved so far outside that they sample exactly 0 (from any
-    picture of 2 x 2 pixels or more). A set difference has no gradient: none reaches
-    `gamma_res`.
+    Points that the attention covers are moved outside the image, where they sample
+    exactly 0 (for images of at least 2 x 2 pixels). A set difference has no gradient,
+    so `gamma_res` receives none.
 
     Args:
       gamma_res: ``[b, 4]``, restricted attention parameters.
@@ -141,16 +143,18 @@ def redundancy_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
 def redundancy_weight(
     gamma_res: Array, size: tuple[int, int], *, softness: float
 ) -> Array:
-    """How much of each grid point the attention leaves: Eq. 5 with soft edges.
+    """Weight of each grid point in the redundancy: Eq. (5) with soft edges.
+
+    The product of this weight and the sampled image is a redundancy whose gradient
+    reaches Gamma.
 
     Args:
       gamma_res: ``[b, 4]``, restricted attention parameters.
       size: ``(h, w)`` of the grid.
-      softness: width of the logistic edge, in units of the frame.
+      softness: width of the logistic edge, in grid coordinates (the image is 2 wide).
 
     Returns:
-      ``[b, h, w]`` in 0..1: 0 deep inside the attention, 1 far from it. Multiplied
-      with the sampled picture it gives a redundancy whose gradient reaches Gamma.
+      ``[b, h, w]`` in 0..1: 0 deep inside the attention, 1 far from it.
 
     Differs: Eq. (5) is the limit ``softness -> 0``.
     """
@@ -159,11 +163,12 @@ def redundancy_weight(
 
 
 def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
-    """How deep each point of G lies inside the attention: ``[b, h, w, 2]``.
+    """Signed distance of each point of G to the attention's edges: ``[b, h, w, 2]``.
 
-    Turned back into the attention's own axes, a point is ``(u, v)`` away from the
-    centre; the attention reaches to ``|scale|`` along each. The absolute value makes a
-    negative scale, which is a half turn, cover the same region.
+    ``(u, v)`` is the offset of a point from the centre along the rotated axes of the
+    attention, which extends to ``|scale|`` along each axis. Both distances are
+    ``|scale| - |u|`` and ``|scale| - |v|``, positive inside. A negative scale is a half
+    turn and covers the same region, hence the absolute value.
     """
     grid_x, grid_y = _regular_grid(size, gamma_res.dtype)
     x, y, scale, angle_rad = (p[:, None, None] for p in jnp.moveaxis(gamma_res, -1, 0))
@@ -174,7 +179,7 @@ def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
 
 
 def _regular_grid(size: tuple[int, int], dtype) -> tuple[Array, Array]:
-    """X and y of the regular grid G, ``[h, w]`` each, from -1 to +1."""
+    """Coordinates x and y of the regular grid G, ``[h, w]`` each, from -1 to +1."""
     height, width = size
     y, x = jnp.meshgrid(
         jnp.linspace(-1, 1, height, dtype=dtype),
@@ -186,23 +191,23 @@ def _regular_grid(size: tuple[int, int], dtype) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def bilinear_sample(image: Array, grid: Array) -> Array:
-    """Samples a picture at the grid's points, bilinearly.
+    """Samples an image bilinearly at the points of a grid.
 
-    The backward pass is in closed form: the gradient to the grid needs only the four
-    pixels that the forward pass read, and the gradient to the picture is a scatter,
-    which XLA drops where nobody asks for it (in a training step, where pictures are
-    data).
+    The backward pass is in closed form. The gradient of the grid needs only the four
+    pixels that the forward pass read. The gradient of the image is a scatter, which XLA
+    removes if it is unused, as in a training step.
 
     Args:
       image: ``[b, H, W, c]``.
-      grid: ``[b, h, w, 2]`` of ``(x, y)``, in float32 or wider: at 448 pixels,
-        bfloat16 coordinates would be off by a pixel.
+      grid: ``[b, h, w, 2]`` of ``(x, y)``, in float32 or wider. At 448 pixels, bfloat16
+        coordinates are off by a pixel.
 
     Returns:
-      ``[b, h, w, c]`` in the picture's type; 0 outside the picture.
+      ``[b, h, w, c]`` in the dtype of the image; 0 outside the image.
 
     Raises:
-      ValueError: the shapes do not fit, or the grid is narrower than float32.
+      ValueError: the shapes do not match, or the dtype of the grid is narrower than
+        float32.
 
     Source: Sec. 3.1 and the bilinear kernel of Jaderberg et al., 2015.
     """
@@ -212,11 +217,11 @@ def bilinear_sample(image: Array, grid: Array) -> Array:
 def _sample_forward(image: Array, grid: Array):
     if image.ndim != 4 or grid.ndim != 4 or grid.shape[::3] != (len(image), 2):
         raise ValueError(
-            f"image {image.shape} and grid {grid.shape} do not fit: they must be "
-            "[b, H, W, c] and [b, h, w, 2]"
+            f"the shapes of image {image.shape} and grid {grid.shape} do not match: "
+            "pass [b, H, W, c] and [b, h, w, 2]"
         )
     if jnp.finfo(grid.dtype).bits < 32:
-        raise ValueError(f"a grid of {grid.dtype} is too coarse: make it float32")
+        raise ValueError(f"a grid of {grid.dtype} is too coarse: convert it to float32")
     return _interpolate(image, grid).astype(image.dtype), (image, grid)
 
 
@@ -225,10 +230,10 @@ def _sample_backward(residuals, cotangent: Array) -> tuple[Array, Array]:
     _, height, width, channels = image.shape
     cotangent = cotangent.astype(grid.dtype)
     (nw, ne, sw, se), across, down = _neighbours(image, grid)
-    # How fast the sample changes, per pixel, to the right and downwards.
+    # Derivatives of the sample along x and y, per pixel.
     slopes = _mix(ne - nw, se - sw, down), _mix(sw - nw, se - ne, across)
     pixels_per_unit = jnp.array([0.5 * (width - 1), 0.5 * (height - 1)], grid.dtype)
-    # Summed channel by channel: over an axis of 3, XLA's CPU reductions are slow.
+    # Summed channel by channel, because XLA reduces an axis of 3 slowly on CPUs.
     shares = [cotangent * slope for slope in slopes]
     to_grid = [sum(share[..., c] for c in range(channels)) for share in shares]
     _, to_image = jax.vjp(lambda image: _interpolate(image, grid), image)
@@ -243,40 +248,41 @@ def _mix(a: Array, b: Array, weight: Array) -> Array:
 
 
 def _interpolate(image: Array, grid: Array) -> Array:
-    """The samples ``[b, h, w, c]``, in the grid's type."""
+    """The samples ``[b, h, w, c]``, in the dtype of the grid."""
     (nw, ne, sw, se), across, down = _neighbours(image, grid)
     return _mix(_mix(nw, ne, across), _mix(sw, se, across), down)
 
 
 def _neighbours(image: Array, grid: Array) -> tuple[list[Array], Array, Array]:
-    """The four pixels around each point, and where between them it lies.
+    """The four pixels around each point, and the point's position between them.
 
     Returns:
-      ``[b, h, w, c]`` each, in reading order and in the grid's type, 0 outside the
-      picture; then how far the point is across and down from the first to the last,
+      The pixels north-west, north-east, south-west and south-east of the points,
+      ``[b, h, w, c]`` each, in the dtype of the grid, 0 outside the image; the fraction
+      along x from west to east; the fraction along y from north to south;
       ``[b, h, w, 1]`` each, in 0..1.
     """
     _, height, width, _ = image.shape
-    # Two pixels outside is as good as infinitely far.
+    # All points two or more pixels outside the image give the same sample, 0.
     x = jnp.clip((grid[..., 0] + 1) * (0.5 * (width - 1)), -2, width + 1)
     y = jnp.clip((grid[..., 1] + 1) * (0.5 * (height - 1)), -2, height + 1)
     left, top = jnp.floor(x), jnp.floor(y)
-    # A frame of zeros, where even the points farthest out find all four.
-    framed = jnp.pad(image, ((0, 0), (2, 3), (2, 3), (0, 0)))
+    # Zero padding, so that all four pixels exist for the outermost points too.
+    padded = jnp.pad(image, ((0, 0), (2, 3), (2, 3), (0, 0)))
     corner = [(edge + 2).astype(jnp.int32) for edge in (top, left)]
     pixels = jax.lax.platform_dependent(
-        framed, *corner, tpu=_gather_from_planes, default=_gather_squares
+        padded, *corner, tpu=_gather_from_planes, default=_gather_squares
     )
     pixels = [pixel.astype(grid.dtype) for pixel in pixels]
     return pixels, (x - left)[..., None], (y - top)[..., None]
 
 
 def _gather_squares(image: Array, top: Array, left: Array) -> list[Array]:
-    """The 2 x 2 pixels at ``[b, h, w]`` corners: four times ``[b, h, w, c]``."""
-    picture = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
+    """Gathers 2 x 2 pixels at corners ``[b, h, w]``: four arrays ``[b, h, w, c]``."""
+    row_of_batch = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
     squares = jax.lax.gather(
         image,
-        jnp.stack([picture, top, left], -1),
+        jnp.stack([row_of_batch, top, left], -1),
         jax.lax.GatherDimensionNumbers(
             offset_dims=(3, 4, 5), collapsed_slice_dims=(0,), start_index_map=(0, 1, 2)
         ),
@@ -287,10 +293,11 @@ def _gather_squares(image: Array, top: Array, left: Array) -> list[Array]:
 
 
 def _gather_from_planes(image: Array, top: Array, left: Array) -> list[Array]:
-    """The same pixels, from a plane for each channel.
+    """Gathers the same pixels from one plane per channel.
 
-    Of squares, a TPU pads the three channels to 128: its compiler says 17 times the
-    memory and 12 times the traffic (`benchmarks.sampler_speed --topology ...`).
+    For `_gather_squares`, a TPU pads the three channels to 128, which takes 17 times
+    the memory and 12 times the memory traffic according to its compiler
+    (`benchmarks.sampler_speed --topology ...`).
     """
     b, _, width, channels = image.shape
     planes = image.transpose(0, 3, 1, 2).reshape(b, channels, -1)
