@@ -1,6 +1,6 @@
-"""The losses on arrays: Eq. 7, Eq. 8, and which pictures are contrasted.
+"""Losses of Eq. (7), (8) and (9), and the pairs of Eq. (8).
 
-Shapes: ``b`` batch, ``p`` pairs, ``d`` feature size, ``k`` classes.
+Shapes: ``b`` batch size, ``p`` pairs, ``d`` feature size, ``k`` classes.
 """
 
 import math
@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax import Array
 
-# Euclidean length along the last axis, with gradient 0 at 0 instead of NaN.
+# Euclidean norm along the last axis; its gradient at 0 is 0 instead of NaN.
 _norm = partial(optax.safe_norm, min_norm=0.0, axis=-1)
 
 DISTANCES = ("euclidean", "squared")
@@ -27,8 +27,8 @@ def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Ar
     Args:
       logits: ``[b, k]``.
       labels: ``[b]``.
-      smoothing: share of the probability that is spread evenly over all classes, the
-        right one among them.
+      smoothing: share of the probability that is spread evenly over all classes,
+        including the true one.
 
     Returns:
       ``[b]``.
@@ -45,13 +45,14 @@ def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Ar
 
 @struct.dataclass
 class MixedLabels:
-    """Labels of pictures that hold a part of another; see `mixing`.
+    """Labels of images with a pasted part of another image; see `mixing`.
 
     Attributes:
-      own: int ``[b]``, of each picture.
-      other: int ``[b]``, of what was pasted in.
-      own_weight: ``[b]``.
-      other_weight: ``[b]``; 0 where nothing was. The two need not sum to 1.
+      own: int ``[b]``, labels of the images.
+      other: int ``[b]``, labels of the pasted parts.
+      own_weight: ``[b]``, weights of `own`.
+      other_weight: ``[b]``, weights of `other`; 0 where nothing was pasted. The two
+        weights need not sum to 1.
     """
 
     own: Array
@@ -60,14 +61,14 @@ class MixedLabels:
     other_weight: Array
 
     def heavier(self) -> Array:
-        """The label that weighs more: ``[b]``."""
+        """The label with the larger weight: ``[b]``."""
         return jnp.where(self.other_weight > self.own_weight, self.other, self.own)
 
 
 def mixed_cross_entropy(
     logits: Array, labels: MixedLabels, *, smoothing: float = 0.0
 ) -> Array:
-    """Cross-entropies against both labels, weighted and summed: ``[b, k] -> [b]``."""
+    """Weighted sum of the cross-entropies of both labels: ``[b, k] -> [b]``."""
     own = cross_entropy(logits, labels.own, smoothing=smoothing)
     other = cross_entropy(logits, labels.other, smoothing=smoothing)
     return labels.own_weight * own + labels.other_weight * other
@@ -79,23 +80,24 @@ def restriction_loss(
     expectation: Sequence[float] = (0.0, 0.0, 0.5, 0.0),
     threshold: Sequence[float] = (0.4, 0.4, 0.4, math.pi),
 ) -> Array:
-    """L_res: how far Gamma is from what is expected, where it is too far.
+    """L_res: distance of Gamma from its expectation, beyond a threshold.
 
-    A parameter counts once it is further than its threshold from its expectation, and
-    then with its whole distance.
+    A parameter counts with its whole distance if that exceeds its threshold, and with 0
+    otherwise. The loss is the Euclidean norm over the four parameters.
 
     Args:
       gamma_res: ``[b, 4]``, restricted attention parameters.
-      expectation: E, the centre crop of half the picture's width.
+      expectation: E, by default the centre crop of half the width of the image.
       threshold: T.
 
     Returns:
-      ``[b]``. Inside the thresholds the value and the gradient are 0, never NaN.
+      ``[b]``. Within the thresholds the value and the gradient are 0, never NaN.
 
     Source: Eq. (7).
 
-    Differs: the gate ``max(0, u) / (u + eps)`` is its limit, 0 or 1, and a constant to
-    the gradient: its own slope, 1/eps near u = 0, would throw Gamma about.
+    Differs: the gate ``max(0, u) / (u + eps)`` is replaced by its limit, 0 or 1, and is
+    constant for the gradient. The slope of the original gate, 1/eps near u = 0, would
+    move Gamma in large jumps.
     """
     distance = gamma_res - jnp.array(expectation, gamma_res.dtype)
     outside = jnp.abs(distance) > jnp.array(threshold, gamma_res.dtype)
@@ -111,52 +113,58 @@ def contrastive_loss(
     margin: float = 0.7,
     distance: str = "euclidean",
 ) -> Array:
-    """L_cntr: two redundancies are alike, each unlike its own attention.
+    """L_cntr: pulls two redundancies together and each away from its own attention.
 
     Args:
-      attention_m: ``[p, d]``, feature of the attention of the pair's first picture.
-      attention_n: ``[p, d]``, and of its second.
-      redundancy_m: ``[p, d]``, feature of the redundancy of the first.
-      redundancy_n: ``[p, d]``, and of the second.
-      margin: by how much further the attention must be.
+      attention_m: ``[p, d]``, attention features of the first image of each pair.
+      attention_n: ``[p, d]``, attention features of the second image.
+      redundancy_m: ``[p, d]``, redundancy features of the first image.
+      redundancy_n: ``[p, d]``, redundancy features of the second image.
+      margin: the attention must be further from its redundancy than the other
+        redundancy by this much.
       distance: "euclidean", or "squared" as in the authors' released layer.
 
     Returns:
       ``[p]``, the sum of both hinges. Its gradient is finite where features coincide.
 
+    Raises:
+      ValueError: the distance is unknown.
+
     Source: Eq. (8).
     """
     if distance not in DISTANCES:
-        raise ValueError(f"distance {distance!r} is unknown; one of {DISTANCES}")
+        raise ValueError(
+            f"unknown distance {distance!r}; choose from {', '.join(DISTANCES)}"
+        )
 
-    def apart(a: Array, b: Array) -> Array:
+    def measure(a: Array, b: Array) -> Array:
         return _norm(a - b) if distance == "euclidean" else jnp.square(a - b).sum(-1)
 
-    between = apart(redundancy_m, redundancy_n)
-    hinge_m = between - apart(redundancy_m, attention_m) + margin
-    hinge_n = between - apart(redundancy_n, attention_n) + margin
+    between = measure(redundancy_m, redundancy_n)
+    hinge_m = between - measure(redundancy_m, attention_m) + margin
+    hinge_n = between - measure(redundancy_n, attention_n) + margin
     return jnp.maximum(hinge_m, 0) + jnp.maximum(hinge_n, 0)
 
 
 def l2_normalize(features: Array) -> Array:
-    """Scales features to length 1, ``[..., d] -> [..., d]``; a zero stays zero."""
+    """Scales features to length 1, ``[..., d] -> [..., d]``; zeros stay zeros."""
     norm = _norm(features)[..., None]
     return features / jnp.where(norm > 0, norm, 1)
 
 
 def neighbour_pairs(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint pairs of neighbours: places ``(0, 1), (2, 3), ...`` of a batch.
+    """Disjoint pairs of neighbours in a batch: indices ``(0, 1), (2, 3), ...``.
 
-    A batch is a run of the epoch's random order, so neighbours in it are random
-    disjoint pairs, labels ignored: drawn by (seed, epoch, index) alone, and the same
-    on any number of devices whose batches are even. In a batch of odd size the last
-    picture has no partner that time.
+    A batch is a slice of the epoch's random order, so its neighbours are random pairs
+    regardless of labels. They depend on (seed, epoch, index) only, and are the same on
+    any number of devices with batches of even size. In a batch of odd size the last
+    image has no partner.
 
     Returns:
-      Places of the first and of the second pictures, ``[p]`` each.
+      Indices of the first and of the second images, ``[p]`` each.
 
     Raises:
-      ValueError: there are fewer than 2 pictures.
+      ValueError: there are fewer than 2 images.
     """
     _check_pairable(batch_size)
     first = np.arange(0, batch_size - 1, 2)
@@ -164,13 +172,13 @@ def neighbour_pairs(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def all_pairs(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair ``m < n`` of a batch.
+    """All pairs ``m < n`` of a batch.
 
     Returns:
-      Places of the first and of the second pictures, ``[p]`` each.
+      Indices of the first and of the second images, ``[p]`` each.
 
     Raises:
-      ValueError: there are fewer than 2 pictures.
+      ValueError: there are fewer than 2 images.
     """
     _check_pairable(batch_size)
     return np.triu_indices(batch_size, k=1)
@@ -179,6 +187,6 @@ def all_pairs(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 def _check_pairable(batch_size: int) -> None:
     if batch_size < 2:
         raise ValueError(
-            f"L_cntr contrasts pairs, but a device's batch has {batch_size} image(s): "
+            f"L_cntr needs pairs, but the batch of a device has {batch_size} image(s): "
             "raise train.batch_size to at least 2 per device, or set loss.cntr=0"
         )

@@ -1,7 +1,7 @@
-"""When the learning rate falls, when L_res is on, and when N_cls is held (Sec. 4.1).
+"""Schedules of the learning rate, of L_res and of freezing N_cls (Sec. 4.1).
 
-All are functions of the step alone, on Python numbers or on traced arrays, so that a
-resumed run is in the right phase without remembering anything.
+All are functions of the step only, on Python numbers or traced arrays, so that a
+resumed run is in the right phase without extra state.
 """
 
 import jax.numpy as jnp
@@ -20,17 +20,17 @@ def learning_rate(
     factor: float = 0.1,
     warmup_epochs: int = 0,
 ):
-    """The learning rate of a step: 1e-3, 1e-4 after 50 epochs, x 0.1 every 45 more.
+    """Learning rate of a step: 1e-3, 1e-4 after 50 epochs, then x 0.1 every 45 epochs.
 
     Args:
       step: steps already taken, from 0.
-      steps_per_epoch: batches an epoch.
+      steps_per_epoch: batches per epoch.
       base: rate of the first phase.
       first_epochs: length of the first phase.
-      period_epochs: length of each later phase; 0: the first never ends.
-      factor: what each phase multiplies the rate by.
-      warmup_epochs: epochs over which the rate first rises linearly; the paper has
-        none, training from scratch at a high rate wants a few.
+      period_epochs: length of each later phase; 0: the first phase never ends.
+      factor: factor of the rate from one phase to the next.
+      warmup_epochs: epochs over which the rate first rises linearly. The paper has no
+        warm-up; training from scratch at a high rate needs a few epochs.
 
     Returns:
       A scalar.
@@ -50,20 +50,20 @@ def cosine_learning_rate(
     base: float = 1e-3,
     warmup_epochs: int = 0,
 ):
-    """The learning rate of a step: falls along half a cosine to 0 at the very end.
+    """Learning rate of a step: half a cosine that reaches 0 at the end of training.
 
     Args:
       step: steps already taken, from 0.
-      steps_per_epoch: batches an epoch.
-      epochs: of the whole training; after them the rate is 0.
+      steps_per_epoch: batches per epoch.
+      epochs: length of the training; afterwards the rate is 0.
       base: rate at the start, or after the warm-up.
-      warmup_epochs: as for `learning_rate`; the fall begins after them.
+      warmup_epochs: as for `learning_rate`; the cosine starts after them.
 
     Returns:
       A scalar.
 
     Source: Loshchilov and Hutter, "SGDR", 2017, Eq. (5), without restarts. The paper
-      has `learning_rate`.
+      uses `learning_rate`.
     """
     warm = warmup_epochs * steps_per_epoch
     fall = optax.cosine_decay_schedule(base, epochs * steps_per_epoch - warm)
@@ -74,13 +74,13 @@ def cosine_learning_rate(
 def restriction_weight(
     step, *, steps_per_epoch: int, first_epochs: int = 50, period_epochs: int = 45
 ):
-    """The weight of L_res: on for 50 epochs, off for 45, on for 45, and so on.
+    """Switch of L_res: on for 50 epochs, off for 45, on for 45, and so on.
 
     Args:
       step: steps already taken, from 0.
-      steps_per_epoch: batches an epoch.
-      first_epochs: length of the first phase, which is on.
-      period_epochs: length of each later phase; 0: the first never ends.
+      steps_per_epoch: batches per epoch.
+      first_epochs: length of the first phase, in which L_res is on.
+      period_epochs: length of each later phase; 0: the first phase never ends.
 
     Returns:
       A scalar, 0. or 1.
@@ -92,14 +92,14 @@ def restriction_weight(
 
 
 def _warmed(rate, step, steps_per_epoch: int, warmup_epochs: int):
-    """A rate that rises to its own height in equal steps."""
+    """Multiplies a rate by a linear warm-up."""
     if not warmup_epochs:
         return rate
     return rate * jnp.minimum(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
 
 
 def phase(step, steps_per_epoch: int, first_epochs: int, period_epochs: int):
-    """0 in the first phase, then 1, 2, ...: in whole steps, so it is exact."""
+    """Number of the phase, from 0; exact, since it is computed in integers."""
     step = jnp.asarray(step, jnp.int32)
     if not period_epochs:
         return jnp.zeros_like(step)
