@@ -1,11 +1,11 @@
-"""The ART module: from pooled features to what the second stream sees (Sec. 3.1).
+"""The ART module: pooled features -> input of the second stream (Sec. 3.1).
 
-`AttentionHead` predicts the attention parameters Gamma, Eq. (3) and (6); `views` cuts
-the attention and the redundancy out of the image, Eq. (4) and (5). Training, the
-figures and prediction all use these two.
+`AttentionHead` predicts the attention parameters Gamma, Eq. (3) and (6). `views`
+samples the attention and the redundancy from the image, Eq. (4) and (5). Training,
+figures and prediction use both.
 
-Points are ``(x, y)``. Pixel coordinates are those of the crop that the network sees,
-pixel centres at integers, so that the crop reaches from -0.5 to size - 0.5.
+Points are ``(x, y)``. Pixel coordinates are those of the network's input crop, with
+pixel centres at integers, so that the crop extends from -0.5 to size - 0.5.
 """
 
 import dataclasses
@@ -25,21 +25,21 @@ from cra_jax import geometry, losses
 CLASSIFICATION_STREAM = "classification_stream"
 REGULARIZATION_STREAM = "regularization_stream"
 ATTENTION_HEAD = "attention_head"
-"""Names of the parts in a tree of parameters."""
+"""Keys of the parts in a tree of parameters."""
 
 REDUNDANCIES = ("hard", "soft")
 
-# Width of the edges of a soft redundancy; the image is 2 wide.
+# Width of the edges of a soft redundancy, in grid coordinates; the image is 2 wide.
 _SOFTNESS = 0.05
 
-# Strength of the guard, in loss per image and squared unit of Gamma. The head moves
-# Gamma by at most 2 lr / (1 - momentum) times the gradient: stable up to lr 0.2.
+# Strength of the guard, in loss per image and squared unit of Gamma. A step changes
+# Gamma by at most 2 lr / (1 - momentum) times the gradient, so it is stable to lr 0.2.
 _GUARD_STRENGTH = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class ArtConfig:
-    """The options of the ART module: `config.art` is made from it.
+    """Options of the ART module; `config.art` has the same keys.
 
     Raises:
       ValueError: an option is unknown or out of range.
@@ -49,37 +49,38 @@ class ArtConfig:
     size_px: int = 224
     """Height and width of attention and redundancy (Sec. 4.1)."""
     alpha_p: float = 1.0
-    """Bound of the attention's place, in (0, 1] (Eq. 6, Sec. 4.1)."""
+    """Bound of the attention's centre, in (0, 1] (Eq. 6, Sec. 4.1)."""
     alpha_s: float = 0.5
     """Bound of its scale, in (0, 1] (Eq. 6, Sec. 4.1)."""
     init: tuple[float, float, float, float] = (0.0, 0.0, 0.45, 0.0)
-    """Gamma_res before training, strictly inside the bounds. The paper is silent; a
-    bias of 0 would mean scale 0: a constant image without a gradient."""
+    """Gamma_res before training, strictly inside the bounds. The paper does not give
+    it; a bias of 0 would mean scale 0, a constant image without a gradient."""
 
     # --- the four guards; the variant `paper` turns them off ------------------------
     gradient_clip: float = 1.0
     """Limit on the gradient of one image's loss to each entry of the affine matrix, as
-    in the authors' released code; 0: none. An inner attention has no matrix of its
-    own: the gradient of both attentions to the one matrix is clipped."""
+    in the authors' released code; 0: no limit. An inner attention shares the matrix,
+    so the sum of both gradients is clipped."""
     normalize_head: bool = True
-    """Whether the head sees pooled features of length 1. With raw ones a step moves
-    Gamma in proportion to their squared length, which is in the hundreds."""
+    """Whether the head gets pooled features of length 1. With raw features a step
+    moves Gamma in proportion to their squared length, which is in the hundreds."""
     inside: bool = True
-    """Whether the attention stays inside the image, see `geometry.restrict`: else its
-    padding can tell the second stream the class. Needs alpha_s of at most 0.7."""
+    """Whether the attention stays inside the image, see `geometry.restrict`. Otherwise
+    its padding can reveal the class to the second stream. Needs alpha_s <= 0.7."""
     guard: float = 0.95
-    """The share of its bound, in [0, 1), beyond which place and scale are pulled back,
-    see `guard_gradient`; 0: never."""
+    """Share of the bounds, in [0, 1), beyond which a restoring gradient acts on centre
+    and scale, see `guard_gradient`; 0: never."""
 
     # --- beyond the paper -----------------------------------------------------------
     redundancy: str = "hard"
-    """Edges of the redundancy: "hard", Eq. (5), has no gradient; "soft", logistic."""
+    """Edges of the redundancy: "hard" (Eq. 5, no gradient) or "soft" (logistic)."""
     gradient_share: float = 1.0
     """Share, in [0, 1], of Gamma's gradient that reaches N_cls. The head itself always
-    learns from all of it."""
+    gets the full gradient."""
     inner_scale: float = 0.0
-    """N_ar also sees an inner attention, of the same place and angle and this share of
-    the scale, in [0, 1); L_cls2 is then the mean of both. 0: none."""
+    """Scale of an inner attention as a share of the attention's scale, in [0, 1); 0: no
+    inner attention. It has the same centre and angle, and is another input of N_ar;
+    L_cls2 is the mean of both."""
 
     def __post_init__(self) -> None:
         if self.redundancy not in REDUNDANCIES:
@@ -101,19 +102,19 @@ class ArtConfig:
         if self.inside and self.alpha_s > math.sqrt(0.5):
             raise ValueError(
                 f"art.inside=True cannot keep an attention of art.alpha_s="
-                f"{self.alpha_s} in the image at every angle: set art.alpha_s to 0.7 "
-                "or less"
+                f"{self.alpha_s} inside the image at every angle: set art.alpha_s to "
+                "0.7 or less"
             )
         bounds = (self.place_bound, self.place_bound, self.alpha_s)
         if any(abs(x) >= bound for x, bound in zip(self.init, bounds, strict=False)):
             raise ValueError(
                 f"art.init={tuple(self.init)} must lie strictly inside the bounds of "
-                f"Eq. 6{' and in the image' if self.inside else ''}, {bounds}"
+                f"Eq. 6{' and inside the image' if self.inside else ''}, {bounds}"
             )
 
     @property
     def place_bound(self) -> float:
-        """The bound of the place at `init`, see `geometry.restrict`."""
+        """Bound of the centre at `init`, see `geometry.restrict`."""
         if not self.inside:
             return self.alpha_p
         _, _, scale, angle_rad = self.init
@@ -122,13 +123,13 @@ class ArtConfig:
 
 @struct.dataclass
 class Attention:
-    """Where the attention lies in each image of a batch.
+    """Position of the attention in each image of a batch.
 
     Attributes:
-      gamma: ``[b, 4]`` attention parameters before the restriction, Eq. (3); for the
-        STN ``[b, 6]``, Theta in rows, Eq. (2).
-      gamma_res: ``[b, 4]`` after it, Eq. (6); None for the STN.
-      matrix: ``[b, 2, 3]``, affine, for `geometry.affine_grid`.
+      gamma: ``[b, 4]``, attention parameters before the restriction, Eq. (3); for the
+        STN ``[b, 6]``, the rows of Theta, Eq. (2).
+      gamma_res: ``[b, 4]``, restricted attention parameters, Eq. (6); None for the STN.
+      matrix: ``[b, 2, 3]``, affine matrices for `geometry.affine_grid`.
     """
 
     gamma: Array
@@ -140,7 +141,7 @@ class AttentionHead(nn.Module):
     """Pooled features ``[b, c]`` -> `Attention`, in training and in prediction.
 
     Attributes:
-      config: of the ART module.
+      config: options of the ART module.
       kind: "cra", or "stn", which learns the six parameters of Eq. (2).
     """
 
@@ -159,7 +160,7 @@ class AttentionHead(nn.Module):
             6 if self.kind == "stn" else 4,
             kernel_init=nn.initializers.normal(1e-3),
             bias_init=lambda *_: jnp.array(self._bias(), jnp.float32),
-            precision="highest",  # accelerators round products; coordinates need digits
+            precision="highest",  # the rounding of accelerators is too coarse here
         )
         nn.share_scope(self, dense)
         gamma = dense(pooled)
@@ -175,7 +176,7 @@ class AttentionHead(nn.Module):
         return Attention(gamma, gamma_res, matrix)
 
     def _bias(self) -> list[float]:
-        """The bias with which training starts at `ArtConfig.init`."""
+        """Bias that makes training start at `ArtConfig.init`."""
         x, y, scale, angle_rad = self.config.init
         if self.kind == "stn":
             cos, sin = scale * math.cos(angle_rad), scale * math.sin(angle_rad)
@@ -184,20 +185,20 @@ class AttentionHead(nn.Module):
         return [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s), angle_rad]
 
     def _clip(self, matrix: Array) -> Array:
-        """The matrices ``[b, 2, 3]`` themselves; their gradient is clipped."""
+        """Clips the gradient of matrices ``[b, 2, 3]``; returns them unchanged."""
         if not self.config.gradient_clip:
             return matrix
-        # The loss is a mean over the batch, so an image's own gradient is b times what
-        # arrives here.
+        # The loss is a mean over the batch: the gradient of one image's loss is b times
+        # the gradient here.
         return clip_gradient(matrix, self.config.gradient_clip / len(matrix))
 
 
 @struct.dataclass
 class TrainedHead:
-    """An attention head and its weights: a tree of arrays, to be handed to a step.
+    """An attention head and its weights, as a tree of arrays for a jitted step.
 
     Attributes:
-      params: of the head.
+      params: parameters of the head.
       head: the module.
     """
 
@@ -205,7 +206,7 @@ class TrainedHead:
     head: AttentionHead = struct.field(pytree_node=False)
 
     def __call__(self, pooled: Array) -> Array:
-        """Matrices ``[b, 2, 3]`` of pooled features ``[b, c]``."""
+        """Predicts matrices ``[b, 2, 3]`` from pooled features ``[b, c]``."""
         attention = self.head.apply({"params": self.params}, pooled)
         assert isinstance(attention, Attention)
         return attention.matrix
@@ -214,12 +215,12 @@ class TrainedHead:
 def trained_head(
     params: Mapping[str, Any], config: ArtConfig, kind: str
 ) -> TrainedHead | None:
-    """The attention head in a tree of parameters; None where the kind has none.
+    """Selects the attention head in a tree of parameters; None if there is none.
 
     Args:
-      params: of `model.create`'s network, or the head's part of them.
-      config: that they were trained with.
-      kind: that they were trained as.
+      params: parameters of a network of `model.create`, or of its head only.
+      config: ART options of the training.
+      kind: kind of the network.
     """
     if ATTENTION_HEAD not in params:
         return None
@@ -228,11 +229,11 @@ def trained_head(
 
 @struct.dataclass
 class Views:
-    """What N_ar sees of a batch, ``[b, size, size, c]`` each, 0 where nothing is left.
+    """Inputs of N_ar for a batch, ``[b, size, size, c]`` each.
 
     Attributes:
-      attention: what the matrices cut out, Eq. (4).
-      redundancy: the whole image without it, Eq. (5); None for the STN.
+      attention: crops of the matrices, Eq. (4); 0 outside the image.
+      redundancy: the whole image, 0 inside the attention, Eq. (5); None for the STN.
       inner: a smaller attention inside the first; None without `ArtConfig.inner_scale`.
     """
 
@@ -242,38 +243,38 @@ class Views:
 
 
 def views(images: Array, attention: Attention, config: ArtConfig) -> Views:
-    """Cuts out what N_ar sees of images ``[b, H, W, c]``.
+    """Samples the inputs of N_ar from images ``[b, H, W, c]``.
 
     Source: Sec. 3.1, Eq. (4) and (5).
     """
     size = (config.size_px, config.size_px)
 
-    def cut_out(matrix: Array) -> Array:
+    def crop(matrix: Array) -> Array:
         return geometry.bilinear_sample(images, geometry.affine_grid(matrix, size))
 
     if attention.gamma_res is None:
-        return Views(cut_out(attention.matrix))
+        return Views(crop(attention.matrix))
     if config.redundancy == "hard":
         grid = geometry.redundancy_grid(attention.gamma_res, size)
         redundancy = geometry.bilinear_sample(images, jax.lax.stop_gradient(grid))
     else:
-        whole = cut_out(jnp.tile(jnp.eye(2, 3), (len(images), 1, 1)))
+        whole = crop(jnp.tile(jnp.eye(2, 3), (len(images), 1, 1)))
         weight = geometry.redundancy_weight(
             attention.gamma_res, size, softness=_SOFTNESS
         )
         redundancy = whole * weight[..., None].astype(whole.dtype)
     inner = None
     if config.inner_scale:
-        # Eq. (4) with a share of the scale, which is in all but the last column.
+        # Eq. (4) with a share of the scale, a factor of all columns but the last.
         share = config.inner_scale
         shares = jnp.array([share, share, 1.0], attention.matrix.dtype)
-        inner = cut_out(shares * attention.matrix)
-    return Views(cut_out(attention.matrix), redundancy, inner)
+        inner = crop(shares * attention.matrix)
+    return Views(crop(attention.matrix), redundancy, inner)
 
 
 @jax.custom_vjp
 def clip_gradient(x: Array, limit: float) -> Array:
-    """`x` itself; its gradient is clipped to ``[-limit, limit]``, entry by entry."""
+    """Returns `x`; clips each entry of its gradient to ``[-limit, limit]``."""
     del limit
     return x
 
@@ -286,7 +287,7 @@ clip_gradient.defvjp(
 
 @jax.custom_vjp
 def scale_gradient(x: Array, share: float) -> Array:
-    """`x` itself; its gradient is multiplied by `share`."""
+    """Returns `x`; multiplies its gradient by `share`."""
     del share
     return x
 
@@ -299,16 +300,17 @@ scale_gradient.defvjp(
 
 @jax.custom_vjp
 def guard_gradient(gamma: Array, share: float) -> Array:
-    """`gamma` itself; its gradient cannot push it far out, and pulls it back.
+    """Returns `gamma`; adds a restoring gradient near the bounds of Eq. (6).
 
-    Far out tanh is flat, and no loss could move Gamma back. So where ``|tanh gamma|``
-    exceeds `share` for place or scale, the part of the gradient that pushes an image's
-    Gamma further out is dropped, and a restoring gradient is added in proportion to the
-    excess. It outweighs what images that are still inside do to the shared weights.
+    If ``|tanh gamma|`` of a centre coordinate or the scale exceeds `share`, a gradient
+    that would increase it further is set to 0, and a restoring gradient proportional to
+    the excess is added. Without it, tanh is so flat there that no loss can move Gamma
+    back. The restoring gradient outweighs the effect of the other images of the batch
+    on the shared weights.
 
     Args:
       gamma: ``[b, 4]``, before the restriction; the loss is a mean over ``b``.
-      share: of the bound of Eq. (6), in 0..1.
+      share: share of the bound of Eq. (6), in 0..1.
 
     Returns:
       ``[b, 4]``.
@@ -320,14 +322,14 @@ def guard_gradient(gamma: Array, share: float) -> Array:
 
 
 def beyond(gamma: Array, share: float) -> Array:
-    """Which of place and scale use more than `share` of their bound: ``[b, 3]``."""
+    """Whether x, y and scale exceed `share` of their bounds: bool ``[b, 3]``."""
     return jnp.abs(jnp.tanh(gamma[..., :3])) > share
 
 
 def _guard_backward(residuals, cotangent: Array):
     gamma, share = residuals
     guarded = jnp.pad(beyond(gamma, share), ((0, 0), (0, 1)))
-    outwards = cotangent * gamma < 0  # descent adds minus the gradient
+    outwards = cotangent * gamma < 0  # descent subtracts the gradient
     excess = gamma - jnp.sign(gamma) * jnp.arctanh(share)
     restoring = _GUARD_STRENGTH * excess / len(gamma)
     inwards = jnp.where(outwards, 0, cotangent) + restoring
@@ -338,14 +340,15 @@ guard_gradient.defvjp(lambda gamma, share: (gamma, (gamma, share)), _guard_backw
 
 
 def corners_px(matrix: np.ndarray, crop_px: int) -> np.ndarray:
-    """The attention's parallelogram: corners ``[..., 4, 2]`` in pixels of the crop.
-
-    They go around it, from the attention's own top left over its top right, and may lie
-    outside the crop, where the attention is padding.
+    """Corners of the attention's parallelogram, in pixels of the crop.
 
     Args:
-      matrix: ``[..., 2, 3]``, of an `Attention`.
+      matrix: ``[..., 2, 3]``, matrices of an `Attention`.
       crop_px: height and width of the crop.
+
+    Returns:
+      ``[..., 4, 2]``: top left, top right, bottom right and bottom left corner of the
+      attention. Corners may lie outside the crop, where the attention is padding.
 
     Source: Eq. (2) and (4), at the corners of the grid.
     """
@@ -357,7 +360,7 @@ def corners_px(matrix: np.ndarray, crop_px: int) -> np.ndarray:
 def gamma_of(matrix: np.ndarray) -> np.ndarray:
     """Gamma_res ``[..., 4]`` of matrices of Eq. (4), with a scale of 0 or more.
 
-    A negative scale is a half turn, and comes back as one.
+    A negative scale is returned as a positive scale and a half turn.
     """
     m = np.asarray(matrix)
     scale, angle_rad = (

@@ -1,8 +1,8 @@
-"""The two streams: CRA-CNN, its baseline, and the STN of Fig. 4 (Sec. 3).
+"""The networks: CRA-CNN, its baseline, and the STN of Fig. 4 (Sec. 3).
 
-Whatever the kind, `params["classification_stream"]` is exactly the tree of the plain
-backbone, and the backbone alone is what evaluation builds, restores and runs. The
-regularization stream and the attention head exist in training only.
+For every kind, `params["classification_stream"]` is exactly the tree of the plain
+backbone. Evaluation builds, restores and runs this backbone only. The regularization
+stream and the attention head exist in training only.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,20 +16,20 @@ from cra_jax import art_module
 from cra_jax.art_module import ArtConfig, Attention, AttentionHead
 
 KINDS: Mapping[str, str] = {"cra": "CRA-CNN", "baseline": "baseline", "stn": "STN"}
-"""The kinds, each with its printed name."""
+"""Kinds of networks, with their printed names."""
 
 
 @struct.dataclass
 class Outputs:
-    """What training sees of a batch; None where the kind has no such thing.
+    """Outputs of a training batch; None if the kind lacks them.
 
     Attributes:
-      logits: ``[b, k]`` scores of the classification stream.
-      attention: where the attention lies.
-      attention_logits: ``[b, k]`` scores of the regularization stream for the
+      logits: ``[b, k]``, scores of the classification stream.
+      attention: position of the attention.
+      attention_logits: ``[b, k]``, scores of the regularization stream for the
         attention.
-      redundancy_logits: ``[b, k]`` and for the redundancy.
-      inner_logits: ``[b, k]`` and for the inner attention.
+      redundancy_logits: ``[b, k]``, its scores for the redundancy.
+      inner_logits: ``[b, k]``, its scores for the inner attention.
     """
 
     logits: Array
@@ -40,12 +40,12 @@ class Outputs:
 
 
 class CRACNN(nn.Module):
-    """Both streams and the ART module between them; make one with `create`.
+    """Both streams and the ART module between them; see `create`.
 
     Attributes:
       kind: one of `KINDS`.
       classification_stream: N_cls, a backbone.
-      regularization_stream: N_ar, a backbone of the same shape; None for the baseline.
+      regularization_stream: N_ar, the same architecture; None for the baseline.
       art: options of the ART module.
     """
 
@@ -56,14 +56,14 @@ class CRACNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Outputs:
-        """Runs everything that the kind has on ``[b, H, W, 3]`` normalised images."""
+        """Runs all parts of the network on normalised images ``[b, H, W, 3]``."""
         classified = self.classification_stream(images, train)
         if self.regularization_stream is None:
             return Outputs(classified.logits)
         head = AttentionHead(self.art, self.kind, name=art_module.ATTENTION_HEAD)
         attention = head(classified.pooled)
         seen = art_module.views(images, attention, self.art)
-        # One batch of all: BatchNorm sees attention and redundancy together.
+        # One batch, so that BatchNorm sees attention and redundancy together.
         views = [
             x for x in (seen.attention, seen.redundancy, seen.inner) if x is not None
         ]
@@ -72,21 +72,21 @@ class CRACNN(nn.Module):
 
 
 def create(kind: str, make_backbone: Callable[[], nn.Module], art: ArtConfig) -> CRACNN:
-    """The network to train.
+    """Creates the network for training.
 
     Args:
       kind: one of `KINDS`.
-      make_backbone: called without arguments, once for each stream.
+      make_backbone: creates a backbone; called once for each stream.
       art: options of the ART module.
 
     Raises:
-      ValueError: the kind is unknown, or has no use for an option.
+      ValueError: the kind is unknown or does not support an option.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown model.kind {kind!r}; choose from {', '.join(KINDS)}")
     if art.inner_scale and kind != "cra":
         raise ValueError(
-            f"art.inner_scale={art.inner_scale} adds an attention to CRA-CNN, and "
+            f"art.inner_scale={art.inner_scale} needs the attention of CRA-CNN, and "
             f"model.kind={kind!r} has none: set it to 0"
         )
     return CRACNN(

@@ -1,6 +1,6 @@
-"""One step of training, for one device: pure, and testable alone.
+"""The training step of one device, as a pure function.
 
-The step is told how to average over devices (`all_mean`); by itself it knows none.
+The argument `all_mean` averages over devices; by default there is one device.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ Terms = dict[str, Array]
 
 _PREDICTING = (CLASSIFICATION_STREAM, ATTENTION_HEAD)
 
-# Beyond this share of its bound, tanh has lost nine tenths of its slope.
+# At this share of its bound, tanh has a tenth of its maximal slope.
 SATURATED = 0.95
 
 
 @struct.dataclass
 class TrainState:
-    """All that training changes.
+    """All arrays that training changes.
 
     Attributes:
-      step: steps taken, a scalar.
-      params: of all streams and the head.
+      step: number of steps taken, a scalar.
+      params: parameters of all streams and the attention head.
       batch_stats: BatchNorm's running statistics of all streams.
-      opt_state: optax's.
-      average: ``{"params", "batch_stats"}`` of what prediction reads, averaged over the
-        steps so far, see `step_wrappers.average_weights`; empty where none is taken.
+      opt_state: state of the optax optimizer.
+      average: ``{"params", "batch_stats"}`` of the predicting part, averaged over the
+        steps so far, see `step_wrappers.average_weights`; empty without averaging.
     """
 
     step: Array
@@ -48,16 +48,16 @@ class TrainState:
     average: Any = struct.field(default_factory=dict)
 
     def started_from(self, params: Any, batch_stats: Any) -> "TrainState":
-        """The same with other weights, from which an average begins anew."""
+        """The same state with other weights, from which the average starts again."""
         average = predicting_part(params, batch_stats) if self.average else {}
-        # Copies: no two arrays of a state that is donated may share memory.
+        # Copies, because no two arrays of a donated state may share memory.
         average = jax.tree.map(jnp.array, average)
         return dataclasses.replace(
             self, params=params, batch_stats=batch_stats, average=average
         )
 
     def to_predict(self) -> tuple[Any, Any]:
-        """Parameters and statistics to predict with: averages, where they are taken."""
+        """Parameters and statistics for prediction; averaged ones if there are any."""
         if self.average:
             return self.average["params"], self.average["batch_stats"]
         return self.params, self.batch_stats
@@ -71,14 +71,16 @@ def create_state(
     crop_px: int,
     averaged: bool = False,
 ) -> TrainState:
-    """A fresh state; the same key gives a stream the same weights in any kind.
+    """Creates the initial state.
+
+    The same key gives a stream the same weights for every kind of network.
 
     Args:
-      key: of `jax.random`.
-      network: of `model.create`.
-      optimizer: of optax.
-      crop_px: height and width of a picture.
-      averaged: whether the step is one of `step_wrappers.average_weights`.
+      key: a `jax.random` key.
+      network: result of `model.create`.
+      optimizer: an optax optimizer.
+      crop_px: height and width of an image.
+      averaged: whether the step is made by `step_wrappers.average_weights`.
     """
     images = jnp.zeros((2, crop_px, crop_px, 3), jnp.float32)
     variables = jax.jit(network.init)(key, images)
@@ -94,10 +96,10 @@ def create_state(
 
 
 def predicting_part(params: Any, batch_stats: Any) -> dict[str, Any]:
-    """What of a state prediction and its pictures read: N_cls and the attention head.
+    """Selects the arrays for prediction and its figures: N_cls and attention head.
 
     Returns:
-      ``{"params", "batch_stats"}``, trees of those arrays themselves.
+      ``{"params", "batch_stats"}``, trees of the same arrays, without copies.
     """
     return {
         name: {stream: tree[stream] for stream in _PREDICTING if stream in tree}
@@ -107,19 +109,19 @@ def predicting_part(params: Any, batch_stats: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """The numbers of Eq. (7), (8) and (9).
+    """Options of Eq. (7), (8) and (9).
 
     Attributes:
-      cls2_weight: of L_cls2 in Eq. (9); the paper's is 1, as are the next two.
-      res_weight: of L_res.
-      cntr_weight: of L_cntr; 0: it is not computed.
+      cls2_weight: weight of L_cls2 in Eq. (9). All three weights are 1 in the paper.
+      res_weight: weight of L_res.
+      cntr_weight: weight of L_cntr; 0: L_cntr is not computed.
       expectation: E of Eq. (7).
       threshold: T of Eq. (7).
-      margin: of Eq. (8).
-      distance: of Eq. (8), one of `losses.DISTANCES`.
+      margin: margin of Eq. (8).
+      distance: distance of Eq. (8), one of `losses.DISTANCES`.
       normalize_features: whether N_ar's outputs are scaled to length 1 for Eq. (8).
       pairs: which images Eq. (8) contrasts, one of `losses.PAIRS`.
-      label_smoothing: of both cross-entropies, see `losses.cross_entropy`.
+      label_smoothing: smoothing of both cross-entropies, see `losses.cross_entropy`.
 
     Raises:
       ValueError: an option is unknown or out of range.
@@ -162,17 +164,17 @@ def make_loss(
 ) -> Callable[..., tuple[Array, tuple[Any, Terms]]]:
     """Eq. (9) as a function of ``(params, batch_stats, images, labels, step)``.
 
-    The labels are int ``[b]`` or `losses.MixedLabels`, of which the heavier counts as
-    the right one for the share of right answers.
+    The labels are int ``[b]`` or `losses.MixedLabels`. The accuracy of mixed labels
+    counts the label with the larger weight as correct.
 
     Args:
-      network: of `model.create`.
+      network: result of `model.create`.
       options: weights, margins and thresholds.
       restriction_weight: step -> 0 or 1, from `schedule`.
 
     Returns:
-      A function that returns the loss and ``(batch_stats, terms)``, all means over the
-      batch (over pairs for L_cntr). A term that the kind lacks is missing.
+      A function that returns the loss and ``(batch_stats, terms)``. Terms are means
+      over the batch (over pairs for L_cntr). Terms that the kind lacks are missing.
     """
 
     def loss_function(params, batch_stats, images, labels, step):
@@ -197,7 +199,7 @@ def make_loss(
 
 
 def total_loss(terms: Terms, options: LossOptions) -> Array:
-    """The loss of Eq. (9): a term that the kind lacks counts as 0."""
+    """The loss of Eq. (9); missing terms count as 0."""
     cls1, cls2, res, cntr, on = (
         terms.get(name, 0.0)
         for name in (
@@ -213,7 +215,7 @@ def total_loss(terms: Terms, options: LossOptions) -> Array:
 def classification_terms(
     out: model.Outputs, labels: Array | MixedLabels, options: LossOptions
 ) -> Terms:
-    """L_cls1, L_cls2 and the shares of right answers of both streams."""
+    """L_cls1, L_cls2 and the accuracies of both streams."""
     is_mixed = isinstance(labels, MixedLabels)
     right = labels.heavier() if is_mixed else labels
 
@@ -231,7 +233,7 @@ def classification_terms(
         terms["loss_cls2"] = loss(out.attention_logits)
         terms["attention_top1"] = accuracy(out.attention_logits)
     if out.inner_logits is not None:
-        # Their mean: L_cls2 weighs what it weighs without an inner attention.
+        # The mean gives L_cls2 the same weight with and without an inner attention.
         terms["loss_cls2"] = (terms["loss_cls2"] + loss(out.inner_logits)) / 2
         terms["inner_top1"] = accuracy(out.inner_logits)
     return terms
@@ -246,7 +248,7 @@ def restriction_terms(gamma_res: Array, options: LossOptions) -> Terms:
 
 
 def contrastive_terms(out: model.Outputs, options: LossOptions) -> Terms:
-    """L_cntr, Eq. (8), the share of pairs without a loss, and the mean distance."""
+    """L_cntr of Eq. (8), the share of pairs with loss 0, and the mean distance."""
     attention, redundancy = out.attention_logits, out.redundancy_logits
     assert attention is not None
     assert redundancy is not None
@@ -282,26 +284,26 @@ def make_train_step(
     accumulate: int = 1,
     mix: Callable[[TrainState, Array, Batch], tuple[Array, MixedLabels]] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
-    """One update.
+    """Creates the function that makes one update.
 
     Args:
-      loss_function: of `make_loss`.
-      optimizer: of optax.
-      learning_rate: the optimiser's own schedule, to log it.
-      normalize: uint8 images -> what the network takes.
+      loss_function: result of `make_loss`.
+      optimizer: an optax optimizer.
+      learning_rate: the schedule of the optimizer, for logging.
+      normalize: uint8 images -> input of the network.
       all_mean: averages a tree over devices.
-      accumulate: micro-batches, runs of neighbours in the batch, that are worked
-        through one after the other, each in the memory of the last. All start from the
-        same BatchNorm statistics, so that a micro-batch is what a device is: the update
-        is the whole batch's wherever pictures of different micro-batches do not meet.
-        They do in BatchNorm, unless its groups divide a micro-batch, and in Eq. (8)
-        over all pairs.
-      mix: of `mixing`, for normalised pictures; None: each is left as it is.
+      accumulate: number of micro-batches. They are consecutive slices of the batch,
+        computed one after the other in the same memory, and all start from the same
+        BatchNorm statistics, like the shares of different devices. The update equals
+        that of the whole batch unless images of different micro-batches interact. They
+        do in BatchNorm, unless its groups divide a micro-batch, and in Eq. (8) over all
+        pairs.
+      mix: function of `mixing` on normalised images; None: images are not mixed.
 
     Returns:
       ``(state, batch) -> (state, terms)``. A batch has ``image`` uint8
-      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``; to mix, also
-      ``index`` int ``[b]``, the picture's place in the split.
+      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``; with `mix` also
+      ``index`` int ``[b]``, the positions of the images in the split.
     """
 
     def differentiate(state: TrainState, batch: Batch) -> tuple[Any, tuple[Any, Terms]]:
@@ -318,7 +320,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
         found = _mean_over_parts(partial(differentiate, state), batch, accumulate)
-        # Each device has seen its own share: what all keep is the mean.
+        # Each device computes its share of the batch; all keep the mean.
         gradient, (batch_stats, terms) = all_mean(found)
         terms["gradient_norm"] = optax.tree.norm(gradient)
         terms["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
@@ -336,7 +338,7 @@ def make_train_step(
 
 
 def _mean_over_parts(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
-    """The mean of a function's tree over so many equal runs of a batch's rows."""
+    """Mean of a function's tree over `count` equal slices of a batch's rows."""
     if count == 1:
         return function(batch)
     parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), dict(batch))
@@ -351,13 +353,13 @@ def _mean_over_parts(function: Callable[[Batch], Any], batch: Batch, count: int)
 
 
 def _describe_gamma(attention: Attention, network: Any) -> Terms:
-    """Mean and spread of Gamma_res, and how often it is saturated or guarded."""
+    """Mean and standard deviation of Gamma_res; shares saturated and guarded."""
     gamma_res = attention.gamma_res
     assert gamma_res is not None
     mean, spread = gamma_res.mean(0), gamma_res.std(0)
     terms = {f"gamma{i + 1}_mean": mean[i] for i in range(4)}
     terms |= {f"gamma{i + 1}_std": spread[i] for i in range(4)}
-    # Not the scale: at its bound the attention is half the image, as Eq. 7 expects.
+    # Without the scale: Eq. (7) expects it at its bound, half the image.
     saturated = art_module.beyond(attention.gamma, SATURATED)[:, :2].any(-1)
     terms["gamma_saturated"] = saturated.mean()
     if network.art.guard:

@@ -209,7 +209,7 @@ def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
         ({"alpha_s": 1.5}, "art.alpha_s=1.5"),
         ({"init": (0, 0, 0.5, 0)}, "must lie strictly inside"),
         ({"inside": True, "alpha_s": 0.8}, "art.inside=True cannot keep"),
-        ({"inside": True, "init": (0.56, 0, 0.45, 0)}, "and in the image"),
+        ({"inside": True, "init": (0.56, 0, 0.45, 0)}, "and inside the image"),
         ({"guard": 1.0}, "art.guard=1.0 must be in"),
         ({"gradient_clip": -1.0}, "art.gradient_clip=-1.0"),
         ({"gradient_share": 1.5}, r"art.gradient_share=1.5 must be in \[0, 1\]"),
