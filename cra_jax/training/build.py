@@ -1,7 +1,8 @@
-"""A config -> all that training runs: the one place that reads what training needs.
+"""Builds all parts of a training from a config.
 
-Everything below takes plain values or a frozen dataclass. What evaluation shares is
-read in `inference/run_options.py`.
+Only this module reads the config keys of training; the functions that it calls take
+plain values or frozen dataclasses. `inference/run_options.py` reads the keys that
+evaluation shares.
 """
 
 import dataclasses
@@ -28,13 +29,13 @@ Config = Any
 
 
 def _key(name: str, *, lowest: int | None = None) -> Any:
-    """A field that is read from this key of the config, and not below `lowest`."""
+    """A field with its config key and its lowest allowed value."""
     return dataclasses.field(metadata={"key": name, "lowest": lowest})
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """How long the loop runs, and how often it does what: keys of `configs/cub.py`.
+    """Options of the training loop: keys of `configs/cub.py`.
 
     Raises:
       ValueError: a value is out of range.
@@ -70,11 +71,11 @@ class LoopOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the loop runs.
+    """The compiled parts of the training loop.
 
     Attributes:
-      network: of `model.create`.
-      optimizer: of `optimizer.make_optimizer`.
+      network: result of `model.create`.
+      optimizer: result of `optimizer.make_optimizer`.
       step: ``(state, batch) -> (state, terms)`` on all devices.
       run_steps: the same with a list of batches and a list of terms, see
         `step_wrappers.run_steps`.
@@ -89,20 +90,20 @@ class Training:
 def config_of_run(
     workdir: Path, defaults: Config, changes: Mapping[str, Any]
 ) -> Config:
-    """The config that a run was made with.
+    """Reads the config of a run.
 
-    Keys that this version does not know are named, and ignored.
+    Keys that this version does not know are logged and ignored.
 
     Args:
       workdir: the run directory.
-      defaults: of `configs/`, for keys that are younger than the run.
-      changes: values by their dotted keys, laid over it.
+      defaults: config of `configs/`, for keys that are newer than the run.
+      changes: values by dotted keys, which override the run's.
 
     Returns:
       The config, locked.
 
     Raises:
-      ValueError: the directory holds no run.
+      ValueError: the directory contains no run.
     """
     known = run_folder.flatten(defaults.to_dict())
     flat = run_folder.flatten(run_folder.read_config(workdir))
@@ -110,8 +111,8 @@ def config_of_run(
     if unknown:
         named = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
         progress.say(
-            f"{workdir / 'config.json'} has keys that this version does not know, and "
-            f"they are ignored: {named}"
+            f"{workdir / 'config.json'} has keys that this version does not know and "
+            f"ignores: {named}"
         )
     defaults.update_from_flattened_dict(
         {key: value for key, value in flat.items() if key in known}
@@ -121,12 +122,12 @@ def config_of_run(
 
 
 def config_without_hosts(config: Config) -> dict[str, Any]:
-    """What of a config makes a run what it is: all but which hosts work on it."""
+    """The config without `hosts`, which does not identify a run."""
     return {key: value for key, value in config.to_dict().items() if key != "hosts"}
 
 
 def loop_options(config: Config) -> LoopOptions:
-    """How long the loop runs, and how often it does what.
+    """Reads the options of the training loop.
 
     Raises:
       ValueError: a value is out of range.
@@ -146,15 +147,15 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def open_split(config: Config, dataset: Dataset, name: str) -> splits.Split:
-    """Opens a split as the config has it, see `splits.open_split`."""
+    """Opens a split with the options of a config, see `splits.open_split`."""
     return splits.open_split(run_options.from_config(config).data, dataset, name)
 
 
 def build_backbone(config: Config, num_classes: int) -> nn.Module:
-    """A stream: the network that predicts, as training computes it.
+    """Creates the backbone of a stream for training.
 
-    It may compute in bfloat16 and share BatchNorm statistics; its variables are those
-    of `RunOptions.create_backbone`.
+    It may compute in bfloat16 and share BatchNorm statistics over devices. Its
+    variables have the same tree as those of `RunOptions.create_backbone`.
     """
     extra: dict[str, Any] = {}
     if config.bn.sync:
@@ -173,7 +174,7 @@ def build_backbone(config: Config, num_classes: int) -> nn.Module:
 
 
 def build_network(config: Config, num_classes: int) -> model.CRACNN:
-    """Both streams and the ART module, as the config's kind has them."""
+    """Creates the streams and the ART module of the config's kind."""
     return model.create(
         config.model.kind,
         partial(build_backbone, config, num_classes),
@@ -182,7 +183,7 @@ def build_network(config: Config, num_classes: int) -> model.CRACNN:
 
 
 def build_loss(config: Config, network: nn.Module, *, steps_per_epoch: int):
-    """Eq. (9) with the config's margins, thresholds and phases."""
+    """Creates Eq. (9) with the config's margins, thresholds and phases."""
     restriction, contrast, loss = config.restriction, config.contrast, config.loss
     options = train_step.LossOptions(
         cls2_weight=loss.cls2,
@@ -211,7 +212,7 @@ def build_loss(config: Config, network: nn.Module, *, steps_per_epoch: int):
 def build_training(
     config: Config, num_classes: int, *, steps_per_epoch: int
 ) -> Training:
-    """Network, optimiser and the step over all devices."""
+    """Creates network, optimizer and the step over all devices."""
     options = config.optim
     learning_rate = build_learning_rate(config, steps_per_epoch)
     network = build_network(config, num_classes)
@@ -248,7 +249,7 @@ def build_training(
 
 
 def build_learning_rate(config: Config, steps_per_epoch: int) -> Callable:
-    """Step -> learning rate, by ``optim.schedule``."""
+    """Creates the schedule of ``optim.schedule``: step -> learning rate."""
     options = config.optim
     at = {
         "steps_per_epoch": steps_per_epoch,
@@ -267,7 +268,7 @@ def build_learning_rate(config: Config, steps_per_epoch: int) -> Callable:
 
 
 def build_mix(config: Config, num_classes: int) -> mixing.Mix | None:
-    """What mixes images, where ``mix.kind`` names something."""
+    """Creates the function that mixes images; None if ``mix.kind`` is empty."""
     if not config.mix.kind:
         return None
     return mixing.make_mix(
@@ -282,6 +283,6 @@ def build_mix(config: Config, num_classes: int) -> mixing.Mix | None:
 def trained_head(
     config: Config, params: Mapping[str, Any]
 ) -> art_module.TrainedHead | None:
-    """The attention head of a training state; None where the kind has none."""
+    """Selects the attention head of a training state; None if the kind has none."""
     art = run_options.art_of(config)
     return art_module.trained_head(params, art, config.model.kind)

@@ -1,7 +1,6 @@
-"""Finds what is wrong with a config before any work is done.
+"""Checks a config before any work is done.
 
-Most options check themselves when they are built; here stands what several of them
-have to say together.
+Most options are checked when they are built. This module checks combinations.
 """
 
 from cra_jax import schedule
@@ -11,13 +10,13 @@ from cra_jax.training import build, pretrained
 
 
 def check(config: build.Config) -> None:
-    """Checks a config by building all that it asks for, but for weights and images.
+    """Checks a config by building everything except weights and images.
 
     Args:
-      config: of `configs/`.
+      config: a config of `configs/`.
 
     Raises:
-      ValueError: with the key, its value, and what to set it to.
+      ValueError: an option is wrong; names the key, its value and valid values.
     """
     run_options.from_config(config)
     build.loop_options(config)
@@ -29,7 +28,7 @@ def check(config: build.Config) -> None:
 
 
 def _check_batch(config: build.Config) -> None:
-    """A batch must be shared evenly by devices, micro-batches and BatchNorm groups."""
+    """Checks that devices, micro-batches and BatchNorm groups divide the batch."""
     train, group_size = config.train, config.bn.group_size
     contrasts = config.model.kind == "cra" and config.loss.cntr > 0
     if train.accumulate < 1:
@@ -45,16 +44,16 @@ def _check_batch(config: build.Config) -> None:
     if group_size > 0 and share % group_size:
         raise ValueError(
             f"bn.group_size={group_size} does not divide the {share} images that a "
-            "device has at a time (train.batch_size by devices and train.accumulate): "
-            "set it to a divisor of them, or to 0"
+            "device processes at once (train.batch_size by devices and "
+            f"train.accumulate): set it to a divisor of {share}, or to 0"
         )
 
 
 def _check_data(config: build.Config) -> None:
     if config.data.on_device and not config.data.prepare:
         raise ValueError(
-            "data.on_device=True keeps prepared images in device memory: set "
-            "data.prepare=True, or data.on_device=False"
+            "data.on_device=True needs the image cache, and data.prepare=False: set "
+            "data.prepare=True or data.on_device=False"
         )
 
 
@@ -67,9 +66,9 @@ def _check_optim(config: build.Config) -> None:
         )
     if options.schedule == "cosine" and options.warmup_epochs >= epochs:
         raise ValueError(
-            f"optim.warmup_epochs={options.warmup_epochs} leaves nothing of "
-            f"train.epochs={epochs} for optim.schedule='cosine' to fall in: make the "
-            "former smaller"
+            f"optim.warmup_epochs={options.warmup_epochs} leaves no epoch of "
+            f"train.epochs={epochs} for optim.schedule='cosine': lower "
+            "optim.warmup_epochs"
         )
     first, period = options.freeze_first_epochs, options.freeze_period_epochs
     for name, value in (("first", first), ("period", period)):
@@ -78,13 +77,13 @@ def _check_optim(config: build.Config) -> None:
     if bool(first) != bool(period):
         raise ValueError(
             f"optim.freeze_first_epochs={first} and optim.freeze_period_epochs={period}"
-            " go together: both above 0, or both 0"
+            " need each other: set both above 0, or both to 0"
         )
     if period and config.model.kind == "baseline":
         raise ValueError(
-            f"optim.freeze_period_epochs={period} freezes N_cls so that the other "
-            "stream trains alone, and model.kind='baseline' has no other: set both "
-            "optim.freeze_first_epochs and optim.freeze_period_epochs to 0"
+            f"optim.freeze_period_epochs={period} freezes N_cls, the only stream of "
+            "model.kind='baseline': set both optim.freeze_first_epochs and "
+            "optim.freeze_period_epochs to 0"
         )
     if not 0 <= options.ema_decay < 1:
         raise ValueError(
@@ -94,10 +93,10 @@ def _check_optim(config: build.Config) -> None:
 
 
 def check_normalization(config: build.Config) -> None:
-    """Images must be normalised as those that pretrained weights were trained on.
+    """Checks that mean and std are those of the pretrained weights, if known.
 
     Raises:
-      ValueError: they are not.
+      ValueError: they differ.
     """
     data = config.data
     known = pretrained.normalization(config.model.pretrained)
@@ -105,5 +104,6 @@ def check_normalization(config: build.Config) -> None:
         raise ValueError(
             f"model.pretrained={config.model.pretrained!r} was trained on images "
             f"normalised by mean {known[0]} and std {known[1]}, but data.mean is "
-            f"{tuple(data.mean)} and data.std {tuple(data.std)}: set them to the former"
+            f"{tuple(data.mean)} and data.std {tuple(data.std)}: use the mean and std "
+            "of the weights"
         )

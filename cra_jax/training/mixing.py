@@ -1,12 +1,13 @@
-"""Pictures with a part of another pasted in, and what their labels then are worth.
+"""CutMix and SnapMix: pastes a part of another image, and weighs both labels.
 
-The whole network sees the mixed picture, and both cross-entropies weigh its two labels
-alike. N_ar sees no more than N_cls does, and what of the paste its crop holds is for
-the attention to choose: a weight by the crop would pay the attention for choosing the
-picture whose label is the easier one. Eq. (8) knows no labels; its pairs are direct
-neighbours, partners here are two apart, so that no pair holds parts of one picture.
+Both streams get the mixed image, and both cross-entropies use the same label weights.
+The weights do not depend on the attention's crop: otherwise the attention would be
+rewarded for choosing the image with the easier label. Eq. (8) uses no labels. Its pairs
+are direct neighbours, whereas partners here are two positions away, so that no pair
+contains parts of the same image.
 
-Shapes: ``b`` batch, ``H W`` the picture's and ``h w`` a feature map's height and width.
+Shapes: ``b`` batch size, ``H W`` height and width of the image, ``h w`` height and
+width of a feature map.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,39 +28,40 @@ from cra_jax.train_step import Batch, TrainState
 KINDS = ("", "cutmix", "snapmix")
 Mix = Callable[[TrainState, Array, Batch], tuple[Array, MixedLabels]]
 
-_SALT = 20210202  # draws are others than those that weights begin with
+_SALT = 20210202  # makes the draws independent of those of the initial weights
 
 
 def make_mix(
     kind: str, backbone: nn.Module, *, probability: float, alpha: float, seed: int
 ) -> Mix:
-    """What mixes a batch, on the device, by draws of (seed, step, picture).
+    """Creates the function that mixes a batch on the device.
 
-    A picture's partner is one of the four neighbours in its batch, see `partners`. So
-    the same is mixed on any number of devices and in any number of micro-batches, where
-    each gets a multiple of 4 pictures; else the remainder pairs otherwise.
+    Draws depend on (seed, step, image) only. The partner of an image is in the same
+    group of four neighbours, see `partners`. The result is the same on any number of
+    devices and micro-batches if each gets a multiple of 4 images; otherwise the
+    remainders have other partners.
 
     Args:
-      kind: "cutmix": a box is replaced by the same box of the partner, and labels
-        weigh as their areas. "snapmix": by a box of another size and place, resized,
-        and labels weigh as much of their class activation as there is of it. The maps
-        come from N_cls itself, with running statistics: one forward pass more a step.
+      kind: "cutmix" replaces a box by the same box of the partner, and weighs labels by
+        area. "snapmix" replaces it by a resized box of another size and position, and
+        weighs labels by the share of the class activation. The maps come from N_cls
+        with running statistics, which takes one more forward pass per step.
       backbone: N_cls.
-      probability: how often a picture is mixed.
-      alpha: of Beta(alpha, alpha), from which the share of the picture that stays is
-        drawn; 1: any is as likely, more: about half.
-      seed: of the draws.
+      probability: probability that an image is mixed.
+      alpha: parameter of Beta(alpha, alpha), the distribution of the share of the image
+        that stays; 1: uniform, larger: close to a half.
+      seed: seed of the draws.
 
     Returns:
-      ``(state, images, batch) -> (images, labels)``; the batch needs ``index``.
+      ``(state, images, batch) -> (images, labels)``; the batch must have ``index``.
 
     Raises:
       ValueError: the kind is unknown, or a number is out of range.
 
     Source: Yun et al., "CutMix", 2019, Sec. 3.1; Huang et al., "SnapMix", 2021, Eq. (1)
-      to (4). The paper mixes nothing.
+      to (4). The paper does not mix images.
 
-    Differs: both draw once a batch; here each picture has its own draws.
+    Differs: both draw once per batch; here each image has its own draws.
     """
     if kind not in KINDS[1:]:
         raise ValueError(
@@ -107,11 +109,12 @@ def make_mix(
 
 
 def partners(count: int) -> np.ndarray:
-    """Whose part each of so many pictures gets: the one two places on or back.
+    """Index of each image's partner, two positions further or back.
 
     Returns:
-      Places, int ``[count]``: of ``0 1 2 3`` they are ``2 3 0 1``, and so on in fours;
-      two that are left over get each other's, and a last one its own.
+      int ``[count]``: ``2 3 0 1`` for the images ``0 1 2 3``, and likewise for each
+      group of four. A remaining pair are partners; a remaining single image is its own
+      partner.
     """
     places = np.arange(count)
     fours, pairs = count // 4 * 4, count // 2 * 2
@@ -121,15 +124,15 @@ def partners(count: int) -> np.ndarray:
 
 
 def draw_box(key: Array, size: tuple[int, ...], alpha: float) -> Array:
-    """A box somewhere in a picture, cut off at its edges.
+    """Draws a random box, clipped to the image.
 
     Args:
-      key: of `jax.random`.
+      key: a `jax.random` key.
       size: ``(H, W)``.
-      alpha: 1 less a draw of Beta(alpha, alpha) is the box's area by the picture's.
+      alpha: the box has the share 1 - Beta(alpha, alpha) of the image's area.
 
     Returns:
-      int ``[4]``: top, bottom, left, right, in pixels; the ends are outside.
+      int ``[4]``: top, bottom, left, right, in pixels; bottom and right are exclusive.
 
     Source: Yun et al., 2019, Eq. (2).
     """
@@ -147,18 +150,18 @@ def draw_box(key: Array, size: tuple[int, ...], alpha: float) -> Array:
 
 
 def area(box: Array) -> Array:
-    """Pixels of boxes ``[b, 4]``: ``[b]``."""
+    """Number of pixels of boxes ``[b, 4]``: ``[b]``."""
     return (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
 
 
 def paste(images: Array, partner: np.ndarray, box: Array, source: Array) -> Array:
-    """Puts a box of its partner, resized bilinearly, into each picture.
+    """Pastes a box of the partner, resized bilinearly, into each image.
 
     Args:
       images: ``[b, H, W, c]``.
-      partner: of `partners`.
-      box: int ``[b, 4]``, which is replaced; an empty one leaves the picture alone.
-      source: int ``[b, 4]``, of the partner, by what.
+      partner: result of `partners`.
+      box: int ``[b, 4]``, the replaced boxes; an empty box leaves the image unchanged.
+      source: int ``[b, 4]``, the boxes of the partners that are pasted.
 
     Returns:
       ``[b, H, W, c]``.
@@ -184,20 +187,21 @@ def weigh(
     source: Array,
     activation: Array | None,
 ) -> tuple[Array, Array]:
-    """What the labels of mixed pictures are worth.
+    """Computes the label weights of mixed images.
 
     Args:
-      images: before they are mixed, for their shape.
-      partner: as for `paste`, as the next two.
-      box: which part is gone.
-      source: which part of the partner came.
-      activation: ``[b, h, w]``, where each picture's own class is, of either sign;
-        None: evenly everywhere.
+      images: the images, for their shape.
+      partner: as for `paste`.
+      box: the replaced boxes, as for `paste`.
+      source: the pasted boxes of the partners, as for `paste`.
+      activation: ``[b, h, w]`` of either sign, class activation maps of the images' own
+        classes; None: uniform maps.
 
     Returns:
-      ``[b]`` for the picture's own label, what the box left of its map, and ``[b]``
-      for the partner's, what the box took of the partner's map. They sum to 1 for
-      even maps and boxes of one size; others need not.
+      ``[b]``, weights of the images' own labels: the share of their maps outside the
+      box; and ``[b]``, weights of the partners' labels: the share of the partners' maps
+      inside the source. They sum to 1 for uniform maps and boxes of equal size, but not
+      in general.
 
     Source: Huang et al., 2021, Eq. (3) and (4).
     """
@@ -206,7 +210,8 @@ def weigh(
     if activation is None:
         maps = even
     else:
-        # From 0 up before it is resized: rounding must not make a map of an even one.
+        # The minimum is subtracted before resizing too, so that rounding errors do not
+        # turn a uniform map into a structured one.
         maps = activation - activation.min((1, 2), keepdims=True)
         maps = jax.image.resize(maps, even.shape, "linear", antialias=False)
         maps -= maps.min((1, 2), keepdims=True)
@@ -220,7 +225,7 @@ def weigh(
 def _activation(
     backbone: nn.Module, variables: Mapping[str, Any], images: Array, labels: Array
 ) -> Array:
-    """Where N_cls sees each picture's own class: ``[b, h, w]``."""
+    """Class activation maps of N_cls for the images' own classes: ``[b, h, w]``."""
     features = backbone.apply(variables, images, method="extract")
     assert isinstance(features, Array)
     activation = class_activation.class_activation(
@@ -230,7 +235,7 @@ def _activation(
 
 
 def _places(pixels: Array, box: Array, source: Array) -> Array:
-    """Where along an axis a box's pixels come from: ``[b, n]``, within the source."""
+    """Source coordinates of a box's pixels along an axis: ``[b, n]``."""
     start, end = source[:, :1], source[:, 1:]
     scale = (end - start) / jnp.maximum(box[:, 1:] - box[:, :1], 1)
     places = start + (pixels - box[:, :1] + 0.5) * scale - 0.5
@@ -238,7 +243,7 @@ def _places(pixels: Array, box: Array, source: Array) -> Array:
 
 
 def _inside(box: Array, height: int, width: int) -> Array:
-    """Which pixels lie in boxes ``[b, 4]``: ``[b, H, W]``."""
+    """Whether pixels lie inside boxes ``[b, 4]``: bool ``[b, H, W]``."""
     rows, columns = jnp.arange(height), jnp.arange(width)
     down = (rows >= box[:, :1]) & (rows < box[:, 1:2])
     across = (columns >= box[:, 2:3]) & (columns < box[:, 3:])

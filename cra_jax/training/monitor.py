@@ -1,8 +1,7 @@
-"""Numbers that say that training goes wrong: found, written down, told with the cure.
+"""Detects failing training from its numbers, records it and suggests a fix.
 
-All of it is judged where numbers are fetched anyway, so no step waits for it: an update
-that came from numbers that are not finite is refused on the device (`keep_good`), and
-`Watch` finds out afterwards.
+The device skips an update from numbers that are not finite (`keep_good`). `Monitor`
+detects it later, when numbers are fetched anyway, so that no step waits for it.
 """
 
 import json
@@ -20,18 +19,17 @@ BAD_STEPS = "bad_steps.jsonl"
 
 
 class Monitor:
-    """Looks at a run's numbers as they are fetched.
+    """Checks the numbers of a run when they are fetched.
 
-    A step that went wrong is a line of `bad_steps.jsonl`: its number, its terms, and
-    the pictures of its batch. With the seed these say all:
-    `cra_jax.training.replay` computes the step again.
+    `bad_steps.jsonl` has a line for each failed step: its number, its terms and the
+    images of its batch. `cra_jax.training.replay` computes the step again.
 
     Args:
-      workdir: the run folder.
-      settings: the run's config, flat, for what a message tells to change.
-      first_step: where training goes on from; lines of later steps are taken out.
-      images: step, from 1 -> place and name of each image in its batch.
-      write: False keeps silent and writes nothing.
+      workdir: the run directory.
+      settings: the run's flat config, for the messages.
+      first_step: the step that training resumes from; lines of later steps are removed.
+      images: step, from 1 -> index and name of each image in its batch.
+      write: whether to print and write anything.
     """
 
     def __init__(
@@ -45,7 +43,7 @@ class Monitor:
     ):
         self._workdir = workdir
         self._settings = settings
-        self._looked_at = first_step
+        self._last_checked = first_step
         self._images = images
         self._write = write
         self._warned: set[str] = set()
@@ -61,26 +59,26 @@ class Monitor:
             progress.say(text)
 
     def check_steps(self, step: int, window: Sequence[Mapping[str, float]]) -> None:
-        """Finds steps that went wrong among the last ones; each is looked at once.
+        """Finds failed steps among the last ones; checks each step once.
 
         Args:
-          step: the last one's number.
+          step: number of the last step.
           window: terms of the last steps.
 
         Raises:
-          ValueError: there were more of them than ``train.skip_bad_steps``.
+          ValueError: more than ``train.skip_bad_steps`` steps have failed.
         """
         for number, terms in enumerate(window, start=step - len(window) + 1):
-            if number > self._looked_at and not step_wrappers.is_good(terms):
-                self._note(number, terms)
-        self._looked_at = step
+            if number > self._last_checked and not step_wrappers.is_good(terms):
+                self._record(number, terms)
+        self._last_checked = step
 
-    def _note(self, step: int, terms: Mapping[str, float]) -> None:
+    def _record(self, step: int, terms: Mapping[str, float]) -> None:
         self._bad += 1
         images = self._images(step)
         line = {
             "step": step,
-            # As text: JSON has no such numbers.
+            # As text, because JSON has no inf and NaN.
             "terms": {k: v if np.isfinite(v) else str(v) for k, v in terms.items()},
             "index": list(images),
             "name": list(images.values()),
@@ -93,53 +91,52 @@ class Monitor:
             for name, value in terms.items()
             if name.startswith("loss") or name in JUDGED_BY
         )
-        what = f"step {step} went wrong and its update was not made: {shown}"
+        what = f"step {step} failed and its update was skipped: {shown}"
         if self._bad <= allowed:
             self._say(
                 f"warning: {what} ({self._bad} of train.skip_bad_steps={allowed}; "
-                f"its pictures are in {self._workdir / BAD_STEPS})"
+                f"its images are listed in {self._workdir / BAD_STEPS})"
             )
             return
         raise ValueError(
-            f"{what}\nIts pictures are in {self._workdir / BAD_STEPS}, and `python -m "
-            f"cra_jax.training.replay {self._workdir}` computes it again. Perhaps "
-            "training has diverged; lower optim.base_lr (now "
+            f"{what}\nIts images are listed in {self._workdir / BAD_STEPS}, and "
+            f"`python -m cra_jax.training.replay {self._workdir}` computes it again. "
+            "Perhaps training has diverged; lower optim.base_lr (now "
             f"{self._settings['optim.base_lr']}) and start again in a new --workdir. "
-            "To leave out a few such steps, raise train.skip_bad_steps (now "
-            f"{allowed}) and go on with --allow_config_change"
+            "To skip a few such steps, raise train.skip_bad_steps (now "
+            f"{allowed}) and resume with --allow_config_change"
         )
 
     def warn(self, step: int, numbers: Mapping[str, float], *, begun: bool) -> None:
-        """Says what the means over the last steps warn of, each thing once a start.
+        """Prints warnings about the means of the last steps, each once per start.
 
         Args:
-          step: the last one.
+          step: number of the last step.
           numbers: means of terms.
-          begun: whether the first epoch is over; some signs mean nothing before.
+          begun: whether the first epoch is over; some warnings need that.
         """
         setting = self._settings
         signs = {
             "gamma_saturated": (
                 numbers.get("gamma_saturated", 0) > 0.5,
-                "the attention sits in a corner in "
-                f"{numbers.get('gamma_saturated', 0):.0%} of the pictures, where tanh "
-                "is flat and nothing can move it: set art.guard (now "
-                f"{setting['art.guard']}) to 0.9, or optim.base_lr (now "
-                f"{setting['optim.base_lr']}) lower, and start again",
+                "the attention is stuck in a corner in "
+                f"{numbers.get('gamma_saturated', 0):.0%} of the images, where tanh "
+                "has almost no gradient: set art.guard (now "
+                f"{setting['art.guard']}) to 0.9, or lower optim.base_lr (now "
+                f"{setting['optim.base_lr']}), and start again",
             ),
             "contrast_dead": (
                 numbers.get("contrast_dead", 0) > 0.95,
-                f"{numbers.get('contrast_dead', 0):.0%} of the pairs of Eq. (8) are "
-                "further apart than the margin asks, and teach nothing: raise "
-                f"contrast.margin (now {setting['contrast.margin']})",
+                f"{numbers.get('contrast_dead', 0):.0%} of the pairs of Eq. (8) exceed "
+                "the margin and have no gradient: raise contrast.margin (now "
+                f"{setting['contrast.margin']})",
             ),
             "contrast_distance": (
                 begun
                 and setting["contrast.normalize"]
                 and numbers.get("contrast_distance", 1) < 0.01,
                 "attention and redundancy have the same features (mean distance "
-                f"{numbers.get('contrast_distance', 1):.2g}): N_ar cannot tell "
-                "them apart; lower optim.base_lr (now "
+                f"{numbers.get('contrast_distance', 1):.2g}): lower optim.base_lr (now "
                 f"{setting['optim.base_lr']}) or loss.cntr (now "
                 f"{setting['loss.cntr']}), and start again",
             ),
@@ -151,5 +148,5 @@ class Monitor:
 
 
 def read_bad_steps(workdir: Path) -> list[dict[str, Any]]:
-    """The steps of a run that went wrong; usually none."""
+    """The failed steps of a run; usually none."""
     return run_folder.read_lines(workdir / BAD_STEPS)

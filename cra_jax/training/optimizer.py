@@ -1,4 +1,4 @@
-"""The optimiser: momentum SGD as torch does it, in one optax chain (Sec. 4.1)."""
+"""The optimizer: SGD with momentum as in torch, as one optax chain (Sec. 4.1)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,23 +14,23 @@ def make_optimizer(
     weight_decay: float = 5e-4,
     decay_norm_and_bias: bool = True,
 ) -> optax.GradientTransformation:
-    """SGD with momentum; the decay joins the gradient before the momentum.
+    """SGD with momentum; weight decay is added to the gradient before the momentum.
 
     Args:
       learning_rate: step -> rate, from `schedule`.
-      momentum: Sec. 4.1.
-      weight_decay: Sec. 4.1.
-      decay_norm_and_bias: False spares BatchNorm's scales and all biases.
+      momentum: factor of the previous update (Sec. 4.1).
+      weight_decay: factor of the parameters (Sec. 4.1).
+      decay_norm_and_bias: whether to decay BatchNorm's scales and all biases too.
 
     Returns:
-      An optax chain whose first argument to `init` is the whole tree of parameters.
+      An optax chain; `init` takes the whole tree of parameters.
     """
     return optax.chain(
         optax.add_decayed_weights(
             weight_decay, mask=None if decay_norm_and_bias else _is_kernel
         ),
         optax.trace(decay=momentum),
-        optax.identity(),  # checkpoints of older versions have a third state, empty
+        optax.identity(),  # older checkpoints have an empty third state
         optax.scale_by_learning_rate(learning_rate),
     )
 

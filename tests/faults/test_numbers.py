@@ -53,7 +53,7 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     cache_dir, tmp_path, poisoned, capsys, note
 ):
     config = a_config(cache_dir)
-    with pytest.raises(ValueError, match=r"step 5 went wrong .* loss inf") as caught:
+    with pytest.raises(ValueError, match=r"step 5 failed .* loss inf") as caught:
         train.run(config, tmp_path)
     assert "lower optim.base_lr (now 0.05)" in str(caught.value)
     assert f"`python -m cra_jax.training.replay {tmp_path}`" in str(caught.value)
@@ -78,7 +78,7 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     assert said.endswith("the same numbers\n")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     # The same command comes to the same step, and the file has it once.
-    with pytest.raises(ValueError, match="step 5 went wrong"):
+    with pytest.raises(ValueError, match="step 5 failed"):
         train.run(config, tmp_path)
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
     note(
@@ -91,7 +91,8 @@ def test_a_few_may_be_left_out(cache_dir, tmp_path, poisoned, capsys, note):
     config = a_config(cache_dir, **{"train.skip_bad_steps": 1})
     train.run(config, tmp_path)
     assert (
-        "(1 of train.skip_bad_steps=1; its pictures are in" in capsys.readouterr().err
+        "(1 of train.skip_bad_steps=1; its images are listed in"
+        in capsys.readouterr().err
     )
     lines = run_folder.read_metrics(tmp_path)
     assert all(math.isfinite(x["loss"]) for x in lines)

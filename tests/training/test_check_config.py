@@ -1,4 +1,4 @@
-"""Settings that do not fit are named before any work, with the cure."""
+"""Options that do not fit are named before any work, with the fix."""
 
 import pytest
 
@@ -15,19 +15,19 @@ from tests.helpers import tiny_config
         ),
         (
             {"optim.schedule": "cosine", "optim.warmup_epochs": 2},
-            "optim.warmup_epochs=2 leaves nothing of train.epochs=2",
+            "optim.warmup_epochs=2 leaves no epoch of train.epochs=2",
         ),
         ({"optim.freeze_first_epochs": -1}, "optim.freeze_first_epochs=-1 must be 0"),
         ({"optim.freeze_period_epochs": -3}, "optim.freeze_period_epochs=-3 must be 0"),
-        ({"optim.freeze_first_epochs": 3}, "both above 0, or both 0"),
-        ({"optim.freeze_period_epochs": 3}, "both above 0, or both 0"),
+        ({"optim.freeze_first_epochs": 3}, "both above 0, or both to 0"),
+        ({"optim.freeze_period_epochs": 3}, "both above 0, or both to 0"),
         (
             {
                 "optim.freeze_first_epochs": 1,
                 "optim.freeze_period_epochs": 1,
                 "model.kind": "baseline",
             },
-            "model.kind='baseline' has no other",
+            "only stream of model.kind='baseline'",
         ),
         ({"optim.ema_decay": 1.0}, r"optim.ema_decay=1.0 must be in \[0, 1\)"),
         (
