@@ -1,6 +1,7 @@
-"""What `model.pretrained` may name -> arrays by name.
+"""Pretrained weights of `model.pretrained` -> arrays by name.
 
-A file of published weights, a name on the hub, the `export` folder of a run, or a run.
+They come from a file of published weights, a name on the hub, the `export` directory of
+a run, or a run.
 """
 
 import json
@@ -29,14 +30,15 @@ _COLLECTIONS = ("params", "batch_stats")
 
 
 class PretrainedWeights(NamedTuple):
-    """Weights that a training may start from.
+    """Pretrained weights for a training.
 
     Attributes:
-      name: what `model.pretrained` said.
-      arrays: of a plain backbone, by published or plain names (`families.Family`).
+      name: value of `model.pretrained`.
+      arrays: arrays of a plain backbone, by published or plain names
+        (`families.Family`).
       place: the file, or the run and its step.
-      about: what is known of them, in one line.
-      class_names: what their classifier knows, if it is a run's own; else empty.
+      about: description in one line.
+      class_names: classes of their classifier if they come from a run; else empty.
     """
 
     name: str
@@ -47,16 +49,16 @@ class PretrainedWeights(NamedTuple):
 
 
 def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
-    """Reads what `model.pretrained` names.
+    """Reads the weights that `model.pretrained` names.
 
     Args:
-      pretrained: a file or a name, as for `hub.fetch`; a run folder, of whose newest
-        checkpoint the classification stream is read; or what `--mode export` wrote.
-      arch: what it should be.
+      pretrained: a file or a name, as for `hub.fetch`; a run directory, whose newest
+        checkpoint provides the classification stream; or an export directory.
+      arch: the expected architecture.
 
     Raises:
-      ValueError: as `hub.fetch`, `torch_files.read` and `Checkpoints`; the folder is of
-        another kind, or the record speaks of another architecture.
+      ValueError: as `hub.fetch`, `torch_files.read` and `Checkpoints`; or the directory
+        is neither a run nor an export; or the weights have another architecture.
     """
     name, folder = str(pretrained), Path(pretrained).expanduser()
     if folder.is_dir():
@@ -67,7 +69,7 @@ def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
     record = hub.record_of(pretrained)
     if record and record.arch != arch:
         raise ValueError(
-            f"{pretrained} is a {record.arch}, and model.backbone is {arch!r}: change "
+            f"{pretrained} is a {record.arch}, but model.backbone is {arch!r}: change "
             "one of the two"
         )
     file = hub.fetch(pretrained)
@@ -78,16 +80,16 @@ def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
 def normalization(
     pretrained: str | Path,
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std of the pictures that weights were trained on, where that is known.
+    """Mean and std of the images that weights were trained on, if known.
 
-    Reads no weights and asks no hub, so that it can be said before any work is done.
+    Reads no weights and does not access the hub, so that configs are checked quickly.
 
     Args:
       pretrained: as for `open_pretrained`; empty: no weights.
 
     Returns:
-      Of the channels, pictures in 0..1; None where nobody says, or where there is
-      something wrong that `open_pretrained` will name.
+      Mean and std of the channels of images in 0..1; None if they are unknown, or if
+      something is wrong that `open_pretrained` reports.
     """
     if not pretrained:
         return None
@@ -108,11 +110,11 @@ def normalization(
 
 
 def _open_run(name: str, place: trained.Place) -> PretrainedWeights:
-    """The classification stream of a run's checkpoint, averaged if it is."""
+    """Reads the classification stream of a run's checkpoint, averaged if available."""
     with Checkpoints(place.folder / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose(place.checkpoint or "latest")
         meta, saved = checkpoints.meta(step), checkpoints.shapes(step)
-        averaged = has_average(checkpoints, step)  # what predicts, and what is exported
+        averaged = has_average(checkpoints, step)  # prediction and export use it too
         saved = saved["average"] if averaged else saved
         part = {
             collection: {
@@ -129,29 +131,30 @@ def _open_run(name: str, place: trained.Place) -> PretrainedWeights:
     }
     about = {"architecture": model["backbone"], **model, **data}
     where = f"{place.folder}, step {step}, epoch {meta['epoch']}"
-    return _own(name, arrays, where, about | {"class_names": meta["class_names"]})
+    about |= {"class_names": meta["class_names"]}
+    return _with_classes(name, arrays, where, about)
 
 
 def _open_export(name: str, file: Path) -> PretrainedWeights:
-    """What `--mode export` wrote."""
+    """Reads weights that `--mode export` wrote."""
     try:
         about = json.loads(file.with_name("config.json").read_text())
-        return _own(name, torch_files.read(file), str(file), about)
+        return _with_classes(name, torch_files.read(file), str(file), about)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{file} has no config.json of an export beside it ({error!r}): export the "
-            "run again, or name the file itself to leave its classifier"
+            f"{file} has no config.json of an export next to it ({error!r}): export "
+            "the run again, or name the file itself to use it without its classifier"
         ) from error
 
 
-def _own(
+def _with_classes(
     name: str, arrays: dict[str, np.ndarray], place: str, about: Mapping[str, Any]
 ) -> PretrainedWeights:
-    """Weights that were trained here."""
+    """Weights of a run or an export, whose classes are known."""
     names = tuple(about["class_names"])
     text = (
         f"{about['architecture']}, width {about['width']}, stem {about['stem']}, "
-        f"{len(names)} classes; trained on pictures normalised by mean "
+        f"{len(names)} classes; trained on images normalised by mean "
         f"{tuple(about['mean'])} and std {tuple(about['std'])}"
     )
     return PretrainedWeights(name, arrays, place, text, names)
@@ -168,31 +171,32 @@ def start_from(
     arch: str,
     class_names: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Starts every stream from the same weights; Gamma's head stays.
+    """Loads the same pretrained weights into every stream.
 
-    So do the classifiers, unless the weights come from a run or an export of the same
-    classes: the authors' code starts CRA-CNN from a backbone that was already
-    fine-tuned on the target set, classifier included.
+    The attention head keeps its initial weights. So do the classifiers, unless the
+    weights come from a run or an export of the same classes: the authors' code starts
+    CRA-CNN from a backbone that was fine-tuned on the target dataset, including its
+    classifier.
 
     Args:
-      params: a training state's, with one or both of `STREAMS`.
-      batch_stats: the same state's.
-      pretrained: as for `pretrained.open_pretrained`, or what that has read.
-      arch: the streams' architecture.
-      class_names: of the training to come; empty: classes that are as many are the
-        same.
+      params: parameters of a training state, with one or both of `STREAMS`.
+      batch_stats: statistics of the same state.
+      pretrained: as for `open_pretrained`, or its result.
+      arch: architecture of the streams.
+      class_names: classes of the training; empty: equal numbers of classes count as
+        the same classes.
 
     Returns:
       New `params` and `batch_stats`, no two of whose new arrays share memory, and lines
-      that say what was used, what was left and what stays fresh.
+      that describe which arrays were loaded, which were not and which are initial.
 
     Raises:
-      ValueError: as `open_pretrained` and `load_torch`; the file must fit the streams'
-        width and stem, too.
+      ValueError: as `open_pretrained` and `load_torch`; or the weights do not fit the
+        width and stem of the streams.
     """
     filled, lines = _plan(params, batch_stats, pretrained, arch, class_names)
     new: Flat = flatten_dict({"params": dict(params), "batch_stats": dict(batch_stats)})
-    # Copies: the training step gives its buffers away.
+    # Copies, because the training step donates its buffers.
     new |= {key: jnp.array(array, copy=True) for key, array in filled.items()}
     tree = unflatten_dict(new)
     return tree["params"], tree["batch_stats"], lines
@@ -206,10 +210,10 @@ def preview(
     arch: str,
     class_names: Sequence[str] = (),
 ) -> list[str]:
-    """What `start_from` would do, line by line; the state may be abstract.
+    """Describes in lines what `start_from` would do; the state may be abstract.
 
     Raises:
-      ValueError: what `start_from` would.
+      ValueError: as `start_from`.
     """
     filled, lines = _plan(params, batch_stats, pretrained, arch, class_names)
     stages: dict[str, list[int]] = {}
@@ -227,10 +231,10 @@ def _plan(
     arch: str,
     class_names: Sequence[str],
 ) -> tuple[dict[Key, np.ndarray], list[str]]:
-    """The arrays that a state gets, by their path in it, and lines that say so."""
+    """The arrays to load, by their paths in the state, and lines that describe them."""
     streams = [stream for stream in STREAMS if stream in params]
     if not streams:
-        raise ValueError(f"params hold {list(params)}, none of {', '.join(STREAMS)}")
+        raise ValueError(f"params have {list(params)}, none of {', '.join(STREAMS)}")
     origin = (
         pretrained
         if isinstance(pretrained, PretrainedWeights)
@@ -244,10 +248,10 @@ def _plan(
     wanted = tuple(class_names) or origin.class_names
     same = bool(origin.class_names) and wanted == origin.class_names
     same = same and own["params", "fc", "bias"] == (len(wanted),)
-    leave = () if same else CLASSIFIER
+    unused = () if same else CLASSIFIER
     expected = own if same else weights.without_classifier(own)
     found, left = weights.match_variables(
-        expected, file, source=origin.place, arch=arch, unused=leave
+        expected, file, source=origin.place, arch=arch, unused=unused
     )
     named = [file.original_names[name] for name in CLASSIFIER if name in left]
     why = " (of other classes)" if named and origin.class_names else ""

@@ -1,4 +1,4 @@
-"""What training would start from: `--mode data` and `--mode weights`."""
+"""Describes dataset and pretrained weights: `--mode data` and `--mode weights`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from cra_jax.training import build, check_config, pretrained
 
 
 def run(config: build.Config, workdir: Path, *, what: str) -> None:
-    """Prints what training would start from; trains nothing.
+    """Prints a description of the dataset or of the pretrained weights.
 
     Args:
-      config: of `configs/`.
-      workdir: the run folder.
-      what: "data": what the data set holds, with a contact sheet in the run folder; or
-        "weights": what of ``model.pretrained`` would be loaded, and what not.
+      config: a config of `configs/`.
+      workdir: the run directory.
+      what: "data": the dataset, with a contact sheet in the run directory; or
+        "weights": which arrays of ``model.pretrained`` training would load.
 
     Raises:
-      ValueError: there is something wrong with what would be loaded.
+      ValueError: the config, the dataset or the weights are wrong.
     """
     check_config.check(config)
     dataset = build.load_dataset(config)
@@ -30,20 +30,20 @@ def run(config: build.Config, workdir: Path, *, what: str) -> None:
     if not build.loop_options(config).pretrained:
         raise ValueError(
             "model.pretrained is empty, so training starts from random weights: give "
-            "--config.model.pretrained= a name, a file or a run folder"
+            "--config.model.pretrained= a name, a file or a run directory"
         )
     print("\n".join(weight_lines(config, dataset.class_names)))
 
 
 def weight_lines(config: build.Config, class_names: Sequence[str]) -> list[str]:
-    """What of ``model.pretrained`` training would start from, line by line.
+    """Describes in lines which arrays of ``model.pretrained`` training would load.
 
     Args:
-      config: of `configs/`.
-      class_names: of the data set.
+      config: a config of `configs/`.
+      class_names: classes of the dataset.
 
     Raises:
-      ValueError: the weights are not there, or do not fit; says all that is wrong.
+      ValueError: the weights are missing or do not fit; names all differences.
     """
     options = run_options.from_config(config)
     network = build.build_network(config, len(class_names))

@@ -1,4 +1,4 @@
-"""Computes a step that went wrong again: `python -m cra_jax.training.replay RUN`."""
+"""Computes a failed step again: `python -m cra_jax.training.replay RUN [STEP]`."""
 
 import math
 import sys
@@ -13,25 +13,26 @@ from cra_jax.training import build, monitor, train
 
 
 def replay(workdir: Path, step: int | None = None) -> bool:
-    """Trains from the checkpoint before a step up to it, and compares the step's terms.
+    """Trains from the checkpoint before a failed step up to it, and compares its terms.
 
     Order, crops and flips are functions of the seed and the step, so the batch is the
-    same; on a CPU the numbers are the same bits. Prints them, and changes no file.
+    same. On a CPU the numbers agree to the bit. Prints them, and changes no file.
 
     Args:
-      workdir: the run folder.
-      step: one of `monitor.read_bad_steps`; None for the last.
+      workdir: the run directory.
+      step: one of `monitor.read_bad_steps`; None: the last of them.
 
     Returns:
-      Whether every number is what it was.
+      Whether all numbers are the same as in the run.
 
     Raises:
-      ValueError: no step of the run, or not this one, went wrong.
+      ValueError: this step, or any step, has not failed.
     """
     bad = {line["step"]: line for line in monitor.read_bad_steps(workdir)}
     if not bad or (step is not None and step not in bad):
         raise ValueError(
-            f"no such step in {workdir / monitor.BAD_STEPS}: there are {sorted(bad)}"
+            f"no such step in {workdir / monitor.BAD_STEPS}: the failed steps are "
+            f"{sorted(bad)}"
         )
     wanted = max(bad) if step is None else step
     config = ConfigDict(run_folder.read_config(workdir))
@@ -50,13 +51,13 @@ def replay(workdir: Path, step: int | None = None) -> bool:
         same &= equal
         print(f"  {name}: {now}" + ("" if equal else f", but {then} in the run"))
     for index, name in zip(bad[wanted]["index"], bad[wanted]["name"], strict=True):
-        print(f"  picture {index}: {name}")
+        print(f"  image {index}: {name}")
     print("the same numbers" if same else "other numbers")
     return same
 
 
 def main(arguments: list[str]) -> int:
-    """Takes RUN and, if you like, STEP; returns the exit status."""
+    """Runs `replay` with arguments RUN and optionally STEP; returns the exit status."""
     logging.set_verbosity(logging.ERROR)
     known = len(arguments) in (1, 2) and all(x.isdecimal() for x in arguments[1:])
     if not known:

@@ -1,4 +1,4 @@
-"""The mean of logged numbers over the steps since it was last taken."""
+"""Mean of logged numbers over the steps since the last mean."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,10 +7,10 @@ import numpy as np
 
 
 class Mean:
-    """The mean of named numbers over the steps since it was last taken.
+    """Mean of named numbers over the steps since the last `take`.
 
-    What is added may still be on its way from the device: it is fetched when the mean
-    is taken, so that adding never waits.
+    Added numbers may still be computed on the device. They are fetched when the mean is
+    taken, so that adding never waits.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Mean:
         self._pending.append(values)
 
     def fetch(self) -> list[dict[str, float]]:
-        """What was added since the last `take`, as floats: JSON for a checkpoint."""
+        """Returns all numbers since the last `take` as floats, for a checkpoint."""
         self._pending = [
             {name: float(value) for name, value in step.items()}
             for step in jax.device_get(self._pending)  # all copies at once
@@ -34,10 +34,10 @@ class Mean:
     def take(
         self, keep: Callable[[Mapping[str, float]], bool] = lambda step: True
     ) -> dict[str, float]:
-        """The mean of each number over what was added, which is then forgotten.
+        """Returns the mean of each number over the added steps, and removes them.
 
         Args:
-          keep: which steps count; empty is the mean of none.
+          keep: whether a step counts; without any such step the result is empty.
         """
         steps = [step for step in self.fetch() if keep(step)]
         self._pending = []

@@ -1,4 +1,4 @@
-"""A training step, varied: N_cls held by turns, weights averaged."""
+"""Wrappers of the training step: freezing N_cls, averaging weights, skipping steps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,30 +16,32 @@ from cra_jax.train_step import Batch, Terms, TrainState
 
 
 def is_frozen(step, *, steps_per_epoch: int, first_epochs: int, period_epochs: int):
-    """Whether N_cls is held as it is: not at first, then by turns, beginning with held.
+    """Whether N_cls is frozen: not in the first phase, then in every second phase.
 
     Args:
       step: steps already taken, from 0.
-      steps_per_epoch: batches an epoch.
+      steps_per_epoch: batches per epoch.
       first_epochs: length of the first phase, in which N_cls trains.
-      period_epochs: length of each later phase; 0: the first never ends.
+      period_epochs: length of each later phase; 0: the first phase never ends. N_cls is
+        frozen in the second phase, trains in the third, and so on.
 
     Returns:
       A scalar, True or False.
 
-    Source: the authors' released script; the paper has no such thing.
+    Source: the authors' released script; the paper does not freeze N_cls.
     """
     return schedule.phase(step, steps_per_epoch, first_epochs, period_epochs) % 2 == 1
 
 
 def run_steps(step: Callable) -> Callable:
-    """A step over several batches, one after the other, as one program.
+    """Combines the steps of several consecutive batches in one program.
 
     Args:
       step: ``(state, batch) -> (state, terms)``.
 
     Returns:
-      ``(state, batches) -> (state, terms)``, with the terms of each step in a list.
+      ``(state, batches) -> (state, terms)``, where terms is a list with one entry per
+      step.
     """
 
     def run(state: TrainState, batches: Sequence[Batch]) -> tuple[Any, list[Terms]]:
@@ -60,14 +62,14 @@ def freeze_alternately(
     step: Step,
     is_frozen: Callable[[Array], Array],
 ) -> Step:
-    """A step that at times leaves N_cls, all but its classifier, as it is.
+    """Makes a step freeze N_cls, except its classifier, in some phases.
 
-    Held are its weights, their momentum and its running statistics, and so is the head
-    that predicts Gamma. They take part in the step as ever: BatchNorm normalises with
-    the batch's own statistics, and the classifier learns from the features.
+    Weights, momentum and running statistics of N_cls and of the attention head are
+    frozen. The forward pass does not change: BatchNorm normalises with the statistics
+    of the batch, and the classifier learns from the features.
 
     Args:
-      step: of `train_step.make_train_step`.
+      step: result of `train_step.make_train_step`.
       is_frozen: steps taken -> whether N_cls is frozen now.
     """
 
@@ -85,7 +87,7 @@ def freeze_alternately(
 
 
 def _can_be_frozen(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of a `TrainState` is N_cls's, but not of its classifier."""
+    """Whether a leaf of a `TrainState` is of N_cls without fc, or of the head."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     if names[:1] == [ATTENTION_HEAD]:
         return True
@@ -93,20 +95,19 @@ def _can_be_frozen(path: tuple[Any, ...]) -> bool:
 
 
 def average_weights(step: Step, decay: float) -> Step:
-    """A step that also keeps an exponential moving average of what it trains.
+    """Makes a step update an exponential moving average of the predicting part.
 
-    Averaged are N_cls and the attention head, which prediction reads, BatchNorm's
-    statistics with the weights: they belong to each other. A step weighs
-    ``1 - min(decay, (1 + t) / (10 + t))`` after `t` others, so that the average is soon
-    rid of the weights that training began with.
+    The average covers weights and BatchNorm statistics of N_cls and the attention head.
+    After `t` steps, the next one has weight ``1 - min(decay, (1 + t) / (10 + t))``, so
+    that the influence of the initial weights soon vanishes.
 
     Args:
-      step: of `train_step.make_train_step`.
-      decay: in (0, 1): it averages over about ``1 / (1 - decay)`` steps.
+      step: result of `train_step.make_train_step`.
+      decay: in (0, 1); the average spans about ``1 / (1 - decay)`` steps.
 
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by
       averaging", 1992; the growing decay is TensorFlow's `ExponentialMovingAverage`.
-      The paper has no average.
+      The paper does not average weights.
     """
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
@@ -123,14 +124,16 @@ JUDGED_BY = ("loss", "gradient_norm")
 
 
 def keep_good(step: Callable) -> Callable:
-    """A training step that changes nothing but its count where it goes wrong.
+    """Makes a step skip its update if its numbers are not finite.
 
     Args:
-      step: ``(state, batch) -> (state, terms)`` of `train_step.make_train_step`.
+      step: ``(state, batch) -> (state, terms)``, result of
+        `train_step.make_train_step`.
 
     Returns:
-      The same. Where the loss or the norm of the gradient is not finite, parameters,
-      statistics and the optimiser stay what they were.
+      A function of the same form. If the loss or the norm of the gradient is not
+      finite, parameters, statistics and optimizer state stay unchanged, and only the
+      step is counted.
     """
 
     def guarded(state: Any, batch: Any) -> tuple[Any, Any]:
@@ -143,5 +146,5 @@ def keep_good(step: Callable) -> Callable:
 
 
 def is_good(terms: Mapping[str, float]) -> bool:
-    """Whether the update of a step with these numbers was made."""
+    """Whether a step with these numbers made its update."""
     return all(np.isfinite(terms[name]) for name in JUDGED_BY)

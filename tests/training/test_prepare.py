@@ -139,7 +139,7 @@ def test_drawings_are_stored_once(tmp_path, capsys):
         files = [place, place.with_suffix(".json")]
         size = sum(file.stat().st_size for file in files) / 1e6
         assert line == (
-            f"{name}: {count} pictures of 8 classes, {size:.1f} MB, stored now"
+            f"{name}: {count} images of 8 classes, {size:.1f} MB, stored now"
         )
         assert place.parent == tmp_path / "cache"
     assert first[-2].startswith("all is ready, after ")
@@ -164,7 +164,7 @@ def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
 
 def test_streamed_pictures_are_not_stored(tmp_path, capsys):
     lines = run(tmp_path, capsys, **{"data.prepare": False})
-    assert "train: 96 pictures of 8 classes, decoded at each use" in lines[1]
+    assert "train: 96 images of 8 classes, decoded at each use" in lines[1]
     assert not (tmp_path / "cache").exists()
 
 
@@ -188,7 +188,7 @@ def test_a_folder_with_a_picture_that_cannot_be_read(tmp_path, capsys):
     lines = run(tmp_path, capsys, **changes)
     assert lines[:2] == ["data: folder, 2 classes", f"    {tmp_path / 'birds'}"]
     assert lines[2].startswith(
-        "train: 15 pictures of 2 classes (1 left out as unreadable), "
+        "train: 15 images of 2 classes (1 left out as unreadable), "
     )
 
 
@@ -211,7 +211,7 @@ def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypa
     cub = {"data.source": "cub"}
     lines = run(tmp_path, capsys, **cub, **{"data.path": str(published)})
     assert lines[:2] == ["data: cub, 2 classes", f"    {published}"]
-    assert lines[2].startswith("train: 16 pictures of 2 classes, ")
+    assert lines[2].startswith("train: 16 images of 2 classes, ")
 
     home = tmp_path / "home" / "cra_jax" / "datasets"
     home.mkdir(parents=True)
@@ -283,7 +283,7 @@ def test_a_set_that_is_built_is_stored(tmp_path, capsys):
     lines = run(tmp_path, capsys, **named)
     assert lines[0] == "data: tfds, 2 classes, there already"
     assert lines[1].strip() == str(tmp_path / "sets" / "plain" / "1.0.0")
-    assert lines[2].startswith("train: 16 pictures of 2 classes, ")
+    assert lines[2].startswith("train: 16 images of 2 classes, ")
     assert lines[-2].startswith("all is ready")
     assert run(tmp_path, capsys, **named)[-2].startswith("all was there already")
 
@@ -300,7 +300,7 @@ def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
     lines = run(tmp_path, capsys, **named)
     assert "tensorflow" not in sys.modules
     assert lines[0] == "data: tfds, 2 classes, built now"
-    assert lines[2].startswith("train: 16 pictures of 2 classes, ")
+    assert lines[2].startswith("train: 16 images of 2 classes, ")
     assert lines[3].endswith(".pixels")
     lines = run(tmp_path, capsys, **named)
     assert lines[0] == "data: tfds, 2 classes, there already"
