@@ -1,13 +1,13 @@
-"""Checkpoints: orbax behind a narrow door.
+"""Checkpoints: a small interface to orbax.
 
 A step is saved as two items: ``state``, a tree of arrays in host memory without a
 device axis (so that it restores on any number of devices), and ``meta``, plain JSON.
-A step becomes visible only when it is whole, by a rename.
+A rename makes a step visible once it is complete.
 
-Beside what a caller gives, ``meta`` holds the SHA-256 of every array, taken from memory
-before anything is written, and one of itself. What is restored is compared with it: a
-file that was cut short, changed or lost is found by content, wherever orbax or
-tensorstore would have made something of it (a chunk that is missing reads as zeros).
+``meta`` also holds the SHA-256 of every array, taken from memory before anything is
+written, and a checksum of itself. Restored arrays are compared with it: this finds
+files that were truncated, changed or lost, which orbax or tensorstore may read without
+an error (a missing chunk reads as zeros).
 """
 
 import hashlib
@@ -33,11 +33,11 @@ _RECORD = {"content", "metric", "arrays", "checksum"}
 
 
 class DamagedError(ValueError):
-    """A checkpoint does not hold what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Which steps stay: the newest few, and the best of those that were measured."""
+    """Keeps the newest few steps, and the best of those with a metric."""
 
     def __init__(self, keep_latest: int, metric: Callable[[int], float]):
         self._keep_latest = keep_latest
@@ -53,12 +53,12 @@ class Checkpoints:
     """The checkpoints of one run: the latest few, and the best by a metric.
 
     Args:
-      directory: where they are or will be.
-      keep_latest: how many of the newest to keep.
-      writable: False opens them for reading only, and makes no folder.
+      directory: of the checkpoints.
+      keep_latest: how many of the newest steps are kept.
+      writable: False opens them for reading only, and creates no directory.
 
     Raises:
-      ValueError: opened for reading, and there is no such folder.
+      ValueError: opened for reading, and the directory does not exist.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         if not writable and not self._directory.is_dir():
             raise ValueError(
-                f"there are no checkpoints at {self._directory}: name the run folder "
-                "of a run that was trained, with --workdir"
+                f"there are no checkpoints at {self._directory}: set --workdir to the "
+                "run directory of a trained run"
             )
         if writable:
             self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics: dict[int, float] = {}
         absl = logging.getLogger("absl")
-        absl.disabled = not writable  # else orbax warns of what was asked for
+        absl.disabled = not writable  # else orbax warns that it is read-only
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -95,7 +95,7 @@ class Checkpoints:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps that are there, ascending."""
+        """The saved steps, ascending."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
@@ -107,19 +107,19 @@ class Checkpoints:
         return _best(self.steps(), self._metric)
 
     def set_damaged_aside(self, tell: Callable[[str], None]) -> int | None:
-        """Finds the newest step that is sound, so that training can go on from it.
+        """Finds the newest undamaged step, so that training can resume from it.
 
-        Newer ones, which are damaged, are moved out of the way, not removed: into
-        `damaged_checkpoints` beside this folder. Reads every array once.
+        Newer, damaged steps are moved to `damaged_checkpoints` next to this directory,
+        not removed. Reads every array once.
 
         Args:
-          tell: is told of each, in a line for people.
+          tell: called with one line of text for each damaged step.
 
         Returns:
-          The step; None where nothing is saved.
+          The step; None if nothing is saved.
 
         Raises:
-          ValueError: there are checkpoints, and none is sound; nothing was moved.
+          ValueError: every checkpoint is damaged; nothing was moved.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -132,9 +132,9 @@ class Checkpoints:
             if damaged:
                 reasons = "\n  ".join(map(str, damaged.values()))
                 raise ValueError(
-                    f"no checkpoint in {self._directory} is sound:\n  {reasons}\n"
-                    "nothing was changed: restore the folder from a copy, or start "
-                    "again in another --workdir"
+                    f"every checkpoint in {self._directory} is damaged:\n  {reasons}\n"
+                    "nothing was changed: restore the directory from a copy, or start "
+                    "again with another --workdir"
                 )
             return None
         aside = self._directory.parent / "damaged_checkpoints"
@@ -144,7 +144,7 @@ class Checkpoints:
             while target.exists():
                 target, again = aside / f"{number}-{again}", again + 1
             shutil.move(self._directory / str(number), target)
-            tell(f"warning: {error}; it is now {target}, and step {step} is used")
+            tell(f"warning: {error}; it was moved to {target}, and step {step} is used")
         if damaged:
             self._manager.reload()
         return step
@@ -153,16 +153,16 @@ class Checkpoints:
         """Reads all of a step and compares it with what was saved.
 
         Raises:
-          DamagedError: they differ. Of a step that was saved before checksums were
-            kept, all that can be found is that something cannot be read.
+          DamagedError: they differ. A step without checksums, from an older version, is
+            only checked for being readable.
         """
         self.restore(step, self.shapes(step))
 
     def choose(self, which: str) -> int:
-        """The step that "latest", "best" or a number names.
+        """The step for "latest", "best" or a number.
 
         Raises:
-          ValueError: there is no such checkpoint; the message lists those there are.
+          ValueError: there is no such checkpoint; the message lists the existing ones.
         """
         steps = self.steps()
         step = {"latest": self.latest_step, "best": self.best_step}.get(
@@ -183,20 +183,20 @@ class Checkpoints:
         *,
         metric: float | None = None,
     ) -> None:
-        """Starts to save; returns once the arrays are copied, not once written.
+        """Starts to save; returns once the arrays are copied, before they are written.
 
         Args:
           step: steps taken; saving a step again replaces it.
           state: tree of arrays; may be donated or overwritten afterwards.
-          meta: JSON values that travel with it.
-          metric: what "best" is judged by, where it was measured.
+          meta: JSON values that are saved with it.
+          metric: determines the best step; None if it was not measured.
         """
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
             self._manager.delete(step)
         self._metrics[step] = -math.inf if metric is None else metric
-        # A copy of our own: on a CPU the array orbax would read in the background is
-        # the very buffer that the next step, donated, writes into.
+        # A copy: on a CPU, orbax would read in the background the donated buffer that
+        # the next step writes to.
         host = {k: np.array(v) for k, v in _flatten(jax.device_get(state)).items()}
         record = {"content": dict(meta), "metric": metric, "arrays": _digests(host)}
         record = json.loads(json.dumps(record))  # as it will be read
@@ -206,7 +206,7 @@ class Checkpoints:
                 state=ocp.args.PyTreeSave(unflatten_dict(host)),
                 meta=ocp.args.JsonSave(record | {"checksum": _checksum(record)}),
             ),
-            force=True,  # else orbax passes over a step before the newest, in silence
+            force=True,  # else orbax silently skips a step older than the newest
         )
 
     def wait(self) -> None:
@@ -214,17 +214,17 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved beside a step.
+        """The JSON that was saved with a step.
 
         Raises:
-          DamagedError: it is not what was saved.
+          DamagedError: it differs from what was saved.
         """
         return self._record(step)["content"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        """All of ``meta``: content, metric, and every array's type, shape and digest.
+        """All of ``meta``: content, metric, and each array's type, shape and digest.
 
-        Of a step that was saved before these were kept, ``arrays`` is None.
+        ``arrays`` is None for a step of an older version, which did not save them.
         """
         path = self._directory / str(step) / "meta" / "metadata"
         try:
@@ -235,18 +235,18 @@ class Checkpoints:
                 }
             checksum = record.pop("checksum")
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise self._damaged(step, f"meta cannot be read ({error!r})") from error
+            raise self._damaged(step, f"its meta cannot be read ({error!r})") from error
         if checksum != _checksum(record):
-            raise self._damaged(step, "meta is not what was saved")
+            raise self._damaged(step, "its meta is not what was saved")
         return record
 
     def _old_metric(self, step: int) -> float | None:
-        """Where the metric was kept before ``meta`` had it."""
+        """The metric of a step whose ``meta`` does not have it (older versions)."""
         path = self._directory / str(step) / "metrics" / "metrics"
         return json.loads(path.read_bytes())["best_metric"] if path.exists() else None
 
     def _metric(self, step: int) -> float:
-        """What "best" goes by; a step saved in mid-epoch was not measured."""
+        """The metric of a step; minus infinity for a step without one."""
         if step not in self._metrics:
             try:
                 value = self._record(step)["metric"]
@@ -259,24 +259,28 @@ class Checkpoints:
         others = [s for s in self.steps() if s != step]
         return DamagedError(
             f"checkpoint {self._directory / str(step)} is damaged: {what}"
-            + (f" (others, not looked at: eval.checkpoint={others})" if others else "")
+            + (
+                f" (other steps, not checked: eval.checkpoint={others})"
+                if others
+                else ""
+            )
         )
 
     def restore(self, step: int, target: Tree) -> Tree:
-        """Restores a step, or the part of it that `target` names, as NumPy arrays.
+        """Restores a step, or the part of it in `target`, as NumPy arrays.
 
         Args:
           step: one of `steps()`.
-          target: tree of arrays or `jax.ShapeDtypeStruct`. It may leave out whole
-            branches of what was saved: those are not read.
+          target: tree of arrays or `jax.ShapeDtypeStruct`. Branches that it omits are
+            not read.
 
         Returns:
-          A tree of `target`'s structure.
+          A tree with the structure of `target`.
 
         Raises:
-          DamagedError: an array is not what was saved, or cannot be read.
-          ValueError: the checkpoint lacks an array of `target` or has it in another
-            shape; all of them are named.
+          DamagedError: an array differs from what was saved, or cannot be read.
+          ValueError: arrays of `target` are missing or have another shape; the message
+            lists them.
         """
         wanted = _flatten(target)
         self._check(step, wanted)
@@ -297,8 +301,8 @@ class Checkpoints:
                     )
                 ),
             )["state"]
-        except Exception as error:  # of orbax, tensorstore, zstd, JSON: no common kind
-            # Reads that failed beside it would each be reported by asyncio, at length.
+        except Exception as error:  # orbax, tensorstore, zstd, JSON: no common class
+            # asyncio would report other failed reads, each at length.
             logging.getLogger("asyncio").disabled = True
             reason = str(error).partition(" [tensorstore_spec=")[0]
             raise self._damaged(step, f"its arrays cannot be read ({reason})") from None
@@ -311,12 +315,12 @@ class Checkpoints:
                     f"{len(wrong)} of {len(found)} arrays are not what was saved, the "
                     f"first {wrong[0]}",
                 )
-        # Over the target's own dict, which knows its empty branches.
+        # On top of the target's dict, which has the empty branches.
         whole = flatten_dict(serialization.to_state_dict(target), keep_empty_nodes=True)
         return serialization.from_state_dict(target, unflatten_dict(whole | found))
 
     def shapes(self, step: int) -> Tree:
-        """What a step holds: a tree of dicts of `jax.ShapeDtypeStruct`.
+        """The arrays of a step: a tree of dicts of `jax.ShapeDtypeStruct`.
 
         Raises:
           DamagedError: it cannot be read.
@@ -352,14 +356,14 @@ class Checkpoints:
             more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise ValueError(
                 f"checkpoint {self._directory / str(step)} is of another "
-                "model (kind, backbone, width or number of classes); use the config "
+                "model (kind, backbone, width or number of classes): use the config "
                 "that it was trained with:\n  "
                 f"{shown}{more}"
             )
 
 
 def _best(steps: Sequence[int], metric: Callable[[int], float]) -> int | None:
-    """The step with the highest metric, the newest of equals; None without any."""
+    """The step with the highest metric, the newest of equals; None if there is none."""
     best, step = max(((metric(s), s) for s in steps), default=(-math.inf, None))
     return step if best > -math.inf else None
 
@@ -367,14 +371,14 @@ def _best(steps: Sequence[int], metric: Callable[[int], float]) -> int | None:
 def _digests(
     arrays: Mapping[tuple[str, ...], np.ndarray],
 ) -> dict[str, list[Any]]:
-    """Type, shape and SHA-256 of each array, by its path; as JSON gives them back."""
+    """Type, shape and SHA-256 of each array by its path, in JSON types."""
 
     def digest(array: np.ndarray) -> list[Any]:
         raw: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         sha256 = hashlib.sha256(raw).hexdigest()
         return [array.dtype.name, list(array.shape), sha256]
 
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return dict(
             zip(map("/".join, arrays), pool.map(digest, arrays.values()), strict=True)
         )
@@ -391,7 +395,7 @@ def _flatten(tree: Tree) -> dict[tuple[str, ...], Any]:
 
 
 def _this_host_alone() -> ocp.options.MultiprocessingOptions:
-    """Of several hosts one saves; it tells the others what it restores."""
+    """Options for saving on one of several hosts, which broadcasts what it restores."""
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     host = jax.process_index()

@@ -1,26 +1,26 @@
-"""Devices: the only room that names pmap, a device axis or a device count.
+"""Devices: the only module that uses pmap, a device axis or a device count.
 
-State goes in and out of a step without a device axis, batches with one. A step is
-written for one device and gets `all_mean` from its caller, so that it runs alone, too.
+A step takes and returns state without a device axis, and takes batches with one. It is
+written for one device and gets `all_mean` from its caller, so that it also runs alone.
 
-A training step runs on the devices of all hosts, each of which feeds its own rows of
-the batch. An evaluation step runs on the devices of one host and waits for no other, so
-that the first host may also predict alone. How hosts find each other and what else they
-tell each other is in `runtime/hosts.py`.
+A training step runs on the devices of all hosts; each host supplies its own rows of the
+batch. An evaluation step runs on the devices of one host and waits for no other, so the
+first host can predict alone. `runtime/hosts.py` has the other communication.
 
-From pmap to jit with shardings, the change would be in this room alone:
+A change from pmap to jit with shardings would affect only this module:
 
 - `train_step` becomes ``jax.jit(jax.shard_map(step, mesh=..., in_specs=(P(), P(axis)),
   out_specs=P()), donate_argnums=0)`` over a mesh of `jax.devices()`; `all_mean` stays a
-  `pmean` over the axis of that name, BatchNorm stays a device's own, and
-  `train_step.py` does not change. (jit without shard_map would be another thing: means
-  over the whole batch, BatchNorm in step everywhere, and no `all_mean`.)
-- `split` gives no device axis but ``jax.make_array_from_process_local_data`` with
-  ``NamedSharding(mesh, P(axis))``; `batch_step` and `eval_step` take the same, over
-  a mesh of `jax.local_devices()`, and need no reshaping.
+  `pmean` over the axis of that name, BatchNorm stays local to a device, and
+  `train_step.py` does not change. (jit without shard_map would differ: means over the
+  whole batch, BatchNorm synchronized across devices, and no `all_mean`.)
+- `split` calls ``jax.make_array_from_process_local_data`` with
+  ``NamedSharding(mesh, P(axis))`` and adds no device axis; `batch_step` and `eval_step`
+  do the same over a mesh of `jax.local_devices()`, without reshaping.
 - State, which pmap returns on this host's devices, would be on all hosts' devices:
-  `on_each_device` takes the mesh of all for it; `jax.device_get`, as checkpoints use
-  it, works on replicated arrays either way; evaluation gets `on_each_device` of that.
+  `on_each_device` takes the mesh of all devices for it; `jax.device_get`, used for
+  checkpoints, works on replicated arrays either way; evaluation gets the result of
+  `on_each_device` on that.
 """
 
 import ctypes
@@ -38,29 +38,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Batch = Mapping[str, Any]
 _AXIS = "devices"
 
-# glibc's malloc.h: M_ARENA_MAX, one pool; M_MMAP_MAX, nothing beside it;
-# M_TRIM_THRESHOLD, never given back.
+# glibc's malloc.h: M_ARENA_MAX: one arena; M_MMAP_MAX: no mmap;
+# M_TRIM_THRESHOLD: memory is never returned to the system.
 _KEEPING = {-8: 1, -4: 0, -1: -1}
 
 DTYPES = ("auto", "float32", "bfloat16")
 
 
 def device_count() -> int:
-    """How many devices share a batch: those of all hosts."""
+    """Number of devices of all hosts, which share a batch."""
     return jax.device_count()
 
 
 def describe_devices() -> str:
-    """For the log: "8 x TPU v5e", "16 x TPU v5e on 2 hosts"."""
+    """The devices in words: "8 x TPU v5e", "16 x TPU v5e on 2 hosts"."""
     hosts = jax.process_count()
     where = f" on {hosts} hosts" if hosts > 1 else ""
     return f"{device_count()} x {jax.local_devices()[0].device_kind}{where}"
 
 
 def compute_dtype(name: str) -> Any:
-    """What a name of `DTYPES` means here: "auto" is bfloat16 on a GPU or a TPU.
+    """The dtype for a name of `DTYPES`; "auto" is bfloat16 on a GPU or a TPU.
 
-    On a CPU it is float32: there, bfloat16 is float32 with rounding on top.
+    On a CPU "auto" is float32: there, bfloat16 is computed in float32 and rounded.
 
     Raises:
       ValueError: the name is unknown.
@@ -75,10 +75,10 @@ def compute_dtype(name: str) -> Any:
 
 
 def free_bytes() -> int:
-    """Memory that every device can still give.
+    """Free memory in bytes of the device that has the least.
 
-    As the devices themselves say; where they do not, as on a CPU, each one's equal
-    share of what the host has, with one more share left to the host.
+    Devices that report no memory, such as CPUs, share the host's free memory equally,
+    with one more share left for the host.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("bytes_limit" in s and "bytes_in_use" in s for s in stats):
@@ -87,7 +87,7 @@ def free_bytes() -> int:
 
 
 def _available_bytes() -> int:
-    """What the host can give without swapping; all it has where only that is known."""
+    """Host memory available without swapping; all of it if only that is known."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -98,21 +98,19 @@ def _available_bytes() -> int:
 
 
 def on_each_device(tree: Any, *, devices: Sequence[Any] | None = None) -> Any:
-    """Copies arrays to every device of this host, laid as steps take what is shared.
+    """Copies arrays to every device of this host, in the sharding that steps expect.
 
-    What lies so already, as what a step returns, is not copied.
+    Arrays that already have it, such as those that a step returns, are not copied.
     """
     mesh = Mesh(np.array(devices or jax.local_devices()), (_AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def keep(folder: Path) -> None:
-    """Keeps what is costly to get again; call it before the first use of a device.
+    """Keeps freed memory and compiled programs; call it before a device is used.
 
-    Memory, see `keep_memory`, and compiled programs, in a folder, so that the next run
-    starts at once.
-
-    The environment's JAX_COMPILATION_CACHE_DIR has the say where it is set.
+    Memory: see `keep_memory`. Compiled programs are cached in `folder`, so the next run
+    starts faster. JAX_COMPILATION_CACHE_DIR takes precedence if it is set.
     """
     keep_memory()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -120,12 +118,12 @@ def keep(folder: Path) -> None:
 
 
 def keep_memory() -> None:
-    """Keeps freed memory in the process; call it before the first use of a device.
+    """Keeps freed memory in the process; call it before a device is used.
 
-    On a CPU a step takes its scratch memory afresh each time, a gigabyte for ResNet-50,
-    which Linux clears page by page: an eighth of the step or more. glibc is told to
-    give none back, and to serve XLA's threads from the one pool that can grow, which
-    takes up to half as much memory again. Elsewhere this does nothing.
+    On a CPU each step allocates its scratch memory again, a gigabyte for ResNet-50, and
+    Linux clears it page by page, which takes an eighth of the step or more. This makes
+    glibc return no memory and serve XLA's threads from the one arena that can grow,
+    which takes up to 50 % more memory. It has no effect on other systems.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -143,25 +141,25 @@ def check_divides(
     parts: int = 1,
     parts_setting: str = "",
 ) -> None:
-    """Checks that a batch can be shared by the devices.
+    """Checks that the devices can share a batch.
 
     Args:
-      batch_size: pictures in a batch.
-      setting: the config key it comes from, for the message.
-      least: pictures that each device must get. With `parts`, each part must have a
+      batch_size: images in a batch.
+      setting: the config key of the batch size, for the message.
+      least: images that each device must get. With `parts`, each part must have a
         multiple of them, so that pairs are those of the whole batch.
-      parts: into how many equal parts a device's share is cut.
-      parts_setting: the config key that they come from, for the message.
+      parts: number of equal parts of a device's share.
+      parts_setting: the config key of `parts`, for the message.
 
     Raises:
-      ValueError: it does not divide, or leaves a device fewer than `least` pictures;
-        or hosts have different numbers of devices.
+      ValueError: the batch does not divide evenly, a device gets fewer than `least`
+        images, or hosts have different numbers of devices.
     """
     n, hosts = device_count(), jax.process_count()
     if jax.local_device_count() * hosts != n:
         raise ValueError(
             f"this host has {jax.local_device_count()} of {n} devices: all {hosts} "
-            "hosts must have equally many"
+            "hosts must have the same number"
         )
     step = n if parts == 1 else n * parts * least
     if batch_size > 0 and batch_size % step == 0 and batch_size // n >= least:
@@ -173,7 +171,7 @@ def check_divides(
     where, whole = (
         ("in each", "an even number of") if cut else ("on each", "at least 2")
     )
-    need = f", {whole} pictures {where} (L_cntr contrasts pairs)" if least > 1 else ""
+    need = f", {whole} images {where} (L_cntr contrasts pairs)" if least > 1 else ""
     raise ValueError(
         f"{setting}={batch_size} cannot be shared evenly by {n} device(s){cut}{need}; "
         f"sizes that can: {', '.join(map(str, near))} (any multiple of {step} from "
@@ -182,27 +180,27 @@ def check_divides(
 
 
 def round_up(batch_size: int, *, hosts: int = 1) -> int:
-    """The next batch size that the devices of so many hosts can share.
+    """The next batch size that the devices of `hosts` hosts can share.
 
-    Evaluation pads its batches.
+    Used for evaluation, which pads its batches.
     """
     n = jax.local_device_count() * hosts
     return -(-batch_size // n) * n
 
 
 def all_mean(tree: Any) -> Any:
-    """The mean over devices; only inside a step that this room runs."""
+    """The mean over devices; only inside a step that this module runs."""
     return jax.lax.pmean(tree, _AXIS)
 
 
 def train_step(step: Callable, *, devices: Sequence[Any] | None = None) -> Callable:
     """Runs ``(state, batch) -> (state, metrics)`` on all devices of all hosts.
 
-    Or on some devices of this host, to measure them.
+    `devices` selects some devices of this host instead, for measurements.
 
-    The state, laid by `on_each_device`, is donated: the caller must not use the one it
-    passed again. Each host passes its own rows of the batch. What the step returns must
-    be the same on all devices (see `all_mean`).
+    The state, from `on_each_device`, is donated: the caller must not use it again. Each
+    host passes its own rows of the batch. The step must return the same values on all
+    devices (see `all_mean`).
     """
     mapped = jax.pmap(
         step,
@@ -213,7 +211,7 @@ def train_step(step: Callable, *, devices: Sequence[Any] | None = None) -> Calla
         donate_argnums=(0,),
     )
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # Gloo, which joins CPUs, locks up where a second step begins before the first
+        # Gloo, used between CPUs, deadlocks if a second step begins before the first
         # has ended.
         return lambda state, batch: jax.block_until_ready(mapped(state, batch))
     return mapped
@@ -222,7 +220,7 @@ def train_step(step: Callable, *, devices: Sequence[Any] | None = None) -> Calla
 def eval_step(step: Callable) -> Callable:
     """Runs ``(variables, batch) -> predictions`` on all devices of this host.
 
-    Takes and returns whole batches: the device axis is added and taken off here.
+    Takes and returns batches without a device axis, which is added and removed here.
     """
     mapped = _on_this_host(step)
 
@@ -236,8 +234,8 @@ def eval_step(step: Callable) -> Callable:
 def batch_step(step: Callable) -> Callable:
     """Runs ``(shared, batch) -> batch`` on this host's devices; the result stays there.
 
-    Takes a whole batch and what `on_each_device` gave; what it returns has the device
-    axis, so that `train_step` takes it as it is.
+    Takes a batch without a device axis and the result of `on_each_device`. Its result
+    has the device axis, as `train_step` expects it.
     """
     mapped = _on_this_host(step)
     return lambda shared, batch: mapped(shared, split(batch))
@@ -253,6 +251,6 @@ def _on_this_host(step: Callable) -> Callable:
 
 
 def split(batch: Batch, count: int = 0) -> dict[str, Any]:
-    """Gives a host's rows an axis of its devices: ``[b, ...] -> [n, b / n, ...]``."""
+    """Adds a device axis to a host's rows: ``[b, ...] -> [n, b / n, ...]``."""
     n = count or jax.local_device_count()
     return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Atomic writes, and locks that the system releases when their process ends."""
+"""Atomic writes, and locks that the system releases when the process ends."""
 
 import contextlib
 import fcntl
@@ -24,8 +24,8 @@ def written_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]
 
     Args:
       path: the file; its directory must exist.
-      fsync: whether content and name must be on disk when the block has ended. Without
-        it, a power failure can lose them.
+      fsync: whether content and name must be on disk when the block has ended.
+        Otherwise a power failure can lose them.
     """
     partial = partial_path(path)
     try:
@@ -55,16 +55,16 @@ def write_atomically(path: Path, text: str) -> None:
 def locked(
     lock: Path, title: str, *, show: bool = True, instead: str = ""
 ) -> Iterator[None]:
-    """Holds a lock file. Waits for the process that holds it, or refuses to.
+    """Holds a lock file. Waits if another process holds it, or raises an error.
 
     Args:
       lock: the file; its directory must exist.
-      title: names in messages what is locked.
+      title: what is locked, for messages.
       show: whether to report that this process waits.
-      instead: what the user can do instead of waiting; empty waits.
+      instead: what the user can do instead of waiting; if empty, this waits.
 
     Raises:
-      ValueError: another process holds the lock, and `instead` says what to do.
+      ValueError: another process holds the lock, and `instead` is not empty.
     """
     with lock.open("a+") as file:
         try:
@@ -77,7 +77,7 @@ def locked(
                     f"{title} is in use by another process ({holder}): {instead}"
                 ) from None
             if show:
-                say(f"{title}: another process is at work on it; waiting")
+                say(f"{title}: waiting for another process that uses it")
             fcntl.flock(file, fcntl.LOCK_EX)
         if instead:
             file.truncate(0)
@@ -88,10 +88,10 @@ def locked(
 
 @contextlib.contextmanager
 def writing(target: Path, *, show: bool) -> Iterator[None]:
-    """Locks a file or directory that is to be written; creates its parent directory.
+    """Locks a file or directory for writing; creates its parent directory.
 
     Args:
-      target: what is to be written.
+      target: the file or directory.
       show: whether to report that this process waits for another one.
 
     Raises:
@@ -104,6 +104,6 @@ def writing(target: Path, *, show: bool) -> Iterator[None]:
             yield
     except OSError as error:
         raise ValueError(
-            f"cannot write {target} ({error}): free some space, make the folder one you"
-            " can write to, or choose another"
+            f"cannot write {target} ({error}): free some space, make the directory"
+            " writable, or choose another directory"
         ) from error

@@ -1,7 +1,7 @@
-"""Hosts: several processes that train together, how they join, and what they agree on.
+"""Hosts: several processes that train together, and the values they exchange.
 
-Each has devices of its own. What one says to the others, all must say, in the same
-order: who leaves one call out waits for the others in the next.
+Each host has its own devices. All hosts must make the same calls in the same order: a
+host that omits a call blocks in the next one.
 """
 
 import json
@@ -16,20 +16,20 @@ from jax.experimental import multihost_utils
 
 
 def start(coordinator: str = "", *, count: int = 0, index: int = 0) -> None:
-    """Joins the hosts that train together; before JAX is asked for a device.
+    """Joins the hosts that train together; call it before JAX uses a device.
 
-    A second call does nothing: a process joins once.
+    A second call has no effect.
 
     Args:
       coordinator: ``HOST:PORT`` of the first host, with a port that is free there;
-        "auto": the cluster says all (TPU pods, SLURM, Open MPI, Kubernetes, or the
-        environment's JAX_COORDINATOR_ADDRESS and its kin); empty: one host.
-      count: how many hosts there are; the cluster knows it where asked.
-      index: this one's number, from 0.
+        "auto": the cluster provides all values (TPU pods, SLURM, Open MPI, Kubernetes,
+        or JAX_COORDINATOR_ADDRESS and similar environment variables); empty: one host.
+      count: number of hosts; with "auto" the cluster provides it.
+      index: number of this host, from 0.
 
     Raises:
-      ValueError: the settings do not fit each other, the hosts do not find each other,
-        or this is one of several hosts and was not told so.
+      ValueError: the arguments contradict each other, the hosts do not connect, or this
+        is one of several hosts and `coordinator` is empty.
     """
     if not jax.distributed.is_initialized():
         given = f"hosts.coordinator={coordinator!r}, count={count}, index={index}"
@@ -37,14 +37,14 @@ def start(coordinator: str = "", *, count: int = 0, index: int = 0) -> None:
         if coordinator in ("", "auto"):
             if count or index:
                 raise ValueError(
-                    f"{given}: the count and the index go with HOST:PORT of the first "
-                    "host, the same on all; leave them out for one host and for auto"
+                    f"{given}: count and index need coordinator=HOST:PORT of the first "
+                    "host; leave them out for one host and for auto"
                 )
         elif not address or count < 2 or not 0 <= index < count:
             raise ValueError(
                 f"{given}: set hosts.coordinator=HOST:PORT of the first host and "
-                "hosts.count (2 or more) alike on all, and hosts.index to this one's "
-                "number, from 0 to count - 1"
+                "hosts.count (2 or more) to the same values on all hosts, and "
+                "hosts.index to the number of this host, from 0 to count - 1"
             )
         if coordinator:
             _join(coordinator, count, index, given)
@@ -57,7 +57,8 @@ def start(coordinator: str = "", *, count: int = 0, index: int = 0) -> None:
 
 
 def _join(coordinator: str, count: int, index: int, given: str) -> None:
-    # Its service swallows SIGTERM, by which clusters and people end a run.
+    # JAX's preemption service would catch SIGTERM, which clusters and users send to
+    # end a run.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         if coordinator == "auto":
@@ -66,31 +67,31 @@ def _join(coordinator: str, count: int, index: int, given: str) -> None:
             jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{given}: the hosts did not find each other ({error}): start the same "
-            "command on all of them within 5 minutes, and see that the first host's "
-            "port can be reached from the others"
+            f"{given}: the hosts could not connect ({error}): start the same "
+            "command on all of them within 5 minutes, and check that the others can "
+            "reach the port of the first host"
         ) from error
 
 
 def shard() -> tuple[int, int]:
-    """This host's number, from 0, and how many there are: a `shard` of `pipeline`."""
+    """Number of this host, from 0, and of hosts: the `shard` of `TrainBatches`."""
     return jax.process_index(), jax.process_count()
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes files and speaks to people."""
+    """Whether this is the host that writes files and logs."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """A block that all hosts get through, or that fails on all of them.
+    """A block that succeeds on all hosts, or fails on all of them.
 
-    A host that failed alone would leave the others waiting for it. The block must not
-    speak to other hosts itself.
+    If one host failed alone, the others would wait for it. The block must not
+    communicate with other hosts.
 
     Raises:
-      ValueError: the block raised one on some host; the message names the host.
+      ValueError: the block raised one on some host; the message has its number.
     """
     problem = ""
     try:
@@ -99,7 +100,7 @@ def all_or_none() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         problem = str(error) or "unknown"
-    problems = _told_by_all(problem)
+    problems = _gather_texts(problem)
     if any(problems):
         raise ValueError(
             "\n".join(f"host {i}: {text}" for i, text in enumerate(problems) if text)
@@ -107,43 +108,43 @@ def all_or_none() -> Iterator[None]:
 
 
 def check_same(text: str, what: str) -> None:
-    """Checks that all hosts say the same.
+    """Checks that all hosts have the same text.
 
     Raises:
-      ValueError: they do not; the message has what each says.
+      ValueError: they differ; the message has the text of each.
     """
-    texts = _told_by_all(text)
+    texts = _gather_texts(text)
     if len(set(texts)) > 1:
-        said = "\n".join(f"  host {i}: {text}" for i, text in enumerate(texts))
-        raise ValueError(f"the hosts differ in {what}:\n{said}")
+        lines = "\n".join(f"  host {i}: {text}" for i, text in enumerate(texts))
+        raise ValueError(f"the hosts differ in {what}:\n{lines}")
 
 
 def alone() -> bool:
-    """Whether there is one host."""
+    """Whether there is only one host."""
     return jax.process_count() == 1
 
 
 def largest(number: int) -> int:
-    """The largest of the numbers that the hosts have."""
-    return max(map(int, _told_by_all(str(number))))
+    """The largest number among all hosts."""
+    return max(map(int, _gather_texts(str(number))))
 
 
 def told_by_first(value: Any) -> Any:
-    """What the first host has, on all of them; anything that JSON can hold."""
+    """The first host's value, on all hosts; any value that JSON can hold."""
     if jax.process_count() == 1:
         return value
-    return json.loads(_told_by_all(json.dumps(value if is_first() else None))[0])
+    return json.loads(_gather_texts(json.dumps(value if is_first() else None))[0])
 
 
 def arrays_of_first(tree: Any) -> Any:
-    """The first host's arrays, on all of them; the trees must have the same shapes."""
+    """The first host's arrays, on all hosts; the trees must have the same shapes."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.broadcast_one_to_all(jax.device_get(tree))
 
 
 def sum_over_hosts(tree: Any) -> Any:
-    """The sums of arrays of the same shapes; each must fit into 32 bits."""
+    """Sums over hosts of arrays of the same shapes; each must fit into 32 bits."""
     if jax.process_count() == 1:
         return tree
     gathered = multihost_utils.process_allgather(tree)
@@ -151,17 +152,19 @@ def sum_over_hosts(tree: Any) -> Any:
 
 
 def wait_for_all() -> None:
-    """Returns once every host is here."""
-    _told_by_all("")
+    """Returns once every host has made this call."""
+    _gather_texts("")
 
 
-def _told_by_all(text: str) -> list[str]:
-    """What each host says."""
+def _gather_texts(text: str) -> list[str]:
+    """The text of each host, on all hosts."""
     if jax.process_count() == 1:
         return [text]
-    said = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(said)], np.int32)).ravel()
-    padded = np.pad(said, (0, int(lengths.max()) + 1 - len(said)))
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(
+        np.array([len(encoded)], np.int32)
+    ).ravel()
+    padded = np.pad(encoded, (0, int(lengths.max()) + 1 - len(encoded)))
     rows = multihost_utils.process_allgather(padded)
     return [
         row[:n].tobytes().decode()

@@ -1,4 +1,4 @@
-"""Work done ahead of its use: in threads, handed over in order."""
+"""Computes results ahead of their use, in threads, and yields them in order."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -18,18 +18,18 @@ def prefetch(
 ) -> Generator[T, None, None]:
     """Yields `make(start), ..., make(stop - 1)` in order, computed ahead in threads.
 
-    Closing the generator cancels what has not begun, and waits for what has. An error
-    of `make` is raised at its place, after everything before it.
+    Closing the generator cancels calls that have not begun, and waits for the others.
+    An error of `make` is raised in order, after all results before it.
 
     Args:
-        make: called from several threads at once; a function of its argument alone.
-        start: first argument.
-        stop: one past the last argument.
-        workers: threads.
-        depth: how many results may be in the making or waiting at once.
+      make: called from several threads; must depend only on its argument.
+      start: first argument.
+      stop: one past the last argument.
+      workers: number of threads.
+      depth: maximum number of results being computed or waiting.
 
     Raises:
-        ValueError: `workers` or `depth` below 1.
+      ValueError: `workers` or `depth` is below 1.
     """
     if workers < 1 or depth < 1:
         raise ValueError(
@@ -41,7 +41,7 @@ def prefetch(
 def _prefetch(
     make: Callable[[int], T], numbers: Iterator[int], workers: int, depth: int
 ) -> Generator[T, None, None]:
-    """The generator of `prefetch`, apart so that arguments are checked at the call."""
+    """The generator of `prefetch`; separate so that the call checks its arguments."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
     ahead: deque[Future[T]] = deque()
     try:

@@ -10,16 +10,16 @@ LOG_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts work that is done, and shows it with the time that is left.
+    """Counts finished work, and shows it with the remaining time.
 
     Used in a `with` block, from one thread.
 
     Args:
-        total: how much there is to do.
-        title: what the job is called.
-        unit: of `total`; "B" is shown as kB, MB, GB.
-        done: what had been done before.
-        show: False keeps silent.
+      total: amount of work.
+      title: name of the job.
+      unit: of `total`; "B" is shown as kB, MB, GB.
+      done: amount of work finished earlier.
+      show: False prints nothing.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Progress:
     ):
         self._total, self._title, self._unit = total, title, unit
         self._done = self._first = done
-        self._begun = self._said = time.monotonic()
+        self._begun = self._last_line = time.monotonic()
         is_terminal = sys.stderr.isatty()
         self._logs = show and not is_terminal
         self._bar = tqdm(
@@ -47,15 +47,15 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int = 1) -> None:
-        """So much more is done."""
+        """Adds `count` to the finished work."""
         self._done += count
         self._bar.update(count)
         now = time.monotonic()
         if not self._logs or (
-            now - self._said < LOG_EVERY_S and self._done < self._total
+            now - self._last_line < LOG_EVERY_S and self._done < self._total
         ):
             return
-        self._said = now
+        self._last_line = now
         rate = (self._done - self._first) / max(now - self._begun, 1e-9)
         left_s = (self._total - self._done) / max(rate, 1e-9)
         done, total, pace = map(self._figure, (self._done, self._total, rate))
@@ -66,7 +66,7 @@ class Progress:
         )
 
     def back_to(self, done: int) -> None:
-        """What was done is lost: counting goes on from `done`."""
+        """Sets the finished work to `done` after a loss."""
         self._done = self._first = done
         self._begun = time.monotonic()
         self._bar.reset()
@@ -79,23 +79,23 @@ class Progress:
 
 
 class Clock:
-    """Times steps; what happens before `restart` does not count."""
+    """Times steps; time before `restart` does not count."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """From here on."""
+        """Starts measuring now."""
         self._last = time.monotonic()
 
     def seconds_a_step(self, count: int) -> float:
-        """Mean over `count` steps since this was last asked or restarted."""
+        """Mean seconds over `count` steps since the last call or `restart`."""
         now = time.monotonic()
         seconds, self._last = (now - self._last) / max(count, 1), now
         return max(seconds, 1e-9)
 
 
 def say(text: str) -> None:
-    """A line for people, on standard error; above the bar where there is one."""
+    """Prints a line on standard error, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()

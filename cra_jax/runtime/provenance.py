@@ -1,4 +1,4 @@
-"""Which code, versions, devices and command made a run's numbers, and when."""
+"""Records the code, versions, devices, command and times of a run."""
 
 import json
 import os
@@ -32,15 +32,15 @@ _ROOT = Path(__file__).resolve().parents[2]
 def recorded(
     workdir: Path, *, devices: str, first_step: int, total_steps: int
 ) -> Iterator[None]:
-    """Adds this start of a run to `provenance.json`, and at the end how it ended.
+    """Adds this start of a run to `provenance.json`, and its outcome at the end.
 
-    A start that has nothing left to do is not added. One that was killed keeps
+    A start of a finished run is not added. A start that was killed keeps
     ``"ended": null``.
 
     Args:
-      workdir: the run folder.
+      workdir: the run directory.
       devices: in words, such as "8 x TPU v5e".
-      first_step: where training goes on from.
+      first_step: the step that training resumes from.
       total_steps: of the whole run.
     """
     if first_step >= total_steps:
@@ -57,8 +57,8 @@ def recorded(
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": devices,
     }
-    # Steps beyond the checkpoint that training goes on from were lost, and are done
-    # again: a start that none of the kept numbers come from stays, as a record.
+    # Steps after the checkpoint that training resumes from are repeated. Starts whose
+    # steps are all repeated stay in the record.
     starts = [*read(workdir), start]
     _write(workdir, starts)
     try:
@@ -74,7 +74,7 @@ def recorded(
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where they were not recorded.
+    """The starts of a run, oldest first; empty if they were not recorded.
 
     Raises:
       ValueError: the file is damaged.
@@ -86,13 +86,13 @@ def read(workdir: Path) -> list[dict[str, Any]]:
         return list(map(dict, json.loads(path.read_bytes())["starts"]))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}): put back a copy, or move it away; the "
-            "numbers do not depend on it"
+            f"{path} is damaged ({error!r}): restore a copy, or move it away (metrics "
+            "do not depend on it)"
         ) from error
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package where it is installed, and of what it stands on."""
+    """Versions of Python, of this package if it is installed, and of dependencies."""
     found = {"python": platform.python_version()}
     for name in ("cra_jax", *PACKAGES):
         try:
@@ -103,14 +103,14 @@ def versions() -> dict[str, str]:
 
 
 def describe_code() -> dict[str, Any]:
-    """The commit that this package's files are of.
+    """The git commit of this package's files.
 
     Returns:
-      ``commit``, and ``changed``: names of files that differ from it or that it does
-      not have, among those that can change a run. Empty where the package stands in no
-      git repository, or is no part of the one that it stands in.
+      ``commit``, and ``changed``: names of files that differ from it or that it lacks,
+      among those that can change a run. Empty if the package is not in a git
+      repository, or is in one that does not track it.
     """
-    # An installed package may lie inside a repository of somebody else's.
+    # An installed package may be inside an unrelated repository.
     if _git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
         return {}
     commit = _git("rev-parse", "HEAD")
@@ -125,7 +125,7 @@ def describe_code() -> dict[str, Any]:
 
 
 def describe_commit(code: dict[str, Any]) -> str:
-    """For people: "f82792c", "f82792c + 2 changed files", or "unknown"."""
+    """Text for messages: "f82792c", "f82792c + 2 changed files", or "unknown"."""
     if not code:
         return "unknown"
     changed = len(code["changed"])
@@ -138,7 +138,7 @@ def _is_there(name: str) -> bool:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says; None where it fails, or where there is none."""
+    """The output of git; None if it fails or is not installed."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=20

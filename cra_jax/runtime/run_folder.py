@@ -1,4 +1,4 @@
-"""What a run leaves behind: its config, its numbers, and a lock while it runs."""
+"""The run directory: config, metrics, results, and a lock while the run is active."""
 
 import csv
 import errno
@@ -20,13 +20,13 @@ SNAPSHOTS = "attention.jsonl"
 
 
 class Result(NamedTuple):
-    """What a checkpoint says of one picture.
+    """The prediction of a checkpoint for one image.
 
     Attributes:
-      index: of the picture in its split.
+      index: of the image in its split.
       name: of its record.
-      label: its class, a number.
-      predicted: the class with the highest score.
+      label: number of its class.
+      predicted: number of the class with the highest score.
       confidence: softmax of that score, in 0..1.
       step: of the checkpoint.
     """
@@ -41,38 +41,38 @@ class Result(NamedTuple):
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the run folder for this process; the lock dies with it, however it ends.
+    """Locks the run directory; the lock ends with the process, however that ends.
 
     Raises:
-      ValueError: another process holds it (the message says which), or a disk or a
-        folder failed, here or while it was held.
+      ValueError: another process holds it (the message names it), or a disk or a
+        directory failed, here or while it was locked.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with files.locked(
             workdir / "lock",
-            f"run folder {workdir}",
-            instead="wait for it, end it, or choose another folder with --workdir",
+            f"run directory {workdir}",
+            instead="wait for it, end it, or choose another directory with --workdir",
         ):
             yield
     except (OSError, ValueError) as error:
-        # What tensorstore meets while it saves is a ValueError that quotes the system.
+        # tensorstore reports system errors while saving as a ValueError.
         if not isinstance(error, OSError) and "os_error_code" not in str(error):
             raise
         full = any(os.strerror(code) in str(error) for code in _FULL)
         raise ValueError(
-            f"{error}: {'free some space' if full else 'put that right'}, and the same "
-            f"command goes on from what is saved in {workdir}"
+            f"{error}: {'free some space' if full else 'fix it'} and run the same "
+            f"command again, which resumes from {workdir}"
         ) from error
 
 
 def keep_config(
     workdir: Path, config: Mapping[str, Any], *, allow_change: bool = False
 ) -> None:
-    """Writes `config.json`, or compares with the one that is there.
+    """Writes `config.json`, or compares with the existing one.
 
     Raises:
-      ValueError: the folder's run had another config; the message lists what differs.
+      ValueError: the configs differ; the message lists the keys that do.
     """
     path = workdir / "config.json"
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -80,46 +80,46 @@ def keep_config(
         now = flatten(upgraded(_with_tuples(json.loads(text))))
         before = flatten(read_config(workdir))
         changes = [
-            f"{key}: {before.get(key, 'absent')!r} in the run folder, "
+            f"{key}: {before.get(key, 'absent')!r} in the run directory, "
             f"{now.get(key, 'absent')!r} now"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]
         if changes:
             raise ValueError(
-                f"run folder {workdir} was made with another config:\n  "
+                f"run directory {workdir} was made with another config:\n  "
                 + "\n  ".join(changes)
-                + "\ngive the new run its own --workdir, or go on with the new values "
-                "by --allow_config_change"
+                + "\ngive the new run its own --workdir, or resume with the new values "
+                "with --allow_config_change"
             )
     files.write_atomically(path, text + "\n")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """The config that a run was made with.
+    """The config of a run.
 
     Raises:
-      ValueError: the folder holds no run, or its config is damaged.
+      ValueError: the directory holds no run, or its config is damaged.
     """
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_bytes())
         if not isinstance(config, dict):
-            raise ValueError("it holds no settings")
+            raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): put back a copy; checkpoints hold the "
-            "config, too"
+            f"{path} is damaged ({error}): restore a copy (checkpoints also hold "
+            "the config)"
         ) from error
     except FileNotFoundError:
         raise ValueError(
-            f"{workdir} holds no run (there is no config.json in it): name the folder "
-            "of a run that was trained, with --workdir"
+            f"{workdir} holds no run (it has no config.json): set --workdir to the "
+            "run directory of a trained run"
         ) from None
     return upgraded(_with_tuples(config))
 
 
-# What the code did before it had these keys: runs of then have none of them.
+# Values that match the behaviour before these keys existed: older runs lack them.
 _BEFORE_THE_KEY = {
     "art.gradient_share": 1.0,
     "art.inner_scale": 0.0,
@@ -129,7 +129,7 @@ _BEFORE_THE_KEY = {
     "data.skip_unreadable": False,
     "optim.ema_decay": 0.0,
 }
-# Keys that are gone, and the value with which they changed nothing.
+# Removed keys, and the value with which they had no effect.
 REMOVED = {
     "art.softness": 0.05,
     "model.ar_passes": 1,
@@ -138,7 +138,7 @@ REMOVED = {
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an older run in today's keys, with what those meant then."""
+    """Converts a config of an older run to the current keys, with the same meaning."""
     new = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
     for key, value in _BEFORE_THE_KEY.items():
         section, _, name = key.partition(".")
@@ -152,7 +152,7 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_tuples(value: Any) -> Any:
-    """JSON has no tuples; configs have no lists."""
+    """Replaces lists by tuples: JSON has no tuples, and configs have no lists."""
     if isinstance(value, dict):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
@@ -164,26 +164,26 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
-    """Adds a line to `metrics.jsonl`: step, epoch and split, then numbers."""
+    """Appends a line to `metrics.jsonl`: step, epoch, split and metrics."""
     append_lines(workdir / METRICS, [line])
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; one that a crash left unfinished is passed over."""
+    """The lines of `metrics.jsonl`, without lines that a crash left unfinished."""
     return read_lines(workdir / METRICS)
 
 
 def read_snapshots(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `attention.jsonl`: where a few test pictures were attended.
+    """The lines of `attention.jsonl`: the attention of a few test images.
 
     Each has ``step``, ``epoch``, ``split``, ``index``, ``name`` and ``matrix``, the
-    2 x 3 affine matrix. None for a kind without attention.
+    2 x 3 affine matrix. Empty for a network without attention.
     """
     return read_lines(workdir / SNAPSHOTS)
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines of JSON; one that a crash left unfinished is ended first."""
+    """Appends lines of JSON; ends a line that a crash left unfinished first."""
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -193,12 +193,12 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def json_lines(lines: Iterable[Mapping[str, Any]]) -> str:
-    """JSON objects, one a line."""
+    """JSON objects, one per line."""
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of JSON that have a step; others, as a crash leaves, are passed over."""
+    """Lines of JSON that have a step; skips others, which a crash can leave."""
     lines = []
     for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -217,7 +217,7 @@ def _results_path(workdir: Path, split: str, protocol: str) -> Path:
 def write_results(
     workdir: Path, split: str, protocol: str, results: Iterable[Result]
 ) -> None:
-    """Writes `results/<split>-<protocol>.csv`, a row a picture, as a whole."""
+    """Writes `results/<split>-<protocol>.csv` atomically, one row per image."""
     path = _results_path(workdir, split, protocol)
     path.parent.mkdir(exist_ok=True)
     text = io.StringIO()
@@ -229,7 +229,7 @@ def write_results(
 
 
 def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
-    """What `write_results` wrote, in the split's order.
+    """Reads what `write_results` wrote, in the order of the split.
 
     Raises:
       ValueError: there are none, or the file is damaged.
@@ -237,18 +237,18 @@ def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
     path = _results_path(workdir, split, protocol)
     if not path.is_file():
         raise ValueError(
-            f"there are no results of each picture at {path}: `--mode eval --workdir "
-            f"{workdir} --config.eval.protocol={protocol}` writes them"
+            f"there are no results per image at {path}: write them with `--mode eval "
+            f"--workdir {workdir} --config.eval.protocol={protocol}`"
         )
-    kinds = Result.__annotations__
+    types = Result.__annotations__
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [
-                Result(**{name: kinds[name](row[name]) for name in Result._fields})
+                Result(**{name: types[name](row[name]) for name in Result._fields})
                 for row in csv.DictReader(file)
             ]
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}): remove it, and `--mode eval --workdir "
-            f"{workdir} --config.eval.protocol={protocol}` writes it again"
+            f"{path} is damaged ({error!r}): remove it, and write it again with "
+            f"`--mode eval --workdir {workdir} --config.eval.protocol={protocol}`"
         ) from error

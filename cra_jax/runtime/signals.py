@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: asked once, work ends at its next good moment; twice, at once."""
+"""SIGTERM and Ctrl-C: the first stops at the next safe point, the second at once."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_HEARD = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(SystemExit):
-    """Ends the program with 128 plus the signal's number, as shells have it.
+    """Exits with 128 plus the signal number, as in shells.
 
     130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -21,10 +21,10 @@ class Stopped(SystemExit):
 
 
 class Asked:
-    """Whether somebody has asked to stop.
+    """Whether a signal has requested a stop.
 
     Attributes:
-      number: of the signal; 0 until there is one.
+      number: of the signal; 0 before the first one.
     """
 
     number = 0
@@ -35,31 +35,33 @@ class Asked:
 
 @contextmanager
 def heard(then: str) -> Iterator[Asked]:
-    """While this holds, the first SIGINT or SIGTERM is noted, and the second ends all.
+    """Inside, the first SIGINT or SIGTERM is recorded, and the second ends the process.
 
-    One that is ignored from the start, as shells have it for jobs in the background,
-    stays so. Enter it after `jax.distributed.initialize`, which takes SIGTERM for
-    itself. Outside the main thread, where Python hears none, it does nothing.
+    A signal that was ignored before, as shells do for background jobs, stays ignored.
+    Enter it after `jax.distributed.initialize`, which sets its own SIGTERM handler.
+    Outside the main thread, where Python handles no signals, it has no effect.
 
     Args:
-      then: what will be done about it, in words, for the line that says so.
+      then: what happens after the first signal, for the log line.
     """
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
-    def hear(number: int, frame: object) -> None:
-        for each in _HEARD:
+    def handle(number: int, frame: object) -> None:
+        for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         asked.number = number
-        # Not by print, which may be what the signal has interrupted.
-        line = f"{signal.Signals(number).name}: {then}; once more ends it at once\n"
+        # Not print, which the signal may have interrupted.
+        line = (
+            f"{signal.Signals(number).name}: {then}; a second signal ends it at once\n"
+        )
         os.write(2, b"\n" * os.isatty(2) + line.encode())
 
     before = {
-        number: signal.signal(number, hear)
-        for number in _HEARD
+        number: signal.signal(number, handle)
+        for number in _SIGNALS
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
@@ -71,7 +73,7 @@ def heard(then: str) -> Iterator[Asked]:
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what is under way, tidied up, by a line and no traceback.
+    """Ctrl-C and SIGTERM end the block, with cleanup, one line and no traceback.
 
     Raises:
       Stopped: after either signal.

@@ -1,4 +1,4 @@
-"""The numbers of a run as they come: files, TensorBoard, the terminal."""
+"""Logs the metrics of a run to files, TensorBoard and the terminal."""
 
 import sys
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ Numbers = Mapping[str, float]
 
 
 class Log:
-    """The numbers of a run: `metrics.jsonl` and its like, TensorBoard, the terminal.
+    """Logs metrics to `metrics.jsonl` and `attention.jsonl`, TensorBoard, the terminal.
 
-    Where standard error is a terminal, there is a progress bar with an ETA; elsewhere
-    a line each time that numbers are logged.
+    If standard error is a terminal, it shows a progress bar with an ETA; otherwise one
+    line each time that metrics are logged.
 
     Args:
-      workdir: the run folder.
-      first_step: where training goes on from: later lines, which a stopped run has
-        left, are taken out.
+      workdir: the run directory.
+      first_step: the step that training resumes from; lines of later steps, from an
+        interrupted run, are removed.
       total_steps: of the whole run.
-      mute: whether nothing is written or said: of several hosts one does.
+      mute: whether nothing is written or printed; only one of several hosts logs.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Log:
             ]
             if path.exists():
                 files.write_atomically(path, run_folder.json_lines(kept))
-        # Here alone: it loads PyTorch, where there is one, which takes seconds.
+        # Imported late: it loads PyTorch if that is installed, which takes seconds.
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(
@@ -67,12 +67,12 @@ class Log:
         self._board.close()
 
     def advance(self) -> None:
-        """One step was dispatched."""
+        """Counts one dispatched step."""
         if not self._mute:
             self._bar.update()
 
     def say(self, text: str) -> None:
-        """A line for people, above the bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if not self._mute:
             self._bar.write(text, file=sys.stderr)
 
@@ -107,7 +107,7 @@ class Log:
         names: Mapping[int, str],
         matrices: Mapping[int, Any],
     ) -> None:
-        """Records where pictures are attended: index -> name, index -> matrix."""
+        """Records the attention of images: index -> name, index -> matrix."""
         lines = [
             {
                 "step": step,
@@ -135,7 +135,7 @@ class Log:
 
 
 def describe_scores(numbers: Mapping[str, Any]) -> str:
-    """Scores of a split as a line: "top-1 84.2 %, ... of 5794 images"."""
+    """The scores of a split in one line: "top-1 84.2 %, ... of 5794 images"."""
     names = {
         "top1": "top-1",
         "top5": "top-5",

@@ -251,7 +251,7 @@ def test_a_second_process_waits(server, tmp_path, capsys):
         assert server.asked == []
     thread.join()
     assert (tmp_path / "a").read_bytes() == DATA
-    assert "a: another process is at work on it; waiting" in capsys.readouterr().err
+    assert "a: waiting for another process that uses it" in capsys.readouterr().err
 
 
 # --- archives ----------------------------------------------------------------------

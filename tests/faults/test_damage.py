@@ -201,7 +201,9 @@ def test_where_none_is_sound_nothing_is_changed(copy, note):
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     with (
         Checkpoints(copy / "checkpoints") as checkpoints,
-        pytest.raises(ValueError, match=r"no checkpoint in .* is sound:\n") as caught,
+        pytest.raises(
+            ValueError, match=r"every checkpoint in .* is damaged:\n"
+        ) as caught,
     ):
         checkpoints.set_damaged_aside(pytest.fail)
     for step in STEPS:

@@ -47,7 +47,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
     with mounted(tmp_path / "small", f"size={size * 5 // 2 // 1024}k") as disk:
         with pytest.raises(ValueError, match="No space left") as caught:
             train.run(config, disk / "run")
-        assert "the same command goes on from what is saved" in str(caught.value)
+        assert "run the same command again, which resumes from" in str(caught.value)
         with Checkpoints(disk / "run" / "checkpoints", writable=False) as checkpoints:
             step = checkpoints.latest_step()
             assert step is not None
@@ -67,7 +67,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
 def test_a_folder_that_cannot_be_written(tmp_path, note):
     with (
         mounted(tmp_path / "disk", "ro") as disk,
-        pytest.raises(ValueError, match=r"Read-only file system: .*put that right"),
+        pytest.raises(ValueError, match=r"Read-only file system: .*fix it"),
         run_folder.locked(disk / "run"),
     ):
         pytest.fail("it was locked")

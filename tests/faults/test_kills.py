@@ -94,7 +94,9 @@ def _ask_to_stop(compiled, folder, number, note):
     run = Run(compiled, *arguments(folder))
     run.wait_for(run.says("step "))
     assert run.end(number) == 128 + number, run.text
-    assert f"{number.name}: this step is finished and saved; once more" in run.text
+    assert (
+        f"{number.name}: this step is finished and saved; a second signal" in run.text
+    )
     assert "Traceback" not in run.text
     (said,) = [line for line in run.lines if line.startswith("saved at step")]
     step = int(said.split()[3].rstrip(":"))
@@ -115,7 +117,9 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     """
     done = _python(code)
     assert done.returncode == -signal.SIGINT
-    assert done.stderr == "SIGTERM: it is written down; once more ends it at once\n"
+    assert (
+        done.stderr == "SIGTERM: it is written down; a second signal ends it at once\n"
+    )
 
 
 def test_it_is_heard_after_jax_has_joined_a_cluster():

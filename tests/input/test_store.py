@@ -219,7 +219,7 @@ def test_two_processes_at_once(tmp_path, start):
     wait_for(lambda: files(tmp_path, ".partial"))
     second = start("wait at picture 21")
     assert second.stderr is not None
-    assert "another process is at work on it; waiting" in second.stderr.readline()
+    assert "waiting for another process that uses it" in second.stderr.readline()
     (tmp_path / "go").touch()
     for process in (first, second):
         _, errors = process.communicate(timeout=60)

@@ -20,7 +20,7 @@ def test_a_batch_that_does_not_divide_names_sizes_that_do():
 
 @pytest.mark.parametrize("size", [8, 0, -8, 5])
 def test_too_few_on_each_device(size):
-    with pytest.raises(ValueError, match=r"at least 2 pictures on each.*: 16 "):
+    with pytest.raises(ValueError, match=r"at least 2 images on each.*: 16 "):
         devices.check_divides(size, setting="train.batch_size", least=2)
     devices.check_divides(16, setting="train.batch_size", least=2)
 

@@ -68,7 +68,7 @@ def test_a_lock_refuses_or_waits(tmp_path, capsys):
         assert thread.is_alive()
         assert re.fullmatch(f"{holder}\n", lock.read_text())
     thread.join()
-    waiting = "the run: another process is at work on it; waiting\n"
+    waiting = "the run: waiting for another process that uses it\n"
     assert capsys.readouterr().err == waiting
     with refuse():
         pass

@@ -124,7 +124,7 @@ def test_what_one_host_gets_wrong_both_say(pair, call, message):
         ({"coordinator": "node0", "count": 2}, "hosts.coordinator=HOST:PORT"),
         ({"coordinator": "node0:1234"}, r"count=0, index=0: .*\(2 or more\)"),
         ({"coordinator": "a:1", "count": 2, "index": 2}, "from 0 to count - 1"),
-        ({"count": 2}, "go with HOST:PORT of the first"),
+        ({"count": 2}, "need coordinator=HOST:PORT of the first"),
         (
             {"coordinator": "auto", "index": 1},
             "leave them out for one host and for auto",

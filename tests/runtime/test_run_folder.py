@@ -46,7 +46,7 @@ def test_the_same_config_goes_on_and_another_is_refused_with_the_difference(tmp_
     run_folder.keep_config(tmp_path, config)
     changed = {"seed": 0, "optim": {"base_lr": 1e-2, "steps": (1, 2)}}
     with pytest.raises(
-        ValueError, match=r"optim.base_lr: 0.001 in the run folder, 0.01"
+        ValueError, match=r"optim.base_lr: 0.001 in the run directory, 0.01"
     ):
         run_folder.keep_config(tmp_path, changed)
     run_folder.keep_config(tmp_path, changed, allow_change=True)

@@ -330,7 +330,7 @@ def test_eval_refuses_what_does_not_fit(finished, changes, message):
     ("changes", "message"),
     [
         ({"train.batch_size": 20}, r"train.batch_size=20 cannot be shared"),
-        ({"train.batch_size": 8}, "at least 2 pictures on each"),
+        ({"train.batch_size": 8}, "at least 2 images on each"),
         ({"train.batch_size": 112}, "96 training images do not fill one batch"),
         ({"train.epochs": 0}, "train.epochs=0 must be 1 or more"),
         ({"data.crop_px": 40}, "data.crop_px=40 does not fit"),
@@ -351,7 +351,9 @@ def test_mistakes_are_named_before_a_run_begins(cache_dir, tmp_path, changes, me
 
 def test_another_config_in_the_same_folder_is_refused(finished):
     config, workdir, _ = finished
-    with pytest.raises(ValueError, match=r"optim.base_lr: 0.05 in the run folder, 0.1"):
+    with pytest.raises(
+        ValueError, match=r"optim.base_lr: 0.05 in the run directory, 0.1"
+    ):
         train.run(_changed(config, **{"optim.base_lr": 0.1}), workdir)
 
 
