@@ -1,12 +1,12 @@
-"""Pictures in, batches out, in an order that is a function of (seed, epoch, index).
+"""Makes batches of images, in an order that is a function of (seed, epoch, index).
 
-"Pictures" is anything with a length whose `pictures[i]` is a uint8 `[h, w, 3]` array.
-Where it also has `.shapes`, `[n, 2]` of (height, width), no picture is read for its
-size alone. Nothing here depends on the number of workers, of batches computed ahead, or
-of devices: a batch is computed from its number alone, so training can resume anywhere.
+Images are any object with a length whose `pictures[i]` is a uint8 `[h, w, 3]` array. If
+it also has `.shapes`, `[n, 2]` of (height, width), no image is read only for its size.
+A batch depends only on its number, not on the number of workers, prefetched batches or
+devices, so training can resume at any step.
 
-Where several hosts train together, each makes its own rows of every batch: a `shard`
-`(i, n)` is the i-th of n equal runs of consecutive rows.
+If several hosts train together, each makes its own rows of every batch: a `shard`
+`(i, n)` is the i-th of n equal blocks of consecutive rows.
 """
 
 import functools
@@ -22,7 +22,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Pictures(Protocol):
-    """What the rooms here read from: `len(pictures)` and `pictures[i]`."""
+    """The interface of images: `len(pictures)` and `pictures[i]`."""
 
     def __len__(self) -> int: ...
 
@@ -32,12 +32,12 @@ class Pictures(Protocol):
 class TrainBatches:
     """Shuffled, randomly cropped training batches, each a function of its step.
 
-    Every epoch is a new uniformly random order of all pictures, cut into whole batches.
-    The last `dropped_per_epoch` of the order are left out: other pictures each epoch.
+    Every epoch is a new uniformly random order of all images, divided into full
+    batches. The last `dropped_per_epoch` images of the order are omitted.
 
     Attributes:
-        steps_per_epoch: whole batches in an epoch.
-        dropped_per_epoch: pictures that an epoch leaves out, fewer than a batch.
+      steps_per_epoch: full batches in an epoch.
+      dropped_per_epoch: images that an epoch omits, fewer than a batch.
     """
 
     def __init__(
@@ -51,27 +51,27 @@ class TrainBatches:
         flip: bool = True,
         shard: tuple[int, int] = (0, 1),
     ):
-        """Checks what can be checked without reading a picture.
+        """Checks the arguments without reading an image.
 
         Args:
-            pictures: the split's pictures.
-            labels: one class number a picture.
-            batch_size: pictures in a batch, those of all hosts together.
-            crop_px: side of the square that is cut out of each picture.
-            seed: names the random order, crops and flips; 0 to 2^64 - 1.
-            flip: whether half of the pictures are marked to be mirrored.
-            shard: which rows of each batch are made here; all of them unless told.
+          pictures: the split's images.
+          labels: one class number per image.
+          batch_size: images in a batch, of all hosts together.
+          crop_px: height and width of the crop.
+          seed: of the random order, crops and flips; 0 to 2^64 - 1.
+          flip: whether half of the images are marked for a horizontal flip.
+          shard: which rows of each batch this host makes; by default all.
 
         Raises:
-            ValueError: fewer pictures than a batch, a picture smaller than the crop,
-                labels that do not match the pictures, a seed out of range, or a batch
-                that the hosts cannot share evenly.
+          ValueError: fewer images than a batch, an image smaller than the crop,
+            labels that do not match the images, a seed out of range, or a batch
+            that the hosts cannot share evenly.
         """
         self._pictures = pictures
         self._labels = _check(pictures, labels, batch_size)
         if len(pictures) < batch_size:
             raise ValueError(
-                f"{len(pictures)} training pictures do not fill one batch of "
+                f"{len(pictures)} training images do not fill one batch of "
                 f"{batch_size}: set train.batch_size to {len(pictures)} or less"
             )
         if not 0 <= seed < 2**64:
@@ -87,54 +87,54 @@ class TrainBatches:
     def batch(self, step: int) -> Batch:
         """Computes the batch of one step; safe to call from several threads.
 
-        The pictures are not mirrored here: the training step does that on the device.
+        The training step flips the images on the device, not this method.
 
         Args:
-            step: number of the batch since the start of training, from 0.
+          step: number of the batch since the start of training, from 0.
 
         Returns:
-            `image` uint8 `[b, crop, crop, 3]`, `flip` bool `[b]`, `label` int32 `[b]`,
-            `index` int32 `[b]`, the picture's place in the split; `b` rows of the
-            shard.
+          `image` uint8 `[b, crop, crop, 3]`, `flip` bool `[b]`, `label` int32 `[b]`,
+          `index` int32 `[b]`, the image's position in the split; `b` rows
+          of the shard.
 
         Raises:
-            ValueError: a picture is smaller than the crop, or the step is negative.
+          ValueError: an image is smaller than the crop, or the step is negative.
         """
         batch, draws = self._drawn(step)
         index = batch["index"]
         image = np.empty((len(index), self._crop_px, self._crop_px, 3), np.uint8)
         for row, i in enumerate(index.tolist()):
-            picture = _picture(self._pictures, i)
-            room = _room(picture.shape, self._crop_px, i)
-            top, left = _corners(draws[row], np.array(room)).tolist()
-            image[row] = _window(picture, top, left, self._crop_px)
+            pixels = _read_image(self._pictures, i)
+            margin = _margin(pixels.shape, self._crop_px, i)
+            top, left = _corners(draws[row], np.array(margin)).tolist()
+            image[row] = _window(pixels, top, left, self._crop_px)
         return {"image": image, **batch}
 
     def plan(self, step: int) -> Batch:
-        """What `batch` would cut out, without the pixels.
+        """The crops of `batch`, without the pixels.
 
-        Where the pictures have no `.shapes`, the first call reads all of them once.
+        If the images have no `.shapes`, the first call reads all of them once.
 
         Args:
-            step: number of the batch since the start of training, from 0.
+          step: number of the batch since the start of training, from 0.
 
         Returns:
-            `flip`, `label` and `index` as of `batch`, and `corner_px` int32 `[b, 2]`,
-            (top, left) of each crop in its picture.
+          `flip`, `label` and `index` as in `batch`, and `corner_px` int32 `[b, 2]`,
+          (top, left) of each crop in its image.
 
         Raises:
-            ValueError: the step is negative.
+          ValueError: the step is negative.
         """
         batch, draws = self._drawn(step)
-        room = self._sizes[batch["index"]] - self._crop_px
-        return {"corner_px": _corners(draws, room), **batch}
+        margin = self._sizes[batch["index"]] - self._crop_px
+        return {"corner_px": _corners(draws, margin), **batch}
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         return _shapes(self._pictures)
 
     def _drawn(self, step: int) -> tuple[Batch, np.ndarray]:
-        """What a batch has beside pixels, and the draws of its crops, `[b, 2]`."""
+        """The batch without pixels, and the random draws of its crops, `[b, 2]`."""
         if step < 0:
             raise ValueError(f"step is {step}: steps count from 0")
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -167,28 +167,28 @@ def center_batches(
     crop_px: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Cuts the centre out of every picture, each exactly once, in the split's order.
+    """Centre crops of all images, each exactly once, in the order of the split.
 
     The crop starts at `(size - crop_px) // 2`: an odd remainder goes to the right and
-    to the bottom. The last batch is filled up, so that all have one shape. With a
-    `shard`, only its rows of each batch are made: every host makes as many batches.
+    to the bottom. The last batch is padded, so that all have the same shape. With a
+    `shard`, only its rows of each batch are made: all hosts make as many batches.
 
     Returns:
-        Batches of `image` uint8 `[b, crop, crop, 3]`, `label` int32 `[b]`, `index`
-        int32 `[b]`, `valid` bool `[b]`. A row that fills up has `valid` False, a black
-        image, label 0 and index -1.
+      Batches of `image` uint8 `[b, crop, crop, 3]`, `label` int32 `[b]`, `index`
+      int32 `[b]`, `valid` bool `[b]`. A padding row has `valid` False, a black image,
+      label 0 and index -1.
 
     Raises:
-        ValueError: no pictures, a picture smaller than the crop, labels that do not
-            match the pictures, or a batch that the hosts cannot share evenly.
+      ValueError: no images, an image smaller than the crop, labels that do not
+        match the images, or a batch that the hosts cannot share evenly.
     """
     checked = _check(pictures, labels, batch_size)
     _check_crop(pictures, crop_px)
 
     def cut(i: int) -> np.ndarray:
-        picture = _picture(pictures, i)
-        top, left = (r // 2 for r in _room(picture.shape, crop_px, i))
-        return _window(picture, top, left, crop_px)
+        image = _read_image(pictures, i)
+        top, left = (r // 2 for r in _margin(image.shape, crop_px, i))
+        return _window(image, top, left, crop_px)
 
     order = np.arange(len(pictures))
     plan = [
@@ -206,29 +206,29 @@ def full_batches(
     bucket_px: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Whole pictures, each exactly once, in batches of one shape each.
+    """Full images, each exactly once, in batches of one shape each.
 
-    Pictures whose height and width round up to the same multiples of `bucket_px` go
-    together, filled up with zeros at the right and at the bottom. With `bucket_px` 0
-    only pictures of exactly one size go together, and no pixel is added. Groups come
-    in the order of (height, width), and pictures within a group in the split's order.
-    Where `pictures` has no `.shapes`, this call reads every picture once. With a
-    `shard`, only its rows of each batch are made: every host makes as many batches.
+    Images whose height and width round up to the same multiples of `bucket_px` form a
+    group, padded with zeros at the right and at the bottom. With `bucket_px` 0, a group
+    has images of exactly one size, and no padding. Groups are in the order of (height,
+    width), images within a group in the order of the split. If `pictures` has no
+    `.shapes`, this call reads every image once. With a `shard`, only its rows of each
+    batch are made: all hosts make as many batches.
 
     Returns:
-        Batches of `image` uint8 `[b, H, W, 3]`, `extent_px` int32 `[b, 2]`, the true
-        (height, width), `label` int32 `[b]`, `index` int32 `[b]`, `valid` bool `[b]`.
-        A row that fills up has `valid` False, a black image, label 0, index -1, and the
-        whole (H, W) as its extent, so that a mean over it divides by no zero.
+      Batches of `image` uint8 `[b, H, W, 3]`, `extent_px` int32 `[b, 2]`, the true
+      (height, width), `label` int32 `[b]`, `index` int32 `[b]`, `valid` bool `[b]`.
+      A padding row has `valid` False, a black image, label 0, index -1, and (H, W) as
+      its extent, so that a mean over it does not divide by zero.
 
     Raises:
-        ValueError: no pictures, a negative `bucket_px`, labels that do not match, or a
-            batch that the hosts cannot share evenly.
+      ValueError: no images, a negative `bucket_px`, labels that do not match, or a
+        batch that the hosts cannot share evenly.
     """
     checked = _check(pictures, labels, batch_size)
     if bucket_px < 0:
         raise ValueError(
-            f"bucket_px is {bucket_px}: set it to 0 for exact sizes, or above 0"
+            f"bucket_px is {bucket_px}: set it to 0 (exact sizes) or to 1 or more"
         )
     extents = _shapes(pictures)
     step = max(bucket_px, 1)
@@ -241,7 +241,7 @@ def full_batches(
         for start in range(0, len(members), batch_size)
     ]
     mine = _rows_of(shard, batch_size)
-    cut = functools.partial(_picture, pictures)
+    cut = functools.partial(_read_image, pictures)
     return _evaluation_batches(checked, plan, cut, mine, extents)
 
 
@@ -252,14 +252,14 @@ def _evaluation_batches(
     mine: slice,
     extents: np.ndarray | None = None,
 ) -> Batches:
-    """Batches of images, each at the top left of its row.
+    """Batches of images, each at the top left of its array.
 
     Args:
-        labels: `[n]`, of all images.
-        plan: of each batch, (height, width) and the places of its images in the split.
-        cut: place -> the image's pixels, at most (height, width) of them.
-        mine: the rows of a batch that are made here.
-        extents: `[n, 2]`, true sizes, for batches with an `extent_px`.
+      labels: `[n]`, of all images.
+      plan: of each batch, (height, width) and the positions of its images in the split.
+      cut: position -> the image's pixels, at most (height, width) of them.
+      mine: the rows of a batch that this host makes.
+      extents: `[n, 2]`, true sizes, for batches with an `extent_px`.
     """
     share = mine.stop - mine.start
 
@@ -278,36 +278,36 @@ def _evaluation_batches(
     return Batches(make, len(plan))
 
 
-@functools.lru_cache(maxsize=3)  # threads may be at work on both sides of an epoch
+@functools.lru_cache(maxsize=3)  # threads may work on two epochs at once
 def _epoch_draws(seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """One epoch's order, int32 `[n]`, and draws, uint64 `[n, 3]`: top, left, flip.
 
     Only raw output is used: NumPy keeps the stream of its bit generators the same in
-    all versions, which it does not promise of `Generator.permutation` and its kin.
+    all versions, but not the results of `Generator.permutation` and similar methods.
     """
     philox = np.random.Philox(key=np.array([seed, epoch], np.uint64))
     raw = philox.random_raw(4 * count).reshape(count, 4)
-    # Sorting 64-bit keys is a uniform permutation but for ties, one in 2^64 pairs.
+    # Sorting 64-bit keys is a uniform permutation except for ties, one in 2^64 pairs.
     order = np.argsort(raw[:, 3], kind="stable").astype(np.int32)
     draws = raw[:, :3].copy()
     order.flags.writeable = draws.flags.writeable = False  # shared by the cache
     return order, draws
 
 
-def _corners(draws: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Corners of crops, int32, from draws and how far each can move; same shapes."""
-    # The bias of `%` is below 2^-48 for any picture.
-    return (draws % (room + 1).astype(np.uint64)).astype(np.int32)
+def _corners(draws: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    """Corners of crops, int32, from draws and margins, all of one shape."""
+    # The bias of `%` is below 2^-48 for any image.
+    return (draws % (margin + 1).astype(np.uint64)).astype(np.int32)
 
 
 def _rows_of(shard: tuple[int, int], batch_size: int) -> slice:
-    """Which rows of a batch a host makes."""
+    """The rows of a batch that a host makes."""
     number, count = shard
     if not 0 <= number < count:
         raise ValueError(f"shard is {shard}: give (i, n), the i-th of n, from 0")
     if batch_size % count:
         raise ValueError(
-            f"a batch of {batch_size} pictures cannot be shared evenly by {count} "
+            f"a batch of {batch_size} images cannot be shared evenly by {count} "
             f"hosts: set it to a multiple of {count}"
         )
     share = batch_size // count
@@ -317,55 +317,54 @@ def _rows_of(shard: tuple[int, int], batch_size: int) -> slice:
 def _check(
     pictures: Pictures, labels: Sequence[int] | np.ndarray, batch_size: int
 ) -> np.ndarray:
-    """Returns the labels as int32 `[n]`, or says what is wrong with the arguments."""
+    """Checks the arguments, and returns the labels as int32 `[n]`."""
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}: set it to 1 or more")
     if not len(pictures):
-        raise ValueError("the split has no pictures: check data.source and data.path")
+        raise ValueError("the split has no images: check data.source and data.path")
     array = np.asarray(labels)
     if array.shape != (len(pictures),) or array.dtype.kind not in "iu":
         raise ValueError(
             f"labels are {array.dtype} {list(array.shape)} for {len(pictures)} "
-            "pictures: give one whole number a picture"
+            "images: give one integer per image"
         )
     return array.astype(np.int32)
 
 
 def _check_crop(pictures: Pictures, crop_px: int) -> None:
-    """Refuses a crop that some picture cannot hold, where sizes are known for free."""
+    """Checks that the crop fits into all images, if their sizes are known."""
     if crop_px < 1:
         raise ValueError(f"data.crop_px is {crop_px}: set it to 1 or more")
     shapes = getattr(pictures, "shapes", None)
     if shapes is not None:
         smallest = int(np.argmin(np.min(shapes, axis=1)))
-        _room(tuple(shapes[smallest]), crop_px, smallest)
+        _margin(tuple(shapes[smallest]), crop_px, smallest)
 
 
-def _room(shape: tuple[int, ...], crop_px: int, index: int) -> tuple[int, int]:
-    """How far the crop can move down and to the right within a picture, in pixels."""
+def _margin(shape: tuple[int, ...], crop_px: int, index: int) -> tuple[int, int]:
+    """Number of pixels that the crop can move down and to the right in an image."""
     height, width = int(shape[0]), int(shape[1])
     if min(height, width) < crop_px:
         raise ValueError(
-            f"picture {index} is {height} x {width} pixels (height x width), smaller "
+            f"image {index} is {height} x {width} pixels (height x width), smaller "
             f"than data.crop_px = {crop_px}: set data.crop_px to {min(height, width)} "
             f"or less, or data.short_side_px to {crop_px} or more"
         )
     return height - crop_px, width - crop_px
 
 
-def _picture(pictures: Pictures, index: int) -> np.ndarray:
-    """Reads one picture; assigning any other kind to a batch would cast in silence."""
-    picture = pictures[index]
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+def _read_image(pictures: Pictures, index: int) -> np.ndarray:
+    """Reads one image; checks its type, which a batch would silently convert."""
+    image = pictures[index]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
-            f"picture {index} is {picture.dtype} {list(picture.shape)}: "
-            "give uint8 [h, w, 3]"
+            f"image {index} is {image.dtype} {list(image.shape)}: give uint8 [h, w, 3]"
         )
-    return picture
+    return image
 
 
-def _window(picture: np.ndarray, top: int, left: int, side_px: int) -> np.ndarray:
-    return picture[top : top + side_px, left : left + side_px]
+def _window(image: np.ndarray, top: int, left: int, side_px: int) -> np.ndarray:
+    return image[top : top + side_px, left : left + side_px]
 
 
 def _rows(members: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
@@ -378,9 +377,9 @@ def _rows(members: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
 
 
 def _shapes(pictures: Pictures) -> np.ndarray:
-    """Sizes of all pictures, `[n, 2]`; reads them only where they are not known."""
+    """Sizes of all images, `[n, 2]`; reads images only if sizes are not known."""
     shapes = getattr(pictures, "shapes", None)
     if shapes is None:
-        sizes = prefetch(lambda i: _picture(pictures, i).shape[:2], 0, len(pictures))
+        sizes = prefetch(lambda i: _read_image(pictures, i).shape[:2], 0, len(pictures))
         shapes = list(sizes)
     return np.asarray(shapes, np.int32)

@@ -1,4 +1,4 @@
-"""The centre crop: where it lies in an image, and what of a box it shows.
+"""The centre crop: its position in an image, and the part of a box inside it.
 
 Points are ``(x, y)``, boxes ``(x_min, y_min, x_max, y_max)``. Pixel coordinates are
 those of the crop, pixel centres at integers.
@@ -10,22 +10,22 @@ import numpy as np
 
 
 def centre_offset_px(size_px: Sequence[int], crop_px: int) -> np.ndarray:
-    """``(left, top)`` of the centre crop in a picture of ``(width, height)``."""
+    """``(left, top)`` of the centre crop in an image of ``(width, height)``."""
     return (np.asarray(size_px) - crop_px) // 2
 
 
 def in_picture(
     points_px: np.ndarray, size_px: Sequence[int], crop_px: int
 ) -> np.ndarray:
-    """Points of the centre crop ``[..., 2]`` as fractions of the whole picture.
+    """Points of the centre crop ``[..., 2]`` as fractions of the whole image.
 
     Args:
       points_px: in pixels of the crop.
-      size_px: ``(width, height)`` of the picture that the crop was cut out of.
+      size_px: ``(width, height)`` of the image of the crop.
       crop_px: height and width of the crop.
 
     Returns:
-      ``[..., 2]``; 0 and 1 are the picture's edges.
+      ``[..., 2]``; 0 and 1 are the edges of the image.
     """
     return (points_px + 0.5 + centre_offset_px(size_px, crop_px)) / np.asarray(size_px)
 
@@ -33,15 +33,15 @@ def in_picture(
 def box_in_crop_px(
     box: Sequence[float], size_px: Sequence[int], crop_px: int
 ) -> tuple[float, float, float, float]:
-    """What the centre crop shows of a box, in pixels of the crop.
+    """The part of a box inside the centre crop, in pixels of the crop.
 
     Args:
-      box: fractions of the whole picture.
-      size_px: ``(width, height)`` of the picture that the crop is cut out of.
+      box: fractions of the whole image.
+      size_px: ``(width, height)`` of the image of the crop.
       crop_px: height and width of the crop.
 
     Returns:
-      A box within the crop; of area 0 where the crop shows nothing of it.
+      A box inside the crop; of area 0 if they do not overlap.
     """
     corners = np.reshape(np.asarray(box, np.float64), (2, 2)) * np.asarray(size_px)
     corners -= 0.5 + centre_offset_px(size_px, crop_px)

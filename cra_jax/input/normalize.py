@@ -1,4 +1,4 @@
-"""uint8 images -> what networks take."""
+"""uint8 images -> input of the networks."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ def normalize(
 ) -> Array:
     """uint8 ``[b, h, w, 3]`` -> floats with mean 0 and deviation 1 on ImageNet.
 
-    0, which is what lies outside a picture for the sampler and for padding, is then
-    the mean colour.
+    The sampler and padding use 0 outside an image, which is then the mean colour.
     """
     shift, scale = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
     return ((images.astype(jnp.float32) / 255 - shift) / scale).astype(dtype)

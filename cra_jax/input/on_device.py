@@ -1,9 +1,9 @@
-"""A split kept in device memory: a training step is then sent numbers, no pixels.
+"""A split in device memory, so that a training step receives no pixels from the host.
 
-All pictures lie in one array `[lines, 3 * width]`, one after another along the first
-axis, each with its shorter side across. The store resizes every shorter side to one
-length, so nothing is padded; a picture that is wider than high lies on its side. Every
-crop is one slice of that array, whatever the picture's shape, and is turned back.
+All images are in one array `[lines, 3 * width]`, one after another along the first
+axis, each with its shorter side along the second. The image cache resizes every shorter
+side to one length, so nothing is padded; images wider than high are transposed. Every
+crop is one slice of that array, and is transposed back.
 """
 
 import functools
@@ -22,7 +22,7 @@ from cra_jax.runtime.progress import Progress
 
 
 class Sized(Protocol):
-    """Pictures of known sizes, such as a `store.Store`."""
+    """Images of known sizes, such as a `store.Store`."""
 
     shapes: np.ndarray
 
@@ -32,24 +32,24 @@ class Sized(Protocol):
 
 
 class DeviceImages:
-    """Pictures in the memory of every device, and the crops that are cut out there.
+    """Images in the memory of every device, cropped there.
 
     Attributes:
-        about: one line for the log: how much memory they take, and of how much.
+      about: one line for the log: the memory that they take, and the free memory.
     """
 
     def __init__(self, pictures: Sized, *, crop_px: int, progress: bool = True):
-        """Copies all pictures to every device.
+        """Copies all images to every device.
 
-        The host holds one copy more while this runs.
+        The host holds one more copy while this runs.
 
         Args:
-            pictures: uint8 `[h, w, 3]` each, none smaller than the crop.
-            crop_px: side of the square that is cut out.
-            progress: report on stderr.
+          pictures: uint8 `[h, w, 3]` each, none smaller than the crop.
+          crop_px: height and width of a crop.
+          progress: report on standard error.
 
         Raises:
-            ValueError: they need more memory than a device has free.
+          ValueError: they need more memory than a device has free.
         """
         shapes = np.asarray(pictures.shapes, np.int64)
         lengths, self._turned = shapes.max(1), shapes[:, 1] > shapes[:, 0]
@@ -57,7 +57,7 @@ class DeviceImages:
         need = int(lengths.sum()) * width_px * 3
         free = devices.free_bytes()
         self.about = (
-            f"{len(pictures):,} training pictures take {need / 1e6:,.1f} MB of "
+            f"{len(pictures):,} training images take {need / 1e6:,.1f} MB of "
             f"{free / 1e6:,.1f} MB free on each of {devices.describe_devices()}"
         )
         if need > free:
@@ -71,15 +71,14 @@ class DeviceImages:
         self._cut = devices.batch_step(functools.partial(cut, crop_px=crop_px))
 
     def batch(self, plan: Batch) -> dict[str, Any]:
-        """The batch that `batches.TrainBatches` plans, cut out on the devices.
+        """The batch of a plan of `batches.TrainBatches`, cropped on the devices.
 
         Args:
-            plan: of `TrainBatches.plan`.
+          plan: of `TrainBatches.plan`.
 
         Returns:
-            `image` uint8 `[n, b / n, crop, crop, 3]`, on `n` devices, and `flip` and
-            `label` `[n, b / n]`: as `devices.split` gives them of
-            `TrainBatches.batch`.
+          `image` uint8 `[n, b / n, crop, crop, 3]`, on `n` devices, and `flip` and
+          `label` `[n, b / n]`: as `devices.split` of `TrainBatches.batch`.
         """
         turned, (top, left) = self._turned[plan["index"]], plan["corner_px"].T
         along = self._starts[plan["index"]] + np.where(turned, left, top)
@@ -94,32 +93,32 @@ class DeviceImages:
     def _lay_out(
         self, pictures: Sized, count: int, width_px: int, *, show: bool
     ) -> np.ndarray:
-        """The array of the module's first lines, in host memory."""
+        """The array that the module docstring describes, in host memory."""
         lines = np.zeros((count, width_px, 3), np.uint8)
 
         def put(i: int) -> None:
-            picture = pictures[i].swapaxes(0, 1) if self._turned[i] else pictures[i]
-            length, width = picture.shape[:2]
-            lines[self._starts[i] :][:length, :width] = picture
+            image = pictures[i].swapaxes(0, 1) if self._turned[i] else pictures[i]
+            length, width = image.shape[:2]
+            lines[self._starts[i] :][:length, :width] = image
 
-        title = "to the device"
-        with Progress(len(pictures), title, unit="pictures", show=show) as bar:
+        title = "copying to the device"
+        with Progress(len(pictures), title, unit="images", show=show) as bar:
             for _ in prefetch(put, 0, len(pictures), workers=os.cpu_count() or 1):
                 bar.advance()
         return lines.reshape(count, 3 * width_px)
 
 
 def cut(lines: Array, batch: Any, *, crop_px: int) -> Array:
-    """Cuts crops out of pictures that lie as this module's first lines say.
+    """Crops images that are stored as the module docstring describes.
 
     Args:
-        lines: uint8 `[n, 3 * width]`.
-        batch: `place` int32 `[b, 2]`, the line and the column of a crop's corner, and
-            `turned` bool `[b]`, whether its picture lies on its side.
-        crop_px: side of a crop.
+      lines: uint8 `[n, 3 * width]`.
+      batch: `place` int32 `[b, 2]`, the line and the column of a crop's corner, and
+        `turned` bool `[b]`, whether its image is transposed.
+      crop_px: height and width of a crop.
 
     Returns:
-        uint8 `[b, crop, crop, 3]`.
+      uint8 `[b, crop, crop, 3]`.
     """
 
     def one(place: Array, turned: Array) -> Array:

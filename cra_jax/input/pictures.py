@@ -1,13 +1,13 @@
-"""The one decoder: any picture file -> upright RGB uint8, resized.
+"""The one decoder: any image file -> upright RGB uint8, resized.
 
-Training, testing and prediction all come through here, so that a picture has one set of
-pixels. What is made of unusual files:
+Training, testing and prediction all use this module, so that an image always has the
+same pixels. Unusual files:
 
 - EXIF orientation is applied; ICC profiles are not.
-- Grey and palette pictures become RGB. 16-bit grey is scaled, not clipped.
+- Grey and palette images become RGB. 16-bit grey is scaled, not clipped.
 - Transparent pixels show white.
-- CMYK JPEGs are read as inverted where the Adobe marker says so, else as they stand.
-- Of an animation, the first frame is taken.
+- CMYK JPEGs are read as inverted if they have the Adobe marker, else as stored.
+- The first frame of an animation is used.
 
 JPEG draft mode (decoding at a half, a quarter, ...) is not used: on photographs shrunk
 threefold it is twice as fast, but moves pixels by 2 levels on average and 100 at worst.
@@ -21,10 +21,10 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from PIL import Image, ImageChops
 
-MAX_PIXELS = 89_478_485  # where Pillow starts to warn; it refuses at twice that
+MAX_PIXELS = 89_478_485  # Pillow warns above this, and raises an error above twice this
 MAX_ASPECT = 8.0
 
-# Named, so that junk is never handed to Pillow's laxer readers (EPS runs Ghostscript).
+# Listed, so that Pillow's less strict readers get no file (EPS runs Ghostscript).
 _FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF"]
 
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -44,11 +44,11 @@ PathOrBytes = str | os.PathLike[str] | bytes
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used; the message names it and the cure."""
+    """An image that cannot be used; the message has its name and what to do."""
 
 
 class Header(NamedTuple):
-    """What a file says of its picture before any pixel is decoded."""
+    """Size and orientation of an image, read without decoding it."""
 
     width_px: int
     """As stored, before the orientation is applied."""
@@ -60,18 +60,18 @@ class Header(NamedTuple):
 def decode(
     path_or_bytes: PathOrBytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Decodes one picture.
+    """Decodes one image.
 
     Args:
-        path_or_bytes: a file's path, or a file's content.
-        name: what messages call the picture; the path where left out.
-        max_pixels: larger pictures are refused.
+      path_or_bytes: a file's path, or a file's content.
+      name: of the image in messages; by default its path.
+      max_pixels: larger images are errors.
 
     Returns:
-        uint8 `[h, w, 3]`, RGB, upright, C-contiguous, writable.
+      uint8 `[h, w, 3]`, RGB, upright, C-contiguous, writable.
 
     Raises:
-        PictureError: missing, empty, truncated, too large or not a picture.
+      PictureError: missing, empty, truncated, too large or not an image.
     """
     return np.array(_decode(path_or_bytes, name, max_pixels))
 
@@ -84,13 +84,13 @@ def read(
     max_pixels: int = MAX_PIXELS,
     max_aspect: float = MAX_ASPECT,
 ) -> np.ndarray:
-    """Decodes one picture and resizes it as `resize_short_side` does.
+    """Decodes one image and resizes it as `resize_short_side` does.
 
     Returns:
-        uint8 `[h, w, 3]`, RGB, upright, C-contiguous; min(h, w) is `short_side_px`.
+      uint8 `[h, w, 3]`, RGB, upright, C-contiguous; min(h, w) is `short_side_px`.
 
     Raises:
-        PictureError: missing, empty, truncated, too large or not a picture.
+      PictureError: missing, empty, truncated, too large or not an image.
     """
     image = _decode(path_or_bytes, name, max_pixels)
     return _resize(image, short_side_px, max_aspect)
@@ -99,25 +99,26 @@ def read(
 def resize_short_side(
     image: np.ndarray, short_side_px: int, *, max_aspect: float = MAX_ASPECT
 ) -> np.ndarray:
-    """Resizes a picture so that its shorter side is `short_side_px`.
+    """Resizes an image so that its shorter side is `short_side_px`.
 
-    The aspect is kept, up to rounding. A picture longer than `max_aspect` to 1 loses
-    both ends first, for 20,000 x 10 pixels would else become 1,024,000 x 512.
+    The aspect is kept, up to rounding. An image longer than `max_aspect` to 1 is
+    first cropped at both ends: otherwise 20,000 x 10 pixels would become 1,024,000 x
+    512.
 
     Args:
-        image: uint8 `[h, w, 3]`.
-        short_side_px: wanted length of the shorter side.
-        max_aspect: bound on the longer side over the shorter.
+      image: uint8 `[h, w, 3]`.
+      short_side_px: length of the shorter side of the result.
+      max_aspect: largest ratio of the longer side to the shorter.
 
     Returns:
-        uint8 `[h', w', 3]`, C-contiguous, never a view of `image`.
+      uint8 `[h', w', 3]`, C-contiguous, never a view of `image`.
 
     Differs: the paper names no filter; this is antialiased bicubic (a = -0.5), the
     default of the MATLAB code that the authors released.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
-            f"a picture is uint8 [h, w, 3], not {image.dtype} {list(image.shape)}"
+            f"an image is uint8 [h, w, 3], not {image.dtype} {list(image.shape)}"
         )
     return _resize(Image.fromarray(image), short_side_px, max_aspect)
 
@@ -125,14 +126,14 @@ def resize_short_side(
 def kept_region(
     width_px: int, height_px: int, *, max_aspect: float = MAX_ASPECT
 ) -> tuple[float, float, float, float]:
-    """The part of an upright picture that `read` and `resize_short_side` keep.
+    """The region of an upright image that `read` and `resize_short_side` keep.
 
     Returns:
-        (x_min, y_min, x_max, y_max) in pixels: all of it up to `max_aspect`, else its
-        centre.
+      (x_min, y_min, x_max, y_max) in pixels: the full image up to `max_aspect`, else
+      its centre.
     """
     if max_aspect < 1:
-        raise ValueError(f"max_aspect is {max_aspect}; it must be at least 1")
+        raise ValueError(f"max_aspect is {max_aspect}: set it to 1 or more")
     width = min(width_px, height_px * max_aspect)
     height = min(height_px, width_px * max_aspect)
     left, top = (width_px - width) / 2, (height_px - height) / 2
@@ -140,10 +141,10 @@ def kept_region(
 
 
 def read_header(path_or_bytes: PathOrBytes, *, name: str | None = None) -> Header:
-    """Size and orientation of a picture, without decoding it (about 0.2 ms).
+    """Size and orientation of an image, without decoding it (about 0.2 ms).
 
     Raises:
-        PictureError: missing, empty or not a picture.
+      PictureError: missing, empty or not an image.
     """
     name = name or _default_name(path_or_bytes)
     try:
@@ -167,7 +168,7 @@ def _decode(path_or_bytes: PathOrBytes, name: str | None, max_pixels: int):
             return _upright_rgb(image, name)
     except (PictureError, MemoryError):
         raise
-    except Exception as error:  # a damaged file may raise anything at all in Pillow
+    except Exception as error:  # Pillow may raise any error for a damaged file
         _refuse(name, error)
 
 
@@ -181,24 +182,24 @@ def _open(path_or_bytes: PathOrBytes, name: str) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The formats read here that this build of Pillow knows."""
+    """The formats of `_FORMATS` that this build of Pillow reads."""
     Image.init()
     return tuple(f for f in _FORMATS if f in Image.OPEN)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
-    orientation = _orientation(image)  # Pillow has turned TIFFs already, and says 1
+    orientation = _orientation(image)  # 1 for TIFF, which Pillow has rotated
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise PictureError(
-            f"{name}: its pixels are 32-bit numbers, whose black and white are unknown;"
-            " save it with 8 or 16 bits a channel"
+            f"{name}: its pixels are 32-bit numbers of unknown range; save it with"
+            " 8 or 16 bits per channel"
         )
     if image.mode.startswith("I"):  # 16-bit grey
         values = np.asarray(image).astype(np.int32)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        # Pillow has undone an inversion that was never made.
+        # Pillow has inverted an image that was not stored inverted.
         image = ImageChops.invert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -214,14 +215,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # damaged EXIF data, of which Pillow may raise anything
+    except Exception:  # Pillow may raise any error for damaged EXIF data
         return 1
     return value if value in _UPRIGHT else 1
 
 
 def _resize(image: Image.Image, short_side_px: int, max_aspect: float) -> np.ndarray:
     if short_side_px < 1:
-        raise ValueError(f"short_side_px is {short_side_px}; it must be at least 1")
+        raise ValueError(f"short_side_px is {short_side_px}: set it to 1 or more")
     box = kept_region(image.width, image.height, max_aspect=max_aspect)
     width, height = box[2] - box[0], box[3] - box[1]
     scale = short_side_px / min(width, height)
@@ -231,29 +232,28 @@ def _resize(image: Image.Image, short_side_px: int, max_aspect: float) -> np.nda
 
 def _default_name(path_or_bytes: PathOrBytes) -> str:
     if isinstance(path_or_bytes, bytes):
-        return f"picture of {len(path_or_bytes)} bytes"
+        return f"image of {len(path_or_bytes)} bytes"
     return os.fspath(path_or_bytes)
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:
-    """Raises the error of Pillow or of the file system as one that names a cure."""
+    """Raises a `PictureError` for an error of Pillow or of the file system."""
     if isinstance(error, FileNotFoundError):
         message = "there is no such file; check the path"
     elif isinstance(error, IsADirectoryError):
-        message = "this is a folder; name a picture in it"
+        message = "this is a directory; name an image in it"
     elif isinstance(error, PermissionError):
-        message = "the file may not be read; change its permissions"
+        message = "the file is not readable; change its permissions"
     elif isinstance(error, _BOMBS):
-        message = f"{error}; shrink the picture"
+        message = f"{error}; shrink the image"
     elif isinstance(error, Image.UnidentifiedImageError):
         message = (
-            "not a picture, or of a kind that is not read here (a web page or a partly"
-            " finished download under a picture's name?); get it again, or save it as"
-            " JPEG or PNG"
+            "not an image, or in an unsupported format (perhaps a web page or an"
+            " unfinished download); get it again, or save it as JPEG or PNG"
         )
     else:
         message = (
             f"damaged or truncated ({type(error).__name__}: {error}); get it again,"
-            " or save it anew as JPEG or PNG"
+            " or save it again as JPEG or PNG"
         )
     raise PictureError(f"{name}: {message}") from error

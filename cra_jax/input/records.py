@@ -1,4 +1,4 @@
-"""What a dataset lists: its images as records, and how each is read."""
+"""Datasets and their records: one record per image."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,15 +11,15 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One picture of a data set.
+    """One image of a dataset.
 
     Attributes:
-        name: unique in the data set; for files the path below the data set's root.
-        label: index into the data set's `class_names`.
-        read: takes short_side_px, returns the picture as uint8 `[h, w, 3]`; picklable.
-        stamp: what the picture's content depends on; another stamp, other pixels.
-        locate: finds `box`, where the source marks the object; picklable.
-        content: returns the file as it is stored; picklable. None for drawings.
+      name: unique in the dataset; for files, the path relative to the root.
+      label: index into the dataset's `class_names`.
+      read: takes short_side_px, returns the image as uint8 `[h, w, 3]`; picklable.
+      stamp: identifies the image's content: it changes if the pixels do.
+      locate: finds `box`; picklable. None if the source has no boxes.
+      content: returns the bytes of the file; picklable. None for drawings.
     """
 
     name: str
@@ -31,25 +31,25 @@ class Record:
 
     @property
     def box(self) -> Box | None:
-        """Where the object is, or None where the source does not say.
+        """The bounding box of the object, or None if the source has none.
 
-        (x_min, y_min, x_max, y_max) as fractions of the picture that `read` returns.
-        Found at each call, in 0.5 to 2 ms: a file's header or a drawing is needed.
+        (x_min, y_min, x_max, y_max) as fractions of the image that `read` returns.
+        Computed at each call, in 0.5 to 2 ms, from a file's header or a drawing.
         """
         return self.locate() if self.locate else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set: "train", "test" and, for the drawn birds, "test_shifted".
+    """A dataset with splits "train", "test" and, for the drawn birds, "test_shifted".
 
     Attributes:
-        name: the source's name.
-        class_names: names in the order of the labels.
-        splits: the records of each split, in an order fixed by their names or lists.
-        root: the folder that the names of files start from, or that holds the built
-            set; None without files.
-        notes: what was left out or decided while loading, one line each, to be shown.
+      name: the source's name.
+      class_names: names in the order of the labels.
+      splits: the records of each split, in an order fixed by their names or lists.
+      root: the directory that names of files are relative to, or that has the built
+        dataset; None without files.
+      notes: one line each on what was omitted or chosen while loading, for the log.
     """
 
     name: str

@@ -22,16 +22,16 @@ class DataOptions:
 
     Attributes:
       source: one of `sources.SOURCES`.
-      path: of the dataset; empty: none is needed, or it is fetched.
-      seed: of drawn images, and of a test split that is drawn.
+      path: of the dataset; empty if none is needed, or if it is downloaded.
+      seed: of drawn images, and of a randomly chosen test split.
       source_options: the options of `sources.load` that the source reads.
       short_side_px: what an image's shorter side is resized to.
       crop_px: height and width of the crop.
       mean: of the channels, images in 0..1.
       std: of the channels.
       prepare: whether images are decoded once into the image cache.
-      skip_unreadable: whether unreadable images are left out, by name.
-      cache_dir: where the image cache is; empty: in or near the dataset.
+      skip_unreadable: whether unreadable images are omitted, and listed.
+      cache_dir: directory of the image cache; empty: in or near the dataset.
       workers: threads that make batches.
 
     Raises:
@@ -55,7 +55,7 @@ class DataOptions:
         if self.crop_px > self.short_side_px:
             raise ValueError(
                 f"data.crop_px={self.crop_px} does not fit into images whose shorter "
-                f"side is data.short_side_px={self.short_side_px}: raise the latter"
+                f"side is data.short_side_px={self.short_side_px}: increase the latter"
             )
         if self.workers < 1:
             raise ValueError(f"data.workers={self.workers} must be 1 or more")
@@ -63,12 +63,12 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split, ready to be read.
+    """An opened split.
 
     Attributes:
-      pictures: of `store`.
+      pictures: the images, of `store`.
       labels: ``[n]``.
-      records: of `sources`, one a picture.
+      records: of `sources`, one per image.
     """
 
     pictures: store.Store | store.Streamed
@@ -77,26 +77,26 @@ class Split:
 
     @functools.cached_property
     def boxes(self) -> tuple[Box | None, ...]:
-        """Where the object is in each picture, found at first use."""
+        """The object's box in each image, computed at first use."""
         return tuple(record.box for record in self.records)
 
     @functools.cached_property
     def _sizes_px(self) -> list[tuple[int, int]]:
-        """Width and height of each picture, found at first use."""
+        """Width and height of each image, computed at first use."""
         pictures = self.pictures
         shapes = (
             pictures.shapes[:, :2].tolist()
             if isinstance(pictures, store.Store)
-            else [picture.shape[:2] for picture in pictures]
+            else [image.shape[:2] for image in pictures]
         )
         return [(width, height) for height, width in shapes]
 
     def boxes_px(self, crop_px: int) -> dict[int, Box]:
-        """What the centre crop shows of each object's box, in pixels of the crop.
+        """The part of each object's box inside the centre crop, in pixels of the crop.
 
         Returns:
-          Index -> box, for the pictures that have one; a box of the whole picture says
-          nothing, and is left out.
+          Index -> box, for the images that have one; boxes of the full image are
+          omitted.
         """
         if not any(self.boxes):
             return {}
@@ -107,11 +107,11 @@ class Split:
         }
 
     def firsts(self, count: int) -> list[int]:
-        """The first picture of each of the first `count` classes, as indices."""
+        """The first image of each of the first `count` classes, as indices."""
         return np.unique(self.labels, return_index=True)[1][:count].tolist()
 
     def take(self, indices: Sequence[int]) -> "Split":
-        """Some of its pictures, in the order of `indices`."""
+        """Some of its images, in the order of `indices`."""
         return Split(
             [self.pictures[i] for i in indices],  # pyright: ignore[reportArgumentType]
             self.labels[list(indices)],
@@ -120,13 +120,13 @@ class Split:
 
 
 def describe_data(splits: Mapping[str, Split]) -> str:
-    """What splits hold, so that two hosts can see whether they read the same."""
-    said = []
+    """Describes splits, so that hosts can check that theirs are the same."""
+    texts = []
     for name, split in splits.items():
         listed = [(record.name, record.label) for record in split.records]
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-        said.append(f"{name} of {len(listed)} pictures (names and labels {digest[:8]})")
-    return ", ".join(said)
+        texts.append(f"{name} of {len(listed)} images (names and labels {digest[:8]})")
+    return ", ".join(texts)
 
 
 def check_fills_batch(dataset: Dataset, batch_size: int) -> None:
@@ -144,7 +144,7 @@ def check_fills_batch(dataset: Dataset, batch_size: int) -> None:
 
 
 def open_split(options: DataOptions, dataset: Dataset, name: str) -> Split:
-    """Opens a split, with its images in the image cache where that is wanted."""
+    """Opens a split, with its images in the image cache if `options.prepare` is set."""
     records = dataset.splits[name]
     if options.prepare:
         images = store.prepare(

@@ -118,7 +118,7 @@ def test_loading_opens_no_picture(tmp_path):
         (tmp_path / "images" / file).write_bytes(b"not a picture")
     record = sources.load("cub", tmp_path).splits["train"][0]
     for use in (lambda: record.box, lambda: record.read(32)):
-        with pytest.raises(ValueError, match=r"w1\.jpg: not a picture"):
+        with pytest.raises(ValueError, match=r"w1\.jpg: not an image"):
             use()
 
 

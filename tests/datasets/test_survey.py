@@ -93,7 +93,7 @@ def test_a_dirty_set(dirty, workers):
         "unreadable: 1",
         lines[-1],
     ]
-    assert lines[-1].startswith("  test/Wren/page.jpg: not a picture")
+    assert lines[-1].startswith("  test/Wren/page.jpg: not an image")
 
 
 def test_duplicates_are_found_by_their_pixels(dirty):

@@ -158,7 +158,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
     plain(tmp_path, train=both, test=both)
     records = sources.load("tfds", tmp_path, name="plain").splits["train"]
     (junk,) = [record for record in records if content(record) == b"no picture"]
-    with pytest.raises(pictures.PictureError, match=f"^{junk.name}: not a picture"):
+    with pytest.raises(pictures.PictureError, match=f"^{junk.name}: not an image"):
         junk.read(8)
 
 

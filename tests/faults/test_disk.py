@@ -107,6 +107,6 @@ def test_the_pictures_are_gone(tmp_path, note):
     with pytest.raises(ValueError, match="there is no such folder"):
         train.run(config, tmp_path / "run")
     streamed = build.open_split(config, listed, "train")
-    with pytest.raises(ValueError, match=r"unreadable picture: .*0.png"):
+    with pytest.raises(ValueError, match=r"unreadable image: .*0.png"):
         streamed.pictures[0]
     note("the data folder is gone", "an error that names the folder, or the picture")

@@ -182,11 +182,11 @@ def _vast():
     ("body", "headers", "status", "message"),
     [
         (b"", {}, 422, "empty"),
-        (b"GIF89a", {}, 422, "not a picture"),
+        (b"GIF89a", {}, 422, "not an image"),
         (_png()[:-60], {}, 422, "damaged"),
         (_bomb(), {}, 422, "shrink"),
         (_vast(), {}, 422, "limit of 50,000,000"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 422, "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 422, "not an image"),
         (_png(), {"Content_Type": "image/png"}, 415, "octet-stream"),
         (_png(), {"Content_Type": "text/plain"}, 415, "octet-stream"),
         (_png(), {"Content_Length": "-1"}, 411, "length"),
@@ -486,7 +486,7 @@ def test_a_file_that_is_no_picture_is_said_and_the_next_one_works(opened, tmp_pa
     _choose(opened, bad)
     said = _text(opened, "error")
     assert said.startswith(f"{bad.name}: ")
-    assert "not a picture" in said
+    assert "not an image" in said
     assert not opened.find_element("id", "result").is_displayed()
     _screenshot(opened, "error")
     _choose(opened, good)

@@ -300,7 +300,7 @@ def test_a_folder_is_predicted_and_what_is_unreadable_reported(
     assert (folder / "predictions.jsonl").read_text() == printed.out
     names = [os.path.relpath(line["path"], album) for line in lines]
     assert names == ["b2.png", "b10.jpg", "more/b2.jpg"]
-    assert "not a picture" in lines[1]["error"]
+    assert "not an image" in lines[1]["error"]
     assert set(lines[1]) == {"path", "error"}
     assert "2 predicted, 1 unreadable" in printed.err
     assert "1 other files passed over (1 .txt)" in printed.err

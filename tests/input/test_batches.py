@@ -368,7 +368,7 @@ def test_hosts_evaluate_disjoint_rows_in_as_many_batches(hosts):
 
 
 def test_hosts_that_cannot_share_a_batch_are_told():
-    match = r"a batch of 4 pictures cannot be shared evenly by 3 hosts: .*multiple of 3"
+    match = r"a batch of 4 images cannot be shared evenly by 3 hosts: .*multiple of 3"
     with pytest.raises(ValueError, match=match):
         train(shard=(0, 3))
     kwargs: Any = {"batch_size": 4, "shard": (0, 3)}
@@ -390,7 +390,7 @@ def test_too_few_pictures_for_a_batch():
 def test_a_picture_smaller_than_the_crop_is_named(make):
     pictures = make(numbered((9, 9), (12, 7), (9, 9)))
     kwargs: dict[str, Any] = {"batch_size": 3, "crop_px": 8}
-    match = r"picture 1 is 12 x 7 .*data.crop_px to 7 or less, or data.short_side_px"
+    match = r"image 1 is 12 x 7 .*data.crop_px to 7 or less, or data.short_side_px"
     with pytest.raises(ValueError, match=match):
         TrainBatches(pictures, [0, 0, 0], seed=0, **kwargs).batch(0)
     with pytest.raises(ValueError, match=match):
@@ -398,7 +398,7 @@ def test_a_picture_smaller_than_the_crop_is_named(make):
 
 
 def test_sizes_that_are_known_are_checked_before_training():
-    with pytest.raises(ValueError, match="picture 1 is 12 x 7"):
+    with pytest.raises(ValueError, match="image 1 is 12 x 7"):
         center_batches(
             Sized(numbered((9, 9), (12, 7))), [0, 0], batch_size=1, crop_px=8
         )
@@ -407,13 +407,13 @@ def test_sizes_that_are_known_are_checked_before_training():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"labels": [0, 0]}, "for 3 pictures: give one whole number a picture"),
+        ({"labels": [0, 0]}, "for 3 images: give one integer per image"),
         ({"labels": [0.5, 1, 2]}, "labels are float64"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"crop_px": 0}, "data.crop_px is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "between 0 and 2"),
-        ({"pictures": []}, "the split has no pictures"),
+        ({"pictures": []}, "the split has no images"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], match: str):

@@ -100,7 +100,7 @@ def test_too_large_for_the_devices_is_refused_with_the_figures(monkeypatch):
     monkeypatch.setattr(devices_module, "free_bytes", lambda: 2_000_000)
     pictures = Pictures([(100, 200)] * 40)
     match = (
-        r"data.on_device: 40 training pictures take 2.4 MB of 2.0 MB free on "
+        r"data.on_device: 40 training images take 2.4 MB of 2.0 MB free on "
         r"each of 8 x cpu: set data.on_device=False"
     )
     with pytest.raises(ValueError, match=match):

@@ -257,21 +257,21 @@ def png_that_claims(width_px: int, height_px: int) -> bytes:
 
 BAD = {
     "empty": (b"", "empty"),
-    "text": (b"species,count\nwren,3\n" * 9, "not a picture"),
+    "text": (b"species,count\nwren,3\n" * 9, "not an image"),
     "page": (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a pict"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an im"),
     "jpeg": (truncated(waves("JPEG")), "truncated"),
     "png": (truncated(waves("PNG")), "truncated"),
     "gif": (truncated(waves("GIF")), "truncated"),
     "webp": (
         truncated(waves("WEBP")),
-        "not a pict|trunc",
+        "not an im|trunc",
     ),
     "header alone": (
         waves("JPEG")[:20],
-        "not a pict|trunc",
+        "not an im|trunc",
     ),
-    "bomb": (png_that_claims(60_000, 60_000), "shrink the picture"),
+    "bomb": (png_that_claims(60_000, 60_000), "shrink the image"),
 }
 
 
@@ -290,7 +290,7 @@ def test_bad_files_are_refused_by_name(kind, as_path, tmp_path):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(pictures.PictureError, match=r"gone\.jpg: there is no"):
         pictures.decode(tmp_path / "gone.jpg")
-    with pytest.raises(pictures.PictureError, match="this is a folder"):
+    with pytest.raises(pictures.PictureError, match="this is a directory"):
         pictures.decode(tmp_path)
 
 

@@ -252,8 +252,8 @@ def test_damage_is_noticed_and_mended(tmp_path, capsys, damage):
         index.write_text("[1, 2]")
     assert_holds(prepare(tmp_path, progress=True))
     errors = capsys.readouterr().err
-    assert errors.count("is damaged or cut short") == 1
-    assert "older stores" not in errors  # it is not another one than itself
+    assert errors.count("is damaged or truncated") == 1
+    assert "older caches" not in errors  # it is not another one than itself
     reads(tmp_path)
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) == 0
@@ -274,8 +274,12 @@ def test_a_flipped_bit_is_said_and_the_picture_read_anew(tmp_path, capsys):
     for _ in range(2):
         assert_holds(damaged)
     said = capsys.readouterr().err
-    assert said.count("warning: ") == said.count("the next start makes the store") == 1
-    assert f"4.jpg in {opened.path} is not what was stored there" in said
+    assert (
+        said.count("warning: ")
+        == said.count("the next start makes the image cache")
+        == 1
+    )
+    assert f"4.jpg in {opened.path} is damaged" in said
     assert reads(tmp_path) == 2  # that picture, at each access
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) == 30
@@ -295,15 +299,18 @@ def test_a_picture_is_looked_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("reader", "message"),
     [
-        (lambda log, i, side: picture(i + 1, side), "original has changed too: remove"),
-        (lambda log, i, side: Image.open(log / "x"), "read anew: 0.jpg: .*Not a dir"),
+        (lambda log, i, side: picture(i + 1, side), "original has changed: remove"),
+        (
+            lambda log, i, side: Image.open(log / "x"),
+            "cannot be read: 0.jpg: .*Not a dir",
+        ),
     ],
 )
 def test_a_flipped_bit_without_its_original_is_an_error(tmp_path, reader, message):
     opened = prepare(tmp_path)
     _flip(opened.path, 0)
     damaged = prepare(tmp_path, make(tmp_path, reader=reader))
-    with pytest.raises(ValueError, match=f"0.jpg in .* not what was stored.*{message}"):
+    with pytest.raises(ValueError, match=f"0.jpg in .* is damaged.*{message}"):
         damaged[0]
     assert opened.path.with_suffix(".json").exists()  # nothing is given up
     np.testing.assert_array_equal(opened[1], picture(1, SIDE))
@@ -311,7 +318,7 @@ def test_a_flipped_bit_without_its_original_is_an_error(tmp_path, reader, messag
 
 def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 20_000))
-    with pytest.raises(ValueError, match=r"30 pictures takes about .* of 0.00 GB free"):
+    with pytest.raises(ValueError, match=r"30 images takes about .* of 0.00 GB free"):
         prepare(tmp_path)
     assert reads(tmp_path) <= 16
     assert not files(tmp_path, ".pixels")
@@ -326,10 +333,10 @@ def test_the_estimate_is_close(tmp_path, capsys, monkeypatch):
     ]
     prepare(tmp_path, records, short_side_px=300, progress=True)
     errors = capsys.readouterr().err
-    assert "storing 40 pictures, about 0.02 GB of 1000.00 GB free in" in errors
+    assert "caching 40 images, about 0.02 GB of 1000.00 GB free in" in errors
     assert "40 of 40" in errors
     prepare(tmp_path, records, short_side_px=310, progress=True)
-    assert "1 older stores" in capsys.readouterr().err
+    assert "1 older caches" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch):
@@ -372,7 +379,7 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypa
     prepare(tmp_path, progress=True, short_side_px=13)
     lines = capsys.readouterr().err.splitlines()[-30:]
     for i, line in enumerate(lines, 1):
-        match = rf"birds_train: {i} of 30 pictures, [\d,]+ pictures/s, \d+ s left"
+        match = rf"birds_train: {i} of 30 images, [\d,]+ images/s, \d+ s left"
         assert re.fullmatch(match, line), line
 
 
@@ -393,7 +400,7 @@ def test_silence_when_asked(tmp_path, capsys):
 
 def test_a_cache_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="make it a folder you can write to"):
+    with pytest.raises(ValueError, match="make it writable"):
         prepare(tmp_path, cache_dir=tmp_path / "file" / "cache")
 
 
@@ -405,7 +412,7 @@ def test_a_read_only_folder_serves_what_it_holds(tmp_path):
         pytest.skip("this user, root, may write anywhere")
     try:
         assert_holds(prepare(tmp_path))
-        with pytest.raises(ValueError, match=r"Permission denied.*you can write to"):
+        with pytest.raises(ValueError, match=r"Permission denied.*make it writable"):
             prepare(tmp_path, short_side_px=16)
     finally:
         cache.chmod(0o755)
@@ -426,9 +433,7 @@ def spoil(folder: Path, *bad: int, count: int = 30) -> list[Record]:
 
 
 def test_one_bad_picture_is_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"1 of 30 pictures cannot be read:\n  7\.png: "
-    ):
+    with pytest.raises(ValueError, match=r"1 of 30 images cannot be read:\n  7\.png: "):
         prepare(tmp_path, spoil(tmp_path, 7))
     assert not files(tmp_path, ".pixels")
     assert not files(tmp_path, ".partial")
@@ -450,7 +455,7 @@ def test_bad_pictures_are_left_out_when_asked_and_said_each_time(tmp_path, capsy
     for _ in range(2):
         opened = prepare(tmp_path, records, skip_unreadable=True, progress=True)
         assert list(opened.skipped) == ["0.png", "7.png"]
-        assert "2 of 30 pictures cannot be read" in capsys.readouterr().err
+        assert "2 of 30 images cannot be read" in capsys.readouterr().err
         names = [f"{i}.png" for i in range(30) if i not in (0, 7)]
         assert [record.name for record in opened.records] == names
         assert len(opened) == len(opened.shapes) == 28
@@ -490,9 +495,9 @@ def test_threads_end_when_it_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"records": []}, "no pictures to store for 'birds_train'"),
-        ({"name": "../train"}, "use letters, digits"),
-        ({"name": ""}, "use letters, digits"),
+        ({"records": []}, "no images to cache for 'birds_train'"),
+        ({"name": "../train"}, "use only letters, digits"),
+        ({"name": ""}, "use only letters, digits"),
         ({"short_side_px": 0}, "data.short_side_px is 0"),
         ({"workers": 0}, "workers is 0"),
     ],
@@ -509,7 +514,7 @@ def test_streamed_decodes_at_each_access(tmp_path):
     assert reads(tmp_path) == 60
     assert not hasattr(streamed, "shapes")
     assert streamed.skipped == {}
-    with pytest.raises(ValueError, match=r"unreadable picture: 1\.png"):
+    with pytest.raises(ValueError, match=r"unreadable image: 1\.png"):
         store.Streamed(spoil(tmp_path, 1, count=2), SIDE)[1]
 
 

@@ -159,7 +159,7 @@ def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
     dataset = build.load_dataset(config)
     for name in dataset.splits:
         build.open_split(config, dataset, name)
-    assert "storing" not in capsys.readouterr().err
+    assert "caching" not in capsys.readouterr().err
 
 
 def test_streamed_pictures_are_not_stored(tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_a_folder_with_a_picture_that_cannot_be_read(tmp_path, capsys):
         "model.kind": "baseline",
         "train.batch_size": 8,
     }
-    with pytest.raises(ValueError, match=r"1 of 16 pictures cannot be read:\n.*wren0"):
+    with pytest.raises(ValueError, match=r"1 of 16 images cannot be read:\n.*wren0"):
         run(tmp_path, capsys, **changes)
     capsys.readouterr()
     changes["data.skip_unreadable"] = True
