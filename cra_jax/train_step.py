@@ -3,6 +3,7 @@
 The argument `all_mean` averages over devices; by default there is one device.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -199,17 +200,14 @@ def make_loss(
 
 
 def total_loss(terms: Terms, options: LossOptions) -> Array:
-    """The loss of Eq. (9); missing terms count as 0."""
-    cls1, cls2, res, cntr, on = (
-        terms.get(name, 0.0)
-        for name in (
-            *("loss_cls1", "loss_cls2", "loss_res", "loss_cntr"),
-            "restriction_weight",
-        )
+    """The loss of Eq. (9); a term that the kind lacks counts as 0."""
+    w, term = options, collections.defaultdict(float, terms)
+    return jnp.asarray(
+        term["loss_cls1"]
+        + w.cls2_weight * term["loss_cls2"]
+        + w.res_weight * term["restriction_weight"] * term["loss_res"]
+        + w.cntr_weight * term["loss_cntr"]
     )
-    w = options
-    loss = cls1 + w.cls2_weight * cls2 + w.res_weight * on * res + w.cntr_weight * cntr
-    return jnp.asarray(loss)
 
 
 def classification_terms(
