@@ -72,7 +72,7 @@ def test_train_then_eval(cache, tmp_path):
     )
     assert trained.returncode == 0, trained.stderr
     summary = trained.stdout.splitlines()
-    assert summary[-1].strip() == f"run folder: {workdir}"
+    assert summary[-1].strip() == f"run directory: {workdir}"
     assert "of 40 images" in summary[-2]
     assert "strongest activation in the box" in summary[-2]
     assert "step 4/12 epoch 1 loss" in trained.stderr
@@ -106,7 +106,7 @@ def test_train_then_eval(cache, tmp_path):
     again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout == trained.stdout
-    assert "goes on from step 12" in again.stderr
+    assert "resumes from step 12" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_sigkill_at_random_moments_changes_no_bit(cache, tmp_path):
         assert process.stderr is not None
         # From the first step on, so that each try gets somewhere.
         for line in process.stderr:
-            resumed += "goes on from step" in line
+            resumed += "resumes from step" in line
             if line.startswith("step "):
                 break
         if kills < 6:

@@ -1,4 +1,4 @@
-"""The loop: batches in, updates, numbers, checkpoints, and scores at the end."""
+"""The training loop: updates, logs, checkpoints, and scores at the end."""
 
 import contextlib
 import dataclasses
@@ -37,19 +37,19 @@ from cra_jax.training.running_mean import Mean
 def run(
     config: build.Config, workdir: Path, *, allow_change: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Trains to the end, from the run directory's newest checkpoint where there is one.
+    """Trains to the end; resumes from the newest checkpoint of the run directory.
 
     Args:
-      config: of `configs/`.
-      workdir: the run directory, made where it is missing.
-      allow_change: whether to resume a run that another config began.
+      config: a config of `configs/`.
+      workdir: the run directory; created if it is missing.
+      allow_change: whether to resume a run that started with another config.
 
     Returns:
       The scores of each test split after the last epoch.
 
     Raises:
-      ValueError: something about the config, the data or the directory is wrong; raised
-        before any work is done.
+      ValueError: the config, the data or the directory is wrong; raised before any work
+        is done.
     """
     hosts.start(**config.hosts)
     check_config.check(config)
@@ -79,16 +79,16 @@ def run(
 def dispatches(
     first_step: int, total_steps: int, *, most: int, ends: Sequence[int]
 ) -> list[range]:
-    """Steps, from 0, in runs that a device works through at one call.
+    """Splits the steps, from 0, into ranges that a device computes in one call.
 
-    A run ends at multiples of `most`, counted from step 0, so that a resumed run has
-    the same ones, and wherever the loop has something else to do.
+    A range ends at multiples of `most`, counted from step 0, so that a resumed training
+    has the same ranges, and at multiples of `ends`, where the loop logs or saves.
 
     Args:
       first_step: steps already taken.
-      total_steps: of the training.
-      most: steps in a run.
-      ends: a run ends at multiples of each of these, too; 0: no such end.
+      total_steps: number of steps of the training.
+      most: largest number of steps in a range.
+      ends: further numbers at whose multiples a range ends; 0 is ignored.
     """
     multiples = [n for n in (most, *ends) if n]
     runs, step = [], first_step
@@ -106,12 +106,12 @@ def _open_directory(
     *,
     allow_change: bool,
 ) -> Checkpoints:
-    """Locks the run directory and writes the config; the stack releases both."""
+    """Locks the run directory and writes the config; `stack` releases the lock."""
     stack.enter_context(run_folder.locked(workdir))
     keep = build.loop_options(config).keep_latest
     checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep)
     stack.enter_context(checkpoints)
-    # Without a checkpoint there is nothing yet that a change could spoil.
+    # Without a checkpoint, a changed config does no harm.
     fresh = checkpoints.latest_step() is None
     run_folder.keep_config(
         workdir, build.config_without_hosts(config), allow_change=allow_change or fresh
@@ -127,10 +127,10 @@ class Data:
     Attributes:
       class_names: in the order of the labels.
       train: the training split.
-      tests: the others, by name.
-      batches: of the training split.
-      digest: what all splits hold, to compare over hosts.
-      images: the training images in device memory; None where they are not kept there.
+      tests: the other splits, by name.
+      batches: batches of the training split.
+      digest: describes the content of all splits, to compare hosts.
+      images: the training images in device memory; None without `data.on_device`.
     """
 
     class_names: tuple[str, ...]
@@ -142,10 +142,10 @@ class Data:
 
     @classmethod
     def open(cls, config: build.Config, dataset: Dataset) -> "Data":
-        """Opens all splits, with their images in the image cache where that is wanted.
+        """Opens all splits, with an image cache if the config asks for it.
 
         Raises:
-          ValueError: an image cannot be read, or does not fit.
+          ValueError: an image cannot be read, or the images do not fit in memory.
         """
         loop, data = build.loop_options(config), run_options.from_config(config).data
         opened = {
@@ -169,7 +169,7 @@ class Data:
         return cls(dataset.class_names, train, opened, batches, digest, kept)
 
     def device_batch(self, step: int, *, indexed: bool) -> dict[str, Any]:
-        """A training batch on the devices; with the images' places where `indexed`."""
+        """A training batch on the devices; `indexed` adds the images' indices."""
         index = ("index",) if indexed else ()
         if self.images:
             plan = self.batches.plan(step)
@@ -178,13 +178,13 @@ class Data:
         return devices.split({k: batch[k] for k in ("image", "flip", "label", *index)})
 
     def image_names(self, step: int) -> dict[int, str]:
-        """Place and name of each image in the batch of a step, which counts from 1."""
-        places = self.batches.batch(step - 1)["index"].tolist()
-        return {i: self.train.records[i].name for i in places}
+        """Index and name of each image in the batch of a step; steps count from 1."""
+        indices = self.batches.batch(step - 1)["index"].tolist()
+        return {i: self.train.records[i].name for i in indices}
 
 
 class Run:
-    """One run: its state, and its position in the training."""
+    """One run: the training state and everything that updates it."""
 
     def __init__(
         self,
@@ -201,8 +201,8 @@ class Run:
         self._workdir = workdir
         self._checkpoints = checkpoints
         self._first_step = first_step or 0
-        # A resumed run has its weights; a new one reads them before any image is
-        # prepared. Other hosts get them from the first.
+        # Only a new run reads pretrained weights, before any image is prepared, so
+        # that errors show early. Other hosts get them from the first host.
         options = run_options.from_config(config)
         wanted = hosts.is_first() and not first_step and self._loop.pretrained
         arch = options.backbone
@@ -224,7 +224,8 @@ class Run:
             crop_px=options.data.crop_px,
             averaged=self._loop.ema_decay > 0,
         )
-        # Their attention is kept at each evaluation: old checkpoints are not.
+        # Each evaluation records the attention of these images, because old checkpoints
+        # are deleted.
         self._snapshot_indices = self._data.tests["test"].firsts(self._loop.snapshots)
         self._window = Mean()
         self._window_before = []
@@ -239,12 +240,12 @@ class Run:
         if weights:
             self._start_from(weights, arch)
         if first_step:
-            self._notes.append(f"goes on from step {first_step}")
+            self._notes.append(f"resumes from step {first_step}")
             if checkpoints:
                 self._resume(checkpoints, first_step)
 
     def _start_from(self, weights: PretrainedWeights, arch: str) -> None:
-        """Puts published or exported weights into the streams."""
+        """Loads pretrained weights into the streams."""
         params, batch_stats, notes = start_from(
             self._state.params,
             self._state.batch_stats,
@@ -261,8 +262,8 @@ class Run:
         self._state = checkpoints.restore(step, jax.eval_shape(lambda: self._state))
         self._window_before = checkpoints.meta(step)["window"]
 
-    def _agree(self) -> None:
-        """All hosts check that they read the same data, and take the first's state."""
+    def _synchronize(self) -> None:
+        """Checks that all hosts have the same data; copies the first host's state."""
         hosts.check_same(self._data.digest, "their data (data.source, data.path)")
         for numbers in hosts.told_by_first(self._window_before):
             self._window.add(numbers)
@@ -270,7 +271,7 @@ class Run:
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Trains to the end; returns the scores of each test split."""
-        self._agree()
+        self._synchronize()
         steps_left = {"first_step": self._first_step, "total_steps": self._total_steps}
         names = devices.describe_devices()
         with contextlib.ExitStack() as stack:
@@ -285,15 +286,15 @@ class Run:
                 log.say(note)
             if not self._first_step:
                 self._record_first_attention(log)
-            with signals.heard("this step is finished and saved") as asked:
-                self._train(log, asked)
+            with signals.heard("this step is finished and saved") as stop_request:
+                self._train(log, stop_request)
             if self._checkpoints:
                 self._checkpoints.wait()
             return hosts.told_by_first(self._scores())
 
     def terms_of(self, step: int) -> dict[str, float]:
-        """The numbers of one step, computed again; writes nothing."""
-        self._agree()
+        """Computes the numbers of one step again; writes nothing."""
+        self._synchronize()
         terms = {}
         for number in range(self._first_step, step):
             self._state, terms = self._training.step(
@@ -301,7 +302,7 @@ class Run:
             )
         return {name: float(value) for name, value in terms.items()}
 
-    def _train(self, log: training_log.Log, asked: signals.Asked) -> None:
+    def _train(self, log: training_log.Log, stop_request: signals.Asked) -> None:
         loop = self._loop
         every = loop.save_every_steps
         runs = dispatches(
@@ -332,8 +333,8 @@ class Run:
                 self._log_window(log, step, clock)
             is_due = epoch_ends and (last or epoch % loop.evaluate_every_epochs == 0)
             top1 = self._evaluate(log, step, epoch) if is_due else None
-            # Several hosts must stop at one step: they ask each other now and then.
-            stop = hosts.largest(asked.number) if logs or hosts.alone() else 0
+            # All hosts must stop at the same step, so they communicate at log lines.
+            stop = hosts.largest(stop_request.number) if logs or hosts.alone() else 0
             if (
                 last
                 or (epoch_ends and epoch % loop.save_every_epochs == 0)
@@ -344,7 +345,7 @@ class Run:
             if stop:
                 if self._checkpoints:
                     self._checkpoints.wait()
-                log.say(f"saved at step {step}: the same command goes on from there")
+                log.say(f"saved at step {step}: run the same command again to resume")
                 raise signals.Stopped(stop)
             if epoch_ends:
                 clock.restart()
@@ -368,7 +369,7 @@ class Run:
         log.train(step=step, epoch=epoch, numbers=numbers)
 
     def _network(self) -> tuple[dict[str, Any], TrainedHead | None]:
-        """The plain backbone's variables, and the head where there is attention."""
+        """The plain backbone's variables, and the attention head if there is one."""
         params, batch_stats = self._state.to_predict()
         return (
             classification_variables(params, batch_stats),
@@ -376,7 +377,7 @@ class Run:
         )
 
     def _evaluate(self, log: training_log.Log, step: int, epoch: int) -> float:
-        """Scores and logs the test splits; returns what "best" is chosen by."""
+        """Scores and logs the test splits; returns the metric of "best"."""
         variables, head = self._network()
         top1 = {}
         for name, split in self._data.tests.items():
@@ -394,11 +395,11 @@ class Run:
         return top1["test"]
 
     def _record_first_attention(self, log: training_log.Log) -> None:
-        """Records where the attention is before the first step."""
+        """Records the attention before the first step."""
         variables, head = self._network()
         if head and self._snapshot_indices:
-            few = self._data.tests["test"].take(self._snapshot_indices)
-            found = self._evaluator.center(variables, few, head=head)
+            snapshots = self._data.tests["test"].take(self._snapshot_indices)
+            found = self._evaluator.center(variables, snapshots, head=head)
             assert found.matrices is not None
             self._record_attention(log, 0, 0, found.matrices)
 
@@ -430,14 +431,14 @@ class Run:
     def _scores(self) -> dict[str, dict[str, Any]]:
         """The newest scores of each test split."""
         lines = run_folder.read_metrics(self._workdir)
-        # Evaluation by hand adds its own, of the other protocol.
+        # `--mode eval` adds lines of other protocols.
         return {x["split"]: x for x in lines if x.get("protocol") == "center"}
 
 
 def _summary(scores: dict[str, dict[str, Any]], workdir: Path):
     for split, numbers in scores.items():
         yield f"{split:>12}: {training_log.describe_scores(numbers)}"
-    yield f"  run folder: {workdir}"
+    yield f"run directory: {workdir}"
 
 
 def _describe(config: build.Config, dataset: Dataset, data: Data):
@@ -451,8 +452,8 @@ def _describe(config: build.Config, dataset: Dataset, data: Data):
     )
     if data.batches.dropped_per_epoch:
         yield (
-            f"each epoch leaves out {data.batches.dropped_per_epoch} of the training "
-            "images, others each time, since batches are whole"
+            f"each epoch skips {data.batches.dropped_per_epoch} random training "
+            "images, which do not fill a batch"
         )
     if data.images:
         yield data.images.about

@@ -165,7 +165,7 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_taken_as_it_is(tmp_path):
     again = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert "goes on from step" in again.stderr
+    assert "resumes from step" in again.stderr
     assert "Table 2 | CUB-200-2011  | resnet50  | CRA-CNN" in again.stdout
     starts = json.loads((workdir / "provenance.json").read_text())["starts"]
     assert [start["outcome"] for start in starts] == [None, "finished"]

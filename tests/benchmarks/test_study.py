@@ -558,7 +558,7 @@ def test_a_killed_study_goes_on_and_a_finished_one_is_taken_as_it_is(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, check=True
     )
     (workdir,) = root.glob("cra-seed0-*")
-    assert "goes on from step" in (workdir / "study.log").read_text()
+    assert "resumes from step" in (workdir / "study.log").read_text()
     assert "cra-seed0" in again.stdout
     lines = (docs / "study" / "results.jsonl").read_text()
     assert json.loads(lines)["test"]["count"] == 40

@@ -86,7 +86,7 @@ def test_sigkill_everywhere(compiled, whole, tmp_path, seed, note):
 def test_asked_to_stop_again_and_again(compiled, whole, tmp_path, note):
     for number in (signal.SIGTERM, signal.SIGINT):
         step = _ask_to_stop(compiled, tmp_path, number, note)
-    assert f"goes on from step {step}\n" in finish(compiled, tmp_path, whole).text
+    assert f"resumes from step {step}\n" in finish(compiled, tmp_path, whole).text
 
 
 def _ask_to_stop(compiled, folder, number, note):

@@ -28,7 +28,7 @@ def test_of_two_processes_on_one_run_folder_the_second_is_refused(tmp_path, note
     first.wait_for(lambda: list(tmp_path.glob("run/checkpoints/[0-9]*")))
     first.end(signal.SIGKILL)
     third = Run(tmp_path, *more)
-    third.wait_for(third.says("goes on from step "))
+    third.wait_for(third.says("resumes from step "))
     assert third.end(signal.SIGTERM) == 128 + signal.SIGTERM, third.text
     step, _ = harness.newest_arrays(tmp_path / "run")
     assert step > 0
@@ -58,12 +58,12 @@ def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by, note):
         index in heard_by for index in (0, 1)
     ]
     assert not any("Traceback" in x for x in errors), errors
-    (said,) = re.findall(r"saved at step (\d+): the same command goes on", errors[0])
+    (said,) = re.findall(r"saved at step (\d+): run the same command", errors[0])
     with Checkpoints(tmp_path / "run" / "checkpoints", writable=False) as checkpoints:
         assert checkpoints.latest_step() == int(said) < 24
         checkpoints.verify(int(said))
     (*_, error), _ = one_of_two_hosts.start("stop", tmp_path)
-    assert f"goes on from step {said}\n" in error
+    assert f"resumes from step {said}\n" in error
     lines = run_folder.read_metrics(tmp_path / "run")
     assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 25))
     note(

@@ -92,7 +92,7 @@ def test_the_first_host_writes_and_speaks_and_all_know_the_scores(pair):
     assert not (folder / "nowhere").exists()
     assert "test, full: top-1" in out
     assert "4 x cpu on 2 hosts" in err
-    assert "goes on from step 2" in err
+    assert "resumes from step 2" in err
     assert "top-1" not in other_out + other_err
     saved = json.loads((folder / "run" / "config.json").read_text())
     assert "hosts" not in saved  # other hosts may go on with it
