@@ -1,4 +1,4 @@
-"""Scores that are exact on ragged batches: sums and counts, divided once at the end."""
+"""Accuracies and loss of a whole split."""
 
 import numpy as np
 from scipy.special import log_softmax
@@ -7,29 +7,29 @@ from scipy.special import log_softmax
 def classification_scores(
     logits: np.ndarray, labels: np.ndarray
 ) -> dict[str, float | int]:
-    """Accuracies of a whole split, each picture counted once.
+    """Computes accuracies and loss of a whole split, each image counted once.
 
     Args:
       logits: ``[n, k]`` scores.
       labels: ``[n]`` classes.
 
     Returns:
-      ``top1``, ``top5`` (top k where there are fewer classes), ``mean_per_class`` (over
-      the classes that are present), all as fractions, ``loss_cls1`` (mean
-      cross-entropy) and ``count``. Of equal scores the lower class comes first.
+      ``top1``, ``top5`` (top k for k < 5 classes) and ``mean_per_class`` (over the
+      classes with images) as fractions, ``loss_cls1`` (mean cross-entropy) and
+      ``count``. Of equal scores, the lower class ranks first.
 
     Raises:
-      ValueError: there is no picture, or a score is not finite.
+      ValueError: the split is empty, or a score is not finite.
     """
     logits = np.asarray(logits, np.float64)
     labels = np.asarray(labels)
     if not len(labels):
-        raise ValueError("there are no pictures to score: the split is empty")
+        raise ValueError("the split is empty: choose one with images")
     if not np.isfinite(logits).all():
         bad = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
         raise ValueError(
-            f"the scores of picture {bad} of the split are not finite: the checkpoint "
-            "is of a run that diverged, or is damaged; evaluate an earlier one"
+            f"the scores of image {bad} of the split are not finite, because the run "
+            "diverged or the checkpoint is damaged: evaluate an earlier checkpoint"
         )
     true_score = np.take_along_axis(logits, labels[:, None], 1)
     before = np.arange(logits.shape[1]) < labels[:, None]

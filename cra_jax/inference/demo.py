@@ -1,7 +1,7 @@
-"""A web page on this machine: a picture in, the answer and where the network looked.
+"""A local web page that shows prediction, activation and attention of an image.
 
-Only this machine can reach it, and only its own page may ask it. What it is safe from
-is said in SECURITY.md.
+The server accepts connections from this machine only, and requests from its own page
+only. SECURITY.md describes its protections.
 """
 
 import base64
@@ -28,19 +28,19 @@ from cra_jax.input import pictures
 from cra_jax.runtime.progress import say
 
 LARGEST_BYTES = 20_000_000
-"""Of an upload."""
+"""Limit of an upload."""
 LARGEST_PIXELS = 50_000_000
-"""Of a decoded picture: 150 MB as RGB, one at a time."""
+"""Limit of a decoded image: 150 MB as RGB, one at a time."""
 MOST_UPLOADS = 4
-"""At a time; one is worked on, the others wait with their bytes in memory."""
+"""Limit of simultaneous uploads; one is processed, the others wait in memory."""
 MOST_CONNECTIONS = 32
 TIMEOUT_S = 20.0
-"""Without a byte, after which a connection is dropped."""
+"""Time without a byte after which a connection is closed."""
 
 _HOST = "127.0.0.1"
 _DRAINED_BYTES = 2 * LARGEST_BYTES  # of a refused upload, so that the answer arrives
 _KIND = "application/octet-stream"
-_NAME = "this file"  # the page knows its name; the server need not
+_NAME = "this file"  # the server does not get the name of the file
 _SHOWN_LONG_SIDE_PX = 1280
 
 
@@ -50,39 +50,39 @@ def run(options: RunOptions | None, workdir: Path, *, port: int = 8000) -> None:
     Args:
       options: as for `predict.run`.
       workdir: as for `predict.run`.
-      port: on this machine; 0: any that is free.
+      port: port on this machine; 0: any free port.
 
     Raises:
-      ValueError: there is no such network, or the port is taken.
+      ValueError: there is no such network, or the port cannot be used.
     """
     predictor = predict.open_predictor(options, workdir)
     say(f"{predictor.network.about}: warming up")
     predictor.warm_up()
     with make_server(predictor, port=port) as server:
-        print(f"http://{_HOST}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+        print(f"http://{_HOST}:{server.server_port}/  (stop with Ctrl-C)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("\nended", file=sys.stderr)
+            print("\nstopped", file=sys.stderr)
 
 
 def make_server(predictor: Predictor, *, port: int) -> "Server":
-    """The server, bound and not yet serving.
+    """Creates the server and binds its port, without serving yet.
 
     Raises:
-      ValueError: the port is out of range or taken.
+      ValueError: the port is out of range or in use.
     """
     try:
         return Server(predictor, port)
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"port {port} cannot be used ({error}): choose another with --port, "
-            "or 0 for any that is free"
+            "or 0 for any free port"
         ) from error
 
 
 class Server(ThreadingHTTPServer):
-    """Connections and uploads are counted; one picture is worked on at a time."""
+    """Limits connections and uploads; processes one image at a time."""
 
     daemon_threads = True
     request_queue_size = MOST_CONNECTIONS
@@ -99,7 +99,7 @@ class Server(ThreadingHTTPServer):
             self.hosts |= set(names)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Drops a connection where there are too many."""
+        """Closes a connection if there are too many."""
         if not self._connections.acquire(blocking=False):
             self.shutdown_request(request)
             return
@@ -117,14 +117,14 @@ class Server(ThreadingHTTPServer):
             self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no news; anything else is."""
+        """Logs errors, except those of closed connections."""
         error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError)):
             say(f"demo: {error!r}")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """`GET /` is the page, `GET /about` what it shows, `POST /predict` a picture."""
+    """Handles `GET /` (page), `GET /about` (JSON) and `POST /predict` (an image)."""
 
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
@@ -156,15 +156,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/predict":
             self._refuse(404, "there is nothing here")
         elif self.headers.get("Content-Type") != _KIND:
-            # No form of another site can send this kind without asking first.
-            self._refuse(415, f"send the picture's bytes as {_KIND}")
+            # A form of another site cannot send this type without a CORS preflight.
+            self._refuse(415, f"send the bytes of the image as {_KIND}")
         elif not (length := self.headers.get("Content-Length", "")).isdecimal():
-            self._refuse(411, "the length of the picture must be told")
+            self._refuse(411, "send the length of the image as Content-Length")
         elif int(length) > LARGEST_BYTES:
             limit = f"{LARGEST_BYTES / 1e6:.0f} MB"
-            self._refuse(413, f"the file is larger than {limit}; shrink the picture")
+            self._refuse(413, f"the file is larger than {limit}; shrink the image")
         elif not self.server.uploads.acquire(blocking=False):
-            self._refuse(503, "too many pictures at once; try again in a moment")
+            self._refuse(503, "too many images at once; try again in a moment")
         else:
             try:
                 self._answer(int(length))
@@ -189,10 +189,11 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json(200, describe(answer))
 
     def _is_ours(self) -> bool:
-        """Whether the page itself asks, under an address of this machine.
+        """Whether a request comes from the page itself, at an address of this host.
 
-        Another site's page can reach a server on this machine, under the server's own
-        address or under a name of its own that it has made point here.
+        Pages of other sites can reach this server, either through its address or
+        through their own host name if it resolves to this machine. Their requests are
+        refused.
         """
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         site = self.headers.get("Sec-Fetch-Site", "none")
@@ -201,17 +202,17 @@ class Handler(BaseHTTPRequestHandler):
         elif origin not in (None, f"http://{host}") or (
             self.command == "POST" and site not in ("none", "same-origin")
         ):
-            self._refuse(403, "only the page of this server may ask")
+            self._refuse(403, "only the page of this server may send requests")
         else:
             return True
         return False
 
     def _refuse(self, status: int, text: str) -> None:
-        """Answers without having read the body, which is then let go by."""
+        """Sends an error before reading the body, then reads and discards the body."""
         self.close_connection = True
         self._send_json(status, {"error": text})
         if self.command == "POST":
-            # Closed with bytes unread, the connection would be reset, answer and all.
+            # With unread bytes, closing would reset the connection and lose the answer.
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 left = _DRAINED_BYTES
@@ -242,11 +243,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the page shows what went wrong."""
+        """Logs nothing: the page shows the errors."""
 
 
 def describe(answer: Prediction) -> dict[str, Any]:
-    """What the page shows of an answer; places are fractions of the shown picture."""
+    """JSON of a prediction for the page; positions are fractions of the image."""
     view = answer.view
     assert view is not None
     height, width = view.picture.shape[:2]
@@ -273,7 +274,7 @@ def describe(answer: Prediction) -> dict[str, Any]:
 
 @functools.cache
 def page() -> tuple[bytes, str]:
-    """The page, and the policy that lets nothing but its own script and style run."""
+    """The page, and a Content-Security-Policy for its own script and style only."""
     text = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")
 
     def hashed(tag: str) -> str:

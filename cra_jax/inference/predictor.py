@@ -1,8 +1,8 @@
-"""Any picture -> what it shows, and where the network looked.
+"""Predicts classes and attention of any image.
 
-A picture goes the way of evaluation's protocol "center": the same decoder, resize,
-centre crop and normalisation, and the plain network. Where the checkpoint has an
-attention head, it says in addition what that would have cut out.
+Prediction is the same as in the evaluation protocol "center": the same decoder, resize,
+centre crop and normalisation, and the plain network. If the checkpoint has an attention
+head, the attention is predicted too.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from cra_jax.runtime import devices
 from cra_jax.runtime.prefetch import prefetch
 
 TOP = 5
-"""How many classes an answer names."""
+"""Number of classes in a prediction."""
 
 Picture = str | os.PathLike[str] | bytes | np.ndarray
-"""A file, a file's content, or uint8 `[h, w, 3]`, RGB and upright."""
+"""An image: a file, the content of a file, or uint8 `[h, w, 3]`, RGB and upright."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """What is shown of a picture: all in pixels of the picture as it was resized.
+    """Data for an overlay, in pixels of the resized image.
 
     Attributes:
-      picture: uint8 ``[h, w, 3]``; very long ones have lost their ends, see
-        `pictures.kept_region`.
-      activation: ``[crop, crop]``, the best class's activation map in the crop.
-      crop_box_px: ``(x_min, y_min, x_max, y_max)``, where the crop lies.
+      picture: uint8 ``[h, w, 3]``, the resized image; the ends of very long images are
+        cut off, see `pictures.kept_region`.
+      activation: ``[crop, crop]``, class activation map of the best class in the crop.
+      crop_box_px: ``(x_min, y_min, x_max, y_max)``, box of the crop.
       attention_px: ``[4, 2]``, corners of the attention, or None.
     """
 
@@ -51,22 +51,22 @@ class View:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the network says of one picture.
+    """The prediction for one image.
 
-    Pixels are those of the upright picture (after its EXIF rotation) as it came, points
-    are ``(x, y)``, and (0, 0) is the picture's top left corner.
+    Pixels are those of the upright image (after its EXIF rotation) in its original
+    size, points are ``(x, y)``, and (0, 0) is the top left corner of the image.
 
     Attributes:
-      path: of the picture; "" where it came as bytes or pixels.
-      size_px: ``(width, height)`` of the upright picture.
-      classes: the most probable ones, best first, `TOP` where there are so many.
-      labels: their numbers.
-      probabilities: theirs, by softmax over all classes.
-      scores: ``[k]`` of all classes, before the softmax.
-      crop_box_px: ``(x_min, y_min, x_max, y_max)``, what the network saw of it.
-      attention_px: ``[4, 2]``, corners of the attention's parallelogram; they may lie
-        outside the picture. None where the checkpoint has no attention head.
-      view: for people, where it was asked for.
+      path: path of the image; "" for bytes or pixels.
+      size_px: ``(width, height)`` of the upright image.
+      classes: the `TOP` most probable classes (or all, if fewer), best first.
+      labels: labels of `classes`.
+      probabilities: probabilities of `classes`, by softmax over all classes.
+      scores: ``[k]``, scores of all classes before softmax.
+      crop_box_px: ``(x_min, y_min, x_max, y_max)``, box of the network's input crop.
+      attention_px: ``[4, 2]``, corners of the attention's parallelogram, which may lie
+        outside the image; None if the checkpoint has no attention head.
+      view: data for an overlay, if requested.
     """
 
     path: str
@@ -81,14 +81,14 @@ class Prediction:
 
     @property
     def attention_box_px(self) -> tuple[float, float, float, float] | None:
-        """The upright box around the attention, as far as the picture reaches."""
+        """Axis-aligned bounding box of the attention, clipped to the image."""
         if self.attention_px is None:
             return None
         corners = np.clip(self.attention_px, 0, self.size_px)
         return _box(np.stack([corners.min(0), corners.max(0)]))
 
     def to_json(self) -> dict[str, Any]:
-        """As a line of `predictions.jsonl`; probabilities are not rounded."""
+        """A line of `predictions.jsonl`; probabilities are not rounded."""
         top = zip(self.classes, self.labels, self.probabilities, strict=True)
         line: dict[str, Any] = {
             "path": self.path,
@@ -110,7 +110,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """A picture on its way: what the network will see, and where that comes from."""
+    """An image before prediction: its crop, its sizes and the resized image."""
 
     crop: np.ndarray
     size_px: tuple[int, int]
@@ -119,12 +119,12 @@ class _Sample:
 
 
 class Predictor:
-    """Answers for pictures; compiled at first use, once for each batch size.
+    """Predicts images; compiles at first use, once for each batch size.
 
-    Not for several threads at once.
+    It is not thread-safe.
 
     Attributes:
-      network: what predicts.
+      network: the trained network.
     """
 
     def __init__(self, network: trained.TrainedNetwork):
@@ -135,15 +135,15 @@ class Predictor:
         variables = dict(network.variables)
         if network.head:
             variables["head"] = network.head
-        # On the device once, not with every batch.
+        # Transferred to the device once, and not with every batch.
         self._variables = jax.tree.map(jnp.asarray, variables)
-        self._most = devices.round_up(network.batch_size)
+        self._max_batch = devices.round_up(network.batch_size)
 
     def __call__(self, picture: Picture | Sequence[Picture]) -> Any:
-        """The `Prediction` of a picture, or the list of those of several.
+        """Returns the `Prediction` of an image, or a list for a sequence of images.
 
         Raises:
-          PictureError: a picture cannot be read; `each` goes on with the others.
+          PictureError: an image cannot be read; `each` continues with the others.
         """
         if isinstance(picture, (str, os.PathLike, bytes, np.ndarray)):
             return self([picture])[0]
@@ -161,22 +161,22 @@ class Predictor:
         keep: bool = False,
         workers: int | None = None,
     ) -> Iterator[Prediction | pictures.PictureError]:
-        """Answers in order; pictures are read ahead in threads, a few batches at most.
+        """Yields predictions in order; threads read at most a few batches ahead.
 
         Args:
-          several: the pictures; of each, the network sees the centre.
-          keep: whether an answer keeps the resized picture.
-          workers: threads that read; None: one a core.
+          several: the images; the network sees the centre crop of each.
+          keep: whether predictions have a `View`.
+          workers: number of threads that read; None: one per core.
 
         Yields:
-          A `Prediction`, or why the picture cannot be read.
+          A `Prediction`, or the error of an unreadable image.
 
         Raises:
           ValueError: the network's scores are not finite.
         """
-        # Powers of two, so that few sizes are compiled.
+        # Powers of two, so that only a few batch sizes are compiled.
         size = devices.round_up(1 << max(len(several) - 1, 0).bit_length())
-        size = min(size, self._most)
+        size = min(size, self._max_batch)
         workers = workers or os.cpu_count() or 1
         read = prefetch(
             lambda i: self._read(several[i], keep),
@@ -197,7 +197,7 @@ class Predictor:
                 yield from self._answers(waiting, size)
 
     def warm_up(self) -> None:
-        """Compiles for single pictures, so that the first does not wait."""
+        """Compiles the prediction of single images."""
         side = self.network.crop_px
         self(np.zeros((side, side, 3), np.uint8))
 
@@ -208,7 +208,7 @@ class Predictor:
         except pictures.PictureError as error:
             return error
         resized = pictures.resize_short_side(picture, self.network.short_side_px)
-        # The very crop of evaluation.
+        # The same crop as in the evaluation.
         (batch,) = batches.center_batches(
             [resized], [0], batch_size=1, crop_px=self.network.crop_px
         )
@@ -240,8 +240,8 @@ class Predictor:
         scores = found["logits"].astype(np.float64)
         if not np.isfinite(scores).all():
             raise ValueError(
-                f"the scores of {self.network.about} are not finite: it is damaged, or "
-                "training had diverged; take another one (eval.checkpoint)"
+                f"the scores of {self.network.about} are not finite, because it is "
+                "damaged or the run diverged: choose another one (eval.checkpoint)"
             )
         probabilities = softmax(scores)
         labels = np.argsort(-scores, kind="stable")[:TOP]
@@ -252,7 +252,7 @@ class Predictor:
         corners = None if matrix is None else art_module.corners_px(matrix, side)
 
         def place(points: np.ndarray) -> np.ndarray:
-            """Pixels of the crop -> pixels of the picture."""
+            """Pixels of the crop -> pixels of the image."""
             share = center_crop.in_picture(points, sample.resized_px, side)
             return kept[:2] + share * (kept[2:] - kept[:2])
 
@@ -289,7 +289,7 @@ class Predictor:
 
 
 def _name(picture: Picture) -> str:
-    """What a picture is called in an answer."""
+    """Path of an image in predictions; "" for bytes or pixels."""
     return "" if isinstance(picture, (bytes, np.ndarray)) else os.fspath(picture)
 
 

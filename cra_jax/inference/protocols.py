@@ -1,9 +1,9 @@
-"""The two protocols of testing, each as a step over all devices.
+"""The two evaluation protocols, each as a step over all devices.
 
 "center" (Table 1) scores the centre crop. "full" (Tables 2 and 3) scores the whole
-resized picture: the last pooling keeps the window that it had in training and slides
-over the feature map by 1, the classifier runs at each place, and its outputs are
-averaged.
+resized image: the last pooling keeps its window of the training and slides over the
+feature map with stride 1, the classifier is applied at each position, and its outputs
+are averaged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,11 @@ from cra_jax.runtime import devices
 def make_center_step(
     backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]
 ) -> Callable:
-    """The step of the protocol "center", over all devices.
+    """Creates the step of the protocol "center", over all devices.
 
     Returns:
-      ``(variables, batch) -> {"logits": [b, k], "activation": [b, h, w]}``. Where the
-      variables hold a `TrainedHead` under "head", ``matrices [b, 2, 3]`` as well.
+      ``(variables, batch) -> {"logits": [b, k], "activation": [b, h, w]}``. If the
+      variables have a `TrainedHead` as "head", also ``matrices [b, 2, 3]``.
     """
 
     def step(variables: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -52,16 +52,16 @@ def make_full_step(
     crop_px: int,
     masked: bool = True,
 ) -> Callable:
-    """The step of the protocol "full", over all devices.
+    """Creates the step of the protocol "full", over all devices.
 
     Args:
       backbone: the plain network.
-      mean: of the channels.
-      std: of the channels.
-      crop_px: the training crop, whose feature map is the window of the last pooling.
-      masked: whether pictures were padded to share a shape; what lies beyond their
-        extent is then kept out of every layer. False costs nothing and needs exact
-        shapes.
+      mean: mean of the channels.
+      std: standard deviation of the channels.
+      crop_px: size of the training crop; the last pooling has the size of its feature
+        map.
+      masked: whether images are padded to a common shape. Padding is then masked in
+        every layer. False has no overhead and needs exact shapes.
 
     Returns:
       ``(variables, batch) -> {"logits": [b, k]}``.

@@ -1,7 +1,7 @@
-"""A checkpoint -> the plain network that predicts, and for figures its attention head.
+"""Restores the plain network of a checkpoint, and its attention head for figures.
 
-Prediction reads the classification stream alone. Nothing here builds, loads or needs
-the regularization stream or the optimiser.
+Prediction reads the classification stream only. This module never builds or loads the
+regularization stream or the optimizer.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from cra_jax.runtime.checkpoint import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The network that a run has trained.
+    """The trained network of a checkpoint.
 
     Attributes:
       backbone: the plain network.
-      variables: its own, ``{"params", "batch_stats"}``.
-      step: of the checkpoint.
-      epoch: of the checkpoint.
-      class_names: in the order of the scores.
+      variables: its variables, ``{"params", "batch_stats"}``.
+      step: step of the checkpoint.
+      epoch: epoch of the checkpoint.
+      class_names: class names in the order of the scores.
     """
 
     backbone: nn.Module
@@ -38,7 +38,7 @@ class Restored:
 
 
 def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
-    """What of a training state prediction needs: variables of the plain backbone."""
+    """Selects the variables of the plain backbone in a training state."""
     return {
         "params": params[CLASSIFICATION_STREAM],
         "batch_stats": batch_stats[CLASSIFICATION_STREAM],
@@ -46,37 +46,37 @@ def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
 
 
 def has_average(checkpoints: Checkpoints, step: int) -> bool:
-    """Whether a checkpoint holds averaged weights."""
+    """Whether a checkpoint has averaged weights."""
     return "average" in checkpoints.shapes(step)
 
 
 def check_average(checkpoints: Checkpoints, step: int, *, averaged: bool) -> None:
-    """Checks that a checkpoint has averaged weights where the config wants them.
+    """Checks that a checkpoint has averaged weights if the config asks for them.
 
     Raises:
       ValueError: it has none.
     """
     if averaged and not has_average(checkpoints, step):
         raise ValueError(
-            f"optim.ema_decay asks for averaged weights, and checkpoint {step} was "
-            "trained without: set optim.ema_decay=0 to take its newest weights, or "
-            "train again in a new --workdir"
+            f"optim.ema_decay asks for averaged weights, but checkpoint {step} has "
+            "none: set optim.ema_decay=0 to use its newest weights, or train again in "
+            "a new --workdir"
         )
 
 
 def restore_part(
     checkpoints: Checkpoints, step: int, part: Any, *, averaged: bool
 ) -> Any:
-    """A part of the weights to predict with, averaged or the newest ones.
+    """Restores a part of a checkpoint's weights, averaged or newest.
 
     Args:
-      checkpoints: of a run.
-      step: of the checkpoint.
+      checkpoints: checkpoints of a run.
+      step: step of the checkpoint.
       part: ``{"params", "batch_stats"}``, trees of abstract arrays.
-      averaged: whether their averages are wanted.
+      averaged: whether to restore averaged weights.
 
     Raises:
-      ValueError: it has no averages, or the weights do not fit.
+      ValueError: the checkpoint has no averages, or the shapes do not match.
     """
     check_average(checkpoints, step, averaged=averaged)
     if averaged:
@@ -88,13 +88,13 @@ def restore(options: RunOptions, workdir: Path) -> Restored:
     """Restores the checkpoint that ``eval.checkpoint`` names.
 
     Args:
-      options: the run's own, or of one with the same backbone; where they take no
-        averages, the newest weights are read of a run that has averages, too.
+      options: options of the run, or of a run with the same backbone. If they do not
+        ask for averages, the newest weights are read, even if the run has averages.
       workdir: the run directory.
 
     Raises:
       ValueError: there is no such checkpoint, it is of another backbone, or it lacks
-        the averages that the options take.
+        the averages that the options ask for.
     """
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose(options.evaluation.checkpoint)
@@ -112,17 +112,17 @@ def restore(options: RunOptions, workdir: Path) -> Restored:
 
 
 def restore_attention(options: RunOptions, workdir: Path) -> TrainedHead | None:
-    """Restores the attention head of the checkpoint that `restore` takes.
+    """Restores the attention head of the checkpoint that `restore` uses.
 
-    Only those who want to see the attention need it: two small arrays.
+    The head has two small arrays, and only figures and predicted attentions need it.
 
     Args:
-      options: ``eval.checkpoint`` names the checkpoint; the bounds of Eq. (6) are those
-        that the checkpoint was trained with.
+      options: ``eval.checkpoint`` names the checkpoint. The bounds of Eq. (6) are read
+        from the checkpoint, not from the options.
       workdir: the run directory.
 
     Returns:
-      None where the kind has no attention.
+      The head; None if the kind has no attention.
 
     Raises:
       ValueError: there is no such checkpoint.

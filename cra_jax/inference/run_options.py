@@ -1,7 +1,7 @@
-"""What evaluation, prediction and figures need of a run's config, as plain values.
+"""Config options of evaluation, prediction and figures, as plain values.
 
-`from_config` reads a config of `configs/` and a run's `config.json` alike. Whatever
-training alone needs is read in `training/build.py`.
+`from_config` reads a config of `configs/` or a run's `config.json`. `training/build.py`
+reads the options that only training needs.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ PROTOCOLS = ("center", "full", "both")
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """How test splits are scored.
+    """Options of the evaluation.
 
     Attributes:
       protocol: one of `PROTOCOLS`, see `protocols.py`.
-      batch_size: images at a time; the scores do not depend on it.
-      bucket_px: under "full", sizes are rounded up to multiples of it; 0: exact sizes.
+      batch_size: images per batch; the scores do not depend on it.
+      bucket_px: for "full", sizes are rounded up to multiples of it; 0: exact sizes.
       checkpoint: "latest", "best" or a step.
 
     Raises:
@@ -51,17 +51,17 @@ class EvalOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What evaluation, prediction and figures need of a run's config.
+    """Config options of evaluation, prediction and figures.
 
     Attributes:
       kind: one of `model.KINDS`.
-      backbone: the architecture of N_cls.
-      width: channels of its first stage.
-      stem: its first layers.
+      backbone: architecture of N_cls.
+      width: number of channels of its first stage.
+      stem: kind of its first layers.
       art: options of the ART module.
-      averaged: whether prediction takes averaged weights.
-      data: which dataset, and how its images are read.
-      evaluation: how test splits are scored.
+      averaged: whether prediction uses averaged weights.
+      data: options of the dataset and its images.
+      evaluation: options of the evaluation.
       hosts: arguments of `hosts.start`.
     """
 
@@ -76,22 +76,22 @@ class RunOptions:
     hosts: Mapping[str, Any]
 
     def create_backbone(self, num_classes: int) -> nn.Module:
-        """The network that predicts.
+        """Creates the network for prediction.
 
-        It computes in float32 everywhere: a score must not depend on the machine.
+        It always computes in float32, so that scores do not depend on the machine.
         """
         return families.create_backbone(
             self.backbone, num_classes, width=self.width, stem=self.stem
         )
 
     def at_checkpoint(self, checkpoint: str) -> "RunOptions":
-        """The same at another checkpoint."""
+        """The same options with another checkpoint."""
         evaluation = dataclasses.replace(self.evaluation, checkpoint=checkpoint)
         return dataclasses.replace(self, evaluation=evaluation)
 
 
 def from_config(config: Any) -> RunOptions:
-    """Reads the options out of a config, a ConfigDict or what `config.json` holds.
+    """Reads the options from a ConfigDict or the content of `config.json`.
 
     Raises:
       ValueError: an option is unknown or out of range.
@@ -125,7 +125,7 @@ def from_config(config: Any) -> RunOptions:
 
 
 def art_of(config: Any) -> ArtConfig:
-    """The options of the ART module in a config.
+    """Reads the options of the ART module from a config.
 
     Raises:
       ValueError: an option is unknown or out of range.

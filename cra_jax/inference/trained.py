@@ -1,4 +1,4 @@
-"""A run, a checkpoint or an export -> all that prediction needs."""
+"""Loads trained networks from runs, checkpoints and exports."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from cra_jax.inference.restore import restore, restore_attention
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.runtime import run_folder
 
-_LARGEST_PX = 4096  # of what an export may ask for: its description may be a stranger's
+_LARGEST_PX = 4096  # limit of sizes in an export, whose config.json may be untrusted
 _EXPORT_KEYS = (
     "architecture",
     "width",
@@ -32,19 +32,19 @@ _EXPORT_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-    """All that prediction needs of a run or an export.
+    """A trained network with everything that prediction needs.
 
     Attributes:
       backbone: the plain network.
-      variables: its own.
-      head: pooled features -> attention; None where there is none.
-      class_names: in the order of the scores.
-      short_side_px: what an image's shorter side is resized to.
+      variables: its variables.
+      head: pooled features -> attention; None without attention.
+      class_names: class names in the order of the scores.
+      short_side_px: size of the shorter side of resized images.
       crop_px: height and width of the centre crop.
-      mean: of the channels, images in 0..1.
-      std: of the channels.
-      about: where this comes from, in one line.
-      batch_size: images that are scored at a time, at most.
+      mean: mean of the channels of images in 0..1.
+      std: standard deviation of the channels.
+      about: its origin, in one line.
+      batch_size: largest number of images in a batch.
     """
 
     backbone: nn.Module
@@ -60,12 +60,12 @@ class TrainedNetwork:
 
 
 class Place(NamedTuple):
-    """Where trained weights are.
+    """Location of trained weights.
 
     Attributes:
-      folder: the run directory, or the folder of the export.
-      is_run: else it is an export.
-      checkpoint: the step, where the path named a checkpoint; else empty.
+      folder: the directory of the run or of the export.
+      is_run: whether it is a run; otherwise it is an export.
+      checkpoint: the step if the path names a checkpoint; else empty.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class Place(NamedTuple):
 
 
 def locate(path: str | Path) -> Place:
-    """Tells a run directory, one of its checkpoints and an export apart.
+    """Determines whether a path is a run directory, a checkpoint or an export.
 
     Args:
       path: `runs/cub`, `runs/cub/checkpoints/1234` or `runs/cub/export`.
@@ -94,7 +94,7 @@ def locate(path: str | Path) -> Place:
 
 
 def home(path: str | Path) -> Path:
-    """Where something about `path` is written: itself, or a checkpoint's run."""
+    """The directory for output about `path`: itself, or the run of a checkpoint."""
     folder = Path(path).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
         return folder.parent.parent
@@ -102,14 +102,14 @@ def home(path: str | Path) -> Path:
 
 
 def find(path: str | Path, *, checkpoint: str = "latest") -> TrainedNetwork:
-    """What predicts, of a run directory, one of its checkpoints, or an export.
+    """Loads the network of a run directory, a checkpoint or an export.
 
     Args:
       path: as for `locate`.
-      checkpoint: "latest", "best" or a step, where `path` is a run directory.
+      checkpoint: "latest", "best" or a step, if `path` is a run directory.
 
     Raises:
-      ValueError: it is none of these, or what it holds is damaged.
+      ValueError: the path is none of these, or its files are damaged.
     """
     place = locate(path)
     if not place.is_run:
@@ -120,7 +120,7 @@ def find(path: str | Path, *, checkpoint: str = "latest") -> TrainedNetwork:
 
 
 def of_run(options: RunOptions, workdir: Path) -> TrainedNetwork:
-    """What a run has trained; ``eval.checkpoint`` names the checkpoint.
+    """Loads the network of a run; ``eval.checkpoint`` names the checkpoint.
 
     Raises:
       ValueError: there is no such checkpoint, or it is of another backbone.
@@ -141,10 +141,11 @@ def of_run(options: RunOptions, workdir: Path) -> TrainedNetwork:
 
 
 def of_export(folder: Path) -> TrainedNetwork:
-    """What `--mode export` wrote: the plain network; it has no attention head.
+    """Loads the plain network of an export, which has no attention head.
 
     Raises:
-      ValueError: a file is missing or damaged, or the two do not belong together.
+      ValueError: a file is missing or damaged, or weights and `config.json` do not
+        match.
     """
     file = folder / "config.json"
     try:
@@ -172,7 +173,7 @@ def of_export(folder: Path) -> TrainedNetwork:
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
         raise ValueError(
             f"{folder / 'model.safetensors'} is not the {arch} of width {width} that "
-            "config.json beside it describes: export the run again"
+            "config.json next to it describes: export the run again"
         )
     return TrainedNetwork(
         backbone=backbone,

@@ -41,7 +41,7 @@ def test_of_equal_scores_the_lower_class_wins():
 def test_scores_that_are_no_numbers_are_refused(bad):
     logits = np.zeros((3, 4))
     logits[1, 2] = bad
-    with pytest.raises(ValueError, match="picture 1 of the split are not finite"):
+    with pytest.raises(ValueError, match="image 1 of the split are not finite"):
         accuracy.classification_scores(logits, np.zeros(3, int))
 
 

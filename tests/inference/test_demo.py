@@ -323,7 +323,7 @@ def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 0
-    assert said.endswith("ended\n")
+    assert said.endswith("stopped\n")
     assert "Traceback" not in said
 
 

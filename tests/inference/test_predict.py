@@ -303,7 +303,7 @@ def test_a_folder_is_predicted_and_what_is_unreadable_reported(
     assert "not an image" in lines[1]["error"]
     assert set(lines[1]) == {"path", "error"}
     assert "2 predicted, 1 unreadable" in printed.err
-    assert "1 other files passed over (1 .txt)" in printed.err
+    assert "1 other files skipped (1 .txt)" in printed.err
     for line in lines[::2]:
         answer = predictor(line["path"])
         assert [top["class"] for top in line["top"]] == list(answer.classes)
@@ -340,11 +340,11 @@ def test_every_way_to_name_pictures(album, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "no pictures are named"),
-        (["{album}/empty"], "no pictures in this folder"),
-        (["{album}/*.gif"], "no pictures in this pattern"),
-        (["-"], "no pictures in this standard input"),
-        (["{album}/b10.jpg", "nowhere.jpg"], "none of 2 pictures can be read"),
+        ([], "no images are named"),
+        (["{album}/empty"], "no images in this directory"),
+        (["{album}/*.gif"], "no images in this pattern"),
+        (["-"], "no images in this standard input"),
+        (["{album}/b10.jpg", "nowhere.jpg"], "none of 2 images can be read"),
     ],
 )
 def test_mistakes_end_in_one_line(run, album, images, message, monkeypatch, capsys):
@@ -383,7 +383,7 @@ def test_from_the_command_line_until_the_reader_has_seen_enough(run, album, tmp_
     expected = predict.load(run[1], checkpoint="6")(line["path"])
     assert line["top"][0]["class"] == expected.classes[0]
     assert "checkpoint 6 (epoch 1) of" in said
-    assert ": 301 pictures" in said
+    assert ": 301 images" in said
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
     assert process.returncode == 0
