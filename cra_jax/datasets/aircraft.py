@@ -1,4 +1,4 @@
-"""FGVC-Aircraft as published -> image files, variants as classes, and boxes.
+"""Reads FGVC-Aircraft as published: image files, variants as classes, and boxes.
 
 No image is opened.
 """
@@ -15,20 +15,20 @@ LAYOUT = (
     " (2.75 GB) from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft and"
     " unpack it"
 )
-"""What is expected on disk, and where to get it; ends messages."""
+"""Expected layout on disk, and the download address; for messages."""
 
 BANNER_PX = 20
-"""Height of the copyright line at the foot of every picture of FGVC-Aircraft."""
+"""Height of the copyright banner at the bottom of every image."""
 
 
 def aircraft(path: Path) -> Listing:
-    """Lists FGVC-Aircraft (its variants), whose folder `path` is or contains.
+    """Lists FGVC-Aircraft, with variants as classes; `path` is or contains its folder.
 
-    Training is on "trainval". The banner of copyright at the foot of every picture is
-    to be cut off, as the set's authors ask.
+    The training split is "trainval". The copyright banner at the bottom of every image
+    is cropped, as the authors of the dataset ask.
 
     Raises:
-        ValueError: a list is missing, damaged or at odds with the others.
+      ValueError: a list is missing, damaged or inconsistent with the others.
     """
     marker = "images_variant_trainval.txt"
     root = listing.first_below(path, lambda folder: (folder / marker).is_file())
@@ -52,12 +52,12 @@ def aircraft(path: Path) -> Listing:
                 raise ValueError(
                     f"{root}: image {key} has variant {name!r}, box {boxes.get(key)!r}:"
                     " the variant must be in variants.txt, the box four numbers; unpack"
-                    " the archive anew"
+                    " the archive again"
                 ) from error
-            picture = root / "images" / f"{key}.jpg"
-            splits[split].append(Entry(picture, label, corners))
+            image = root / "images" / f"{key}.jpg"
+            splits[split].append(Entry(image, label, corners))
     notes = listing.unlisted(root / "images", splits)
-    notes += (f"the lowest {BANNER_PX} rows of every picture, a banner, are cut off",)
+    notes += (f"the lowest {BANNER_PX} rows of every image, a banner, are cropped",)
     return Listing(root, tuple(names), splits, notes, BANNER_PX)
 
 

@@ -1,4 +1,4 @@
-"""Tar archives, unpacked safely and atomically; CUB-200-2011, fetched and unpacked."""
+"""Unpacks tar archives safely and atomically; downloads CUB-200-2011."""
 
 import dataclasses
 import gzip
@@ -19,10 +19,10 @@ class Archive:
     """A published archive.
 
     Attributes:
-        url: its address.
-        size: bytes.
-        sha256: hex digest of its content.
-        max_unpacked: bytes of its files that are believed.
+      url: its address.
+      size: in bytes.
+      sha256: hex digest of its content.
+      max_unpacked: upper bound on the total size of its files, in bytes.
     """
 
     url: str
@@ -45,18 +45,19 @@ _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzip
 def cub_200_2011(
     folder: Path, *, archive: Archive = CUB, progress: bool = True
 ) -> Path:
-    """Sees to it that CUB-200-2011 lies in a folder, fetching it where it does not.
+    """Downloads CUB-200-2011 into a folder, unless it is there.
 
     Args:
-        folder: holds, or gets, `CUB_200_2011/`; the archive stays beside it.
-        archive: where to get it.
-        progress: report on standard error.
+      folder: of `CUB_200_2011/`; the archive stays next to it.
+      archive: the archive to download.
+      progress: report on standard error.
 
     Returns:
-        The folder with `images.txt`.
+      The folder with `images.txt`.
 
     Raises:
-        ValueError: it cannot be fetched or unpacked; says how to place it by hand.
+      ValueError: downloading or unpacking failed; the message describes how to do it
+        by hand.
     """
     folder = Path(folder).expanduser().absolute()
     target = folder / "CUB_200_2011"
@@ -65,8 +66,8 @@ def cub_200_2011(
             return found
     if target.exists():
         raise ValueError(
-            f"{target} is there, but has no images.txt: remove it to have the set"
-            " fetched anew, or set data.path to where the set is"
+            f"{target} exists, but has no images.txt: remove it to download the"
+            " dataset again, or set data.path to the dataset"
         )
     file = fetch(
         archive.url,
@@ -83,7 +84,7 @@ def cub_200_2011(
         progress=progress,
     )
     if progress:
-        say(f"{target} is ready; {file} may be removed")
+        say(f"{target} is ready; {file} can be removed")
     return target
 
 
@@ -95,40 +96,43 @@ def unpack_tar(
     max_bytes: int,
     progress: bool = True,
 ) -> Path:
-    """Unpacks a tar archive, compressed or not, into a folder, unless that is there.
+    """Unpacks a tar archive, compressed or not, into a folder, unless that exists.
 
-    Nothing is written outside the folder, and only files and folders are: an archive
-    with links, devices, absolute names or names with `..` is refused as a whole. The
-    folder gets its name when all is on disk. A second process waits for the first.
+    Nothing is written outside the folder, and only files and folders are written: an
+    archive with links, devices, absolute names or names with `..` is an error. The
+    folder gets its name when everything is on disk. A second process waits for the
+    first.
 
     Args:
-        archive: gzip, bzip2, xz or plain.
-        target: the folder, as it is to be called.
-        inside: the folder of the archive that becomes `target`; the rest is left out.
-        max_bytes: files that are larger, taken together, are refused.
-        progress: report on standard error.
+      archive: gzip, bzip2, xz or plain.
+      target: the folder to create.
+      inside: the folder of the archive that becomes `target`; the rest is omitted.
+      max_bytes: upper bound on the total size of the files.
+      progress: report on standard error.
 
     Returns:
-        `target`.
+      `target`.
 
     Raises:
-        ValueError: the archive is damaged, unsafe or too large, or the disk is full.
+      ValueError: the archive is damaged, unsafe or too large, or the disk is full.
     """
     if not archive.is_file():
-        raise ValueError(f"{archive}: there is no such archive; check the path")
+        raise ValueError(f"{archive}: this archive does not exist; check the path")
     partial = files.partial_path(target)
     with files.writing(target, show=progress):
         if target.exists():
             return target
-        shutil.rmtree(partial, ignore_errors=True)  # a killed process leaves one
+        shutil.rmtree(partial, ignore_errors=True)  # from a killed process
         try:
             _unpack(archive, partial, max_bytes, progress)
             if not (partial / inside).is_dir():
-                raise ValueError(f"{archive}: there is no folder {inside!r} in it")
-            os.sync()  # else the name may reach the disk before the files do
+                raise ValueError(
+                    f"{archive}: it has no folder {inside!r}; check the archive"
+                )
+            os.sync()  # else the name may reach the disk before the files
             (partial / inside).rename(target)
         except _DAMAGED as error:
-            reason = " ".join(str(error).split())  # some take several lines
+            reason = " ".join(str(error).split())  # some have several lines
             raise ValueError(
                 f"{archive} is damaged ({reason}): remove it and get it again"
             ) from error
@@ -140,7 +144,7 @@ def unpack_tar(
 def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None:
     folder.mkdir()
     total = 0
-    # An old Python 3.11 has no filter; the checks here do not rely on it.
+    # Early versions of Python 3.11 have no filter; the checks here do not need it.
     data_filter = getattr(tarfile, "data_filter", lambda member, _: member)
     with (
         archive.open("rb") as raw,
@@ -156,15 +160,15 @@ def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None
             if not (member.isreg() or member.isdir()):
                 problem = "is a link or a device"
             elif path.is_absolute() or ".." in path.parts or "\0" in member.name:
-                problem = "would leave the folder"
+                problem = "is outside the folder"
             elif total > max_bytes or number >= _MAX_MEMBERS:
-                problem = f"is beyond {max_bytes:,} bytes or {_MAX_MEMBERS:,} files"
+                problem = f"exceeds {max_bytes:,} bytes or {_MAX_MEMBERS:,} files"
             else:
                 problem = ""
             if problem:
                 raise ValueError(
                     f"{archive}: {member.name!r} {problem}, so nothing is unpacked; get"
-                    " the archive from where it was published"
+                    " the archive from its publisher"
                 )
             place = folder / data_filter(member, str(folder)).name
             if member.isdir():
@@ -178,4 +182,6 @@ def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None
             bar.advance(raw.tell() - read)
             read = raw.tell()
         assert tar.fileobj is not None, "the archive is open"
-        tar.fileobj.read(1 << 24)  # to the end, where gzip and its like have checksums
+        tar.fileobj.read(
+            1 << 24
+        )  # to the end, where gzip and similar formats have checksums

@@ -1,6 +1,6 @@
-"""Folders of images -> image files, classes and splits.
+"""Reads folders of images: image files, classes and splits.
 
-A share of each class is drawn for testing where there is no test split. No image is
+Without a test split, a random share of each class is used for testing. No image is
 opened, and no order depends on the file system.
 """
 
@@ -14,25 +14,25 @@ from cra_jax.datasets import listing
 from cra_jax.datasets.listing import Entry, Listing, Splits
 
 LAYOUT = (
-    "expected train/ and test/ (or val/), each with one folder of pictures a class; or"
-    " the folders of the classes alone, from which a test share is then drawn"
+    "expected train/ and test/ (or val/), each with one folder of images per class; or"
+    " only the folders of the classes, from which a test share is drawn"
 )
-"""What is expected on disk; ends messages."""
+"""Expected layout on disk; for messages."""
 
 _TRAIN, _TEST = ("train",), ("test", "val", "valid")
 
 
 def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
-    """Lists `train/` and `test/` of class folders, or class folders alone.
+    """Lists class folders in `train/` and `test/`, or class folders without splits.
 
-    From class folders alone a share of each class is drawn for testing: at least one
-    picture of a class that has two, the same ones for the same seed and file names.
+    Without splits, a random share of each class is used for testing: at least one image
+    of a class that has two, the same for the same seed and file names.
 
     Raises:
-        ValueError: no such folders, no pictures, a test class that is not trained.
+      ValueError: no such folders, no images, or a test class without a training folder.
     """
     root = path
-    for _ in range(2):  # archives are often packed with a folder around
+    for _ in range(2):  # archives often have one extra outer folder
         only = listing.sub_folders(root)
         if len(only) == 1 and not _split_folder(root, _TRAIN + _TEST):
             root = only[0]
@@ -47,7 +47,7 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
         if unknown:
             raise ValueError(
                 f"{test}: classes without a folder in {train}: {listing.some(unknown)};"
-                " rename them or add training pictures"
+                " rename them or add training images"
             )
         splits = {
             split: [
@@ -59,11 +59,11 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
         }
         unused = [f.name for f in listing.sub_folders(root) if f not in (train, test)]
         if unused:
-            notes.append(f"folders of {root} that are not used: {listing.some(unused)}")
+            notes.append(f"folders of {root} that are ignored: {listing.some(unused)}")
     elif train or test:
         raise ValueError(
             f"{root}: only {(train or test or root).name}/ is here;"
-            f" {LAYOUT} (give the path of that folder then)"
+            f" {LAYOUT} (then set the path to that folder)"
         )
     else:
         classes = _classes(root, skipped)
@@ -76,7 +76,7 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
         splits = draw_test(root, entries, seed=seed, test_share=test_share)
         notes.append(
             f"no train/ and test/ in {root}: {len(splits['test'])} of {len(entries)}"
-            " pictures were drawn for testing"
+            " images were drawn for testing"
         )
     if skipped:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
@@ -89,14 +89,14 @@ def draw_test(
 ) -> Splits:
     """Draws a share of each class for testing; both splits keep the order of `entries`.
 
-    At least one picture of a class that has two is drawn, and at least one is left; the
-    same ones for the same seed and the same names below `root`.
+    A class that has two images gets at least one in each split. The result depends only
+    on the seed and the names relative to `root`.
 
     Raises:
-        ValueError: the share is not between 0 and 1.
+      ValueError: the share is not between 0 and 1.
     """
     if not 0 < test_share < 1:
-        raise ValueError(f"test_share is {test_share}: give a share between 0 and 1")
+        raise ValueError(f"test_share is {test_share}: set it between 0 and 1")
     classes: dict[int, list[Path]] = {}
     for entry in entries:
         classes.setdefault(entry.label, []).append(entry.file)
@@ -122,20 +122,20 @@ def _classes(folder: Path, skipped: collections.Counter) -> dict[str, list[Path]
         name = unicodedata.normalize("NFC", class_folder.name)
         if name in classes:
             raise ValueError(
-                f"{folder}: two folders are called {name!r}, spelt with different"
-                " Unicode; merge them"
+                f"{folder}: two folders have the name {name!r} in different Unicode"
+                " forms; merge them"
             )
         classes[name] = listing.picture_files(class_folder, skipped)
     for file in folder.iterdir():
         if file.is_file():
             skipped["outside the class folders"] += 1
     if not any(classes.values()):
-        raise ValueError(f"{folder}: no pictures in folders; {LAYOUT}")
+        raise ValueError(f"{folder}: no images in folders; {LAYOUT}")
     return classes
 
 
 def _split_folder(root: Path, names: Iterable[str]) -> Path | None:
-    """The first sub-folder of such a name; without folders in it, it is a class."""
+    """The first sub-folder with one of the names and with sub-folders of its own."""
     by_name = {folder.name.lower(): folder for folder in listing.sub_folders(root)}
     found = [by_name[name] for name in names if name in by_name]
     return next((folder for folder in found if listing.sub_folders(folder)), None)

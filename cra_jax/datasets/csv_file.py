@@ -1,4 +1,4 @@
-"""A CSV file -> image files, classes, splits and boxes.
+"""Reads a CSV file: image files, classes, splits and boxes.
 
     path,label,split,x_min,y_min,x_max,y_max
     photos/1.jpg,Wren,train,10,5,60,25
@@ -22,7 +22,7 @@ LAYOUT = (
     "expected a CSV file whose header has the columns path and label and, optionally,"
     " split (train, test, val), x_min, y_min, x_max, y_max"
 )
-"""What is expected on disk; ends messages."""
+"""Expected file; for messages."""
 
 _SPLITS = {"train": "train", "test": "test", "val": "val"}
 _SPLITS |= {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
@@ -33,44 +33,42 @@ _Row = dict[str, str]
 
 
 def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
-    """Lists the pictures that a CSV file names.
+    """Lists the images of a CSV file.
 
-    Paths start from the CSV's folder and stay in it; links are followed. Labels are
-    names, or numbers. Without a split column, a share of each class is drawn for
-    testing, as from folders of classes. Rows of "val" serve where none is "test".
+    Paths are relative to the folder of the CSV, and inside it; links are followed.
+    Labels are names or numbers. Without a split column, a random share of each class is
+    used for testing, as for class folders. Rows of "val" are used if none is "test".
 
     Args:
-        file: commas, semicolons or tabs between the columns, in UTF-8.
-        seed: of the share that is drawn.
-        test_share: of each class, where there is no split column.
+      file: with commas, semicolons or tabs between the columns, in UTF-8.
+      seed: of the random test split.
+      test_share: of each class, if there is no split column.
 
     Raises:
-        ValueError: names the line, or lines, and what is wrong there.
+      ValueError: the file has errors; the message lists the lines.
     """
     rows = list(_rows(file))
     if not rows:
-        raise ValueError(f"{file}: there are no rows below the header; add pictures")
+        raise ValueError(f"{file}: there are no rows after the header; add images")
     root = file.parent
     seen: dict[Path, int] = {}
     missing = []
     labels, entries, splits = [], [], []
     for line, row in rows:
         fail = _failure(file, line)
-        picture = root / _relative(row["path"], fail)
-        if picture in seen:
-            raise fail(
-                f"{row['path']!r} is on line {seen[picture]} already; remove one"
-            )
-        seen[picture] = line
-        if not picture.is_file():
+        image = root / _relative(row["path"], fail)
+        if image in seen:
+            raise fail(f"{row['path']!r} is also on line {seen[image]}; remove one")
+        seen[image] = line
+        if not image.is_file():
             missing.append(f"line {line}: {row['path']}")
         labels.append(_label(row["label"], fail))
         splits.append(_split(row["split"], fail) if "split" in row else "")
-        entries.append(Entry(picture, 0, _corners(row, fail)))
+        entries.append(Entry(image, 0, _corners(row, fail)))
     if missing:
         raise ValueError(
-            f"{file}: {len(missing)} of {len(rows)} pictures are not there:"
-            f" {some(missing)}; paths start from {root}"
+            f"{file}: {len(missing)} of {len(rows)} images do not exist:"
+            f" {some(missing)}; give paths relative to {root}"
         )
     if all(label.isdecimal() for label in labels):
         labels = [str(int(label)) for label in labels]  # 01 and 1 are one class
@@ -88,11 +86,11 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
         )
         notes = [
             f"no split column in {file}: {len(divided['test'])} of {len(entries)}"
-            " pictures were drawn for testing"
+            " images were drawn for testing"
         ]
     unused = [column for column in rows[0][1] if column not in _COLUMNS]
     if unused:
-        notes.append(f"columns of {file} that are not used: {some(unused)}")
+        notes.append(f"columns of {file} that are ignored: {some(unused)}")
     return Listing(root, tuple(names), divided, tuple(notes))
 
 
@@ -101,7 +99,7 @@ def _divide(entries: list[Entry], splits: list[str]) -> tuple[Splits, list[str]]
     for entry, split in zip(entries, splits, strict=True):
         groups[split].append(entry)
     val, test = groups["val"], groups["test"]
-    notes = [f"{len(val)} rows of the split 'val' are not used"] if val and test else []
+    notes = [f"{len(val)} rows of the split 'val' are ignored"] if val and test else []
     return {"train": groups["train"], "test": test or val}, notes
 
 
@@ -110,7 +108,7 @@ def _failure(file: Path, line: int) -> Callable[[str], ValueError]:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, _Row]]:
-    """The rows that are not empty, and the numbers of their lines."""
+    """Line numbers and values of the rows that are not empty."""
     line = 1
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
@@ -126,7 +124,7 @@ def _rows(file: Path) -> Iterator[tuple[int, _Row]]:
                 if len(values) != len(header):
                     raise ValueError(
                         f"{file}, line {line}: {len(values)} values, but the header"
-                        f" names {len(header)} columns; put texts that hold a"
+                        f" has {len(header)} columns; put texts that contain"
                         f" {separator!r} into double quotes"
                     )
                 yield line, dict(zip(header, map(str.strip, values), strict=True))
@@ -134,12 +132,12 @@ def _rows(file: Path) -> Iterator[tuple[int, _Row]]:
         raise ValueError(f"{file}: {error}; save the file as UTF-8") from error
     except csv.Error as error:
         raise ValueError(
-            f"{file}, after line {line}: {error}; save the file as CSV anew"
+            f"{file}, after line {line}: {error}; save the file as CSV again"
         ) from error
 
 
 def _separator(header: str) -> str:
-    """Spreadsheets write semicolons where the comma is the decimal sign."""
+    """The separator; spreadsheets use semicolons if the decimal sign is a comma."""
     return max(",;\t", key=header.count)
 
 
@@ -149,25 +147,25 @@ def _check_header(file: Path, header: list[str]) -> None:
     missing += [side for side in _SIDES if side not in box] if box else []
     doubled = [name for name, count in Counter(header).items() if count > 1]
     if missing or doubled:
-        problem = f"lacks {some(missing)}" if missing else f"doubles {some(doubled)}"
+        problem = f"lacks {some(missing)}" if missing else f"repeats {some(doubled)}"
         raise ValueError(f"{file}: its header {header} {problem}; {LAYOUT}")
 
 
 def _relative(text: str, fail: Callable[[str], ValueError]) -> PurePosixPath:
-    path = PurePosixPath(text.replace("\\", "/"))  # Windows writes those
+    path = PurePosixPath(text.replace("\\", "/"))  # from Windows
     if not path.name:
-        raise fail(f"the path is {text!r}; name a picture")
+        raise fail(f"the path is {text!r}; give the path of an image")
     if path.is_absolute() or ".." in path.parts or path.parts[0].endswith(":"):
         raise fail(
-            f"{text!r} leaves the CSV's folder; give the path from that folder, and"
-            " move the CSV above its pictures where they are elsewhere"
+            f"{text!r} is outside the CSV's folder; give a path relative to that"
+            " folder, and move the CSV to a folder that contains all images"
         )
     return path
 
 
 def _label(text: str, fail: Callable[[str], ValueError]) -> str:
     if not text:
-        raise fail("the label is empty; name the class")
+        raise fail("the label is empty; give the class")
     return unicodedata.normalize("NFC", text)
 
 

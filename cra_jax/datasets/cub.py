@@ -1,4 +1,4 @@
-"""CUB-200-2011 and NABirds as published -> image files, classes and boxes.
+"""Reads CUB-200-2011 and NABirds as published: image files, classes and boxes.
 
 Both datasets have the same text lists. No image is opened.
 """
@@ -28,14 +28,14 @@ NABIRDS_LAYOUT = (
     " train_test_split.txt, classes.txt, images/), or its parent; get"
     " nabirds.tar.gz from https://dl.allaboutbirds.org/nabirds and unpack it"
 )
-"""What each source expects on disk, and where to get it; ends messages."""
+"""Expected layout on disk, and the download address; for messages."""
 
 
 def cub(path: Path) -> Listing:
-    """Lists CUB-200-2011, whose folder `path` is or contains.
+    """Lists CUB-200-2011; `path` is or contains its folder.
 
     Raises:
-        ValueError: a list is missing, damaged or at odds with the others.
+      ValueError: a list is missing, damaged or inconsistent with the others.
     """
     root = first_below(path, lambda folder: (folder / "images.txt").is_file())
     if root is None:
@@ -44,13 +44,13 @@ def cub(path: Path) -> Listing:
 
 
 def nabirds(path: Path) -> Listing:
-    """Lists NABirds, whose folder `path` is or contains.
+    """Lists NABirds; `path` is or contains its folder.
 
-    Its classes.txt also names the groups of a hierarchy, which have no pictures of
-    their own: only the names that have some (555 as published) are classes.
+    Its classes.txt also has the groups of a hierarchy, which have no images: only names
+    with images (555 as published) are classes.
 
     Raises:
-        ValueError: a list is missing, damaged or at odds with the others.
+      ValueError: a list is missing, damaged or inconsistent with the others.
     """
     root = first_below(path, lambda folder: (folder / "images.txt").is_file())
     if root is None:
@@ -62,12 +62,12 @@ def nabirds(path: Path) -> Listing:
     groups = len(named) - len(classes)
     if not groups:
         return listing
-    note = f"{groups} of {len(named)} names in classes.txt are groups without pictures"
+    note = f"{groups} of {len(named)} names in classes.txt are groups without images"
     return dataclasses.replace(listing, notes=(*listing.notes, note))
 
 
 def _birds(root: Path, classes: Mapping[str, str]) -> Listing:
-    """The lists that CUB and NABirds share: an id and what is known of it, a line."""
+    """Reads the lists of CUB and NABirds, which have lines of "id value"."""
     files = read_table(root / "images.txt")
     labels = read_table(root / "image_class_labels.txt", files)
     is_train = read_table(root / "train_test_split.txt", files)
@@ -89,7 +89,7 @@ def _birds(root: Path, classes: Mapping[str, str]) -> Listing:
                 f"{root}: image {key} has class {labels[key]!r}, split"
                 f" {is_train[key]!r}, box {boxes.get(key)!r}: the class must be in"
                 " classes.txt, the split 0 or 1, the box four numbers; unpack the"
-                " archive anew"
+                " archive again"
             ) from error
         splits[split].append(Entry(root / "images" / file, label, corners))
     names = tuple(classes[key] for key in position)

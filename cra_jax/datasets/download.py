@@ -1,4 +1,4 @@
-"""Downloads one file: resumes after an interruption, checks size and SHA-256."""
+"""Downloads a file: resumes after an interruption, checks size and SHA-256."""
 
 import dataclasses
 import hashlib
@@ -15,35 +15,35 @@ from typing import BinaryIO
 from cra_jax.runtime import files
 from cra_jax.runtime.progress import Progress, say
 
-ATTEMPTS = 5  # in a row that bring less than _PIECE
-_PIECE = 1 << 20  # bytes that are read at once
+ATTEMPTS = 5  # consecutive ones that receive less than _PIECE
+_PIECE = 1 << 20  # bytes per read
 _TIMEOUT_S = 30.0
 _FIRST_WAIT_S = 1.0  # before the second attempt; doubled for each after it
-_PASSING = (408, 416, 425, 429)  # of the 4xx answers, those that may pass
+_PASSING = (408, 416, 425, 429)  # 4xx status codes that may be temporary
 _BROKEN = (OSError, http.client.HTTPException)
 
 
 def fetch(
     url: str, target: Path, *, size: int, sha256: str, progress: bool = True
 ) -> Path:
-    """Downloads a file, unless it is there, and checks every byte of it.
+    """Downloads a file, unless it exists, and checks its size and SHA-256.
 
-    What a broken download has brought is kept in `<target>.partial`, and the next
-    attempt, or the next call, goes on from there. A second process waits for the first.
+    An interrupted download is kept in `<target>.partial`, and the next attempt, or the
+    next call, resumes it. A second process waits for the first.
 
     Args:
-        url: its address; proxies are taken from the environment.
-        target: where it goes; the name appears when the file is whole and on disk.
-        size: bytes.
-        sha256: hex digest.
-        progress: report on standard error.
+      url: its address; the environment sets proxies.
+      target: the file; it exists once its content is complete and on disk.
+      size: in bytes.
+      sha256: hex digest.
+      progress: report on standard error.
 
     Returns:
-        `target`.
+      `target`.
 
     Raises:
-        ValueError: the file cannot be had, or is another one; says how to place it by
-            hand, and where.
+      ValueError: the download failed, or the file has another size or digest; the
+        message describes how to place it by hand.
     """
     by_hand = (
         f"get {url} by other means and save it as {target} ({size:,} bytes, sha256"
@@ -59,7 +59,7 @@ def fetch(
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What is asked of the net, and what a person can do without it."""
+    """What to download, and what the user can do instead."""
 
     url: str
     size: int
@@ -79,8 +79,8 @@ def _download(source: _Source, target: Path, progress: bool) -> None:
             f" {free / 1e6:,.1f} MB free: free some space or choose another folder"
         )
     if progress:
-        goes_on = f", going on from {had / 1e6:,.1f} MB" if had else ""
-        say(f"fetching {source.url} ({source.size / 1e6:,.1f} MB){goes_on}")
+        resumes = f", resuming from {had / 1e6:,.1f} MB" if had else ""
+        say(f"downloading {source.url} ({source.size / 1e6:,.1f} MB){resumes}")
     resumed = had > 0
     with Progress(source.size, target.name, unit="B", done=had, show=progress) as bar:
         for is_last in (False, True):
@@ -93,14 +93,14 @@ def _download(source: _Source, target: Path, progress: bool) -> None:
             partial.unlink()
             if is_last or not resumed:
                 raise ValueError(
-                    f"what {source.url} sent {problem}: is it another file by now?"
-                    f" Otherwise {source.by_hand}"
+                    f"{source.url} sent a file that {problem}: check whether it"
+                    f" was replaced, or {source.by_hand}"
                 )
-            bar.back_to(0)  # the pieces may be of different files
+            bar.back_to(0)  # the parts may be from different files
 
 
 def _complete(source: _Source, file: BinaryIO, bar: Progress, progress: bool) -> bool:
-    """Fills a file to its size; returns whether that took several attempts."""
+    """Downloads the rest of a file; returns whether that took several attempts."""
     failures, wait_s = 0, _FIRST_WAIT_S
     for attempt in itertools.count(1):
         before = file.tell()
@@ -114,8 +114,8 @@ def _complete(source: _Source, file: BinaryIO, bar: Progress, progress: bool) ->
         failures += 1
         if failures >= ATTEMPTS:
             raise ValueError(
-                f"cannot fetch {source.url}: {reason} ({ATTEMPTS} attempts). What has"
-                f" come is kept: run again to go on from there, or {source.by_hand}"
+                f"cannot download {source.url}: {reason} ({ATTEMPTS} attempts): run"
+                f" again to resume the download, or {source.by_hand}"
             )
         if progress:
             say(f"{reason}; trying again in {wait_s:.0f} s")
@@ -125,7 +125,7 @@ def _complete(source: _Source, file: BinaryIO, bar: Progress, progress: bool) ->
 
 
 def _attempt(source: _Source, file: BinaryIO, bar: Progress) -> str | None:
-    """Asks for what a file lacks, and appends it; returns why it broke, if it did."""
+    """Appends the rest of a file; returns the reason if it was interrupted."""
     have = file.tell()
     if have == source.size:
         return None
@@ -140,9 +140,9 @@ def _attempt(source: _Source, file: BinaryIO, bar: Progress) -> str | None:
             reason = f"the server answers {error.code} ({error.reason})"
         if 400 <= error.code < 500 and error.code not in _PASSING:
             raise ValueError(
-                f"cannot fetch {source.url}: {reason}; {source.by_hand}"
+                f"cannot download {source.url}: {reason}; {source.by_hand}"
             ) from error
-        if error.code == 416:  # it has no such range
+        if error.code == 416:  # the range is not available
             _empty(file, bar)
         return reason
     except _BROKEN as error:
@@ -151,7 +151,9 @@ def _attempt(source: _Source, file: BinaryIO, bar: Progress) -> str | None:
         _check_length(source, answer)
         first = answer.headers.get("Content-Range", "").removeprefix("bytes ")
         if answer.status != 206:
-            have = _empty(file, bar)  # all of it comes: the server knows no ranges
+            have = _empty(
+                file, bar
+            )  # the full file: the server does not support ranges
         elif not first.startswith(f"{have}-"):
             _empty(file, bar)
             return f"the server sent the range {first!r}"
@@ -169,14 +171,14 @@ def _attempt(source: _Source, file: BinaryIO, bar: Progress) -> str | None:
 
 
 def _check_length(source: _Source, answer: http.client.HTTPResponse) -> None:
-    """Refuses another file, such as the page of a hotel, before anything is lost."""
+    """Raises an error for another file, such as a login page, before data is lost."""
     text = answer.headers.get("Content-Length")
     if answer.status == 206:
         text = answer.headers.get("Content-Range", "").rpartition("/")[2]
     if text and text.isdecimal() and int(text) != source.size:
         raise ValueError(
-            f"{source.url} now gives {int(text):,} bytes, not {source.size:,}: it is"
-            f" another file; {source.by_hand}"
+            f"{source.url} now has {int(text):,} bytes, not {source.size:,}, so it"
+            f" is another file: {source.by_hand}"
         )
 
 
@@ -188,7 +190,7 @@ def _empty(file: BinaryIO, bar: Progress) -> int:
 
 
 def _problem(file: Path, size: int, sha256: str) -> str | None:
-    """What is wrong with a file, if anything."""
+    """The difference from the expected size and digest, or None."""
     found = file.stat().st_size
     if found != size:
         return f"has {found:,} bytes, not {size:,}"

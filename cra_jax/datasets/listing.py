@@ -1,4 +1,4 @@
-"""What the readers of datasets share: listings, text tables, image files, sort keys.
+"""Helpers for dataset readers: listings, text tables, image files, sort keys.
 
 No image is opened, and no order depends on the file system.
 """
@@ -16,19 +16,19 @@ SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"}
     | {".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""Endings of files that count as pictures, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 Corners = tuple[float, float, float, float]
 
 
 class Entry(NamedTuple):
-    """One picture: its file, its label, and where the object is, if known."""
+    """One image: its file, its label, and the box of the object, if known."""
 
     file: Path
     label: int
     corners: Corners | Callable[[], Corners] | None
-    """(left, top, right, bottom) in pixels of the picture as stored, or who finds them;
-    picklable."""
+    """(left, top, right, bottom) in pixels of the stored image, or a picklable function
+    that returns them."""
 
 
 Splits = dict[str, list[Entry]]
@@ -36,20 +36,20 @@ Splits = dict[str, list[Entry]]
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """A data set's entries: `splits` has "train" and "test"; notes are to be shown."""
+    """A dataset's entries: `splits` has "train" and "test"; `notes` are for the log."""
 
     root: Path
     class_names: tuple[str, ...]
     splits: Splits
     notes: tuple[str, ...] = ()
     cut_bottom_px: int = 0
-    """Rows at the foot of every picture that are no part of it."""
+    """Rows at the bottom of every image to be cropped."""
 
 
 def picture_files(folder: Path, skipped: collections.Counter) -> list[Path]:
-    """All pictures below a folder in natural order; counts the other files by kind.
+    """All images below a folder in natural order; counts the other files by suffix.
 
-    Links are followed; a folder that is linked into itself is entered once.
+    Links are followed; a folder that contains a link to itself is visited once.
     """
     found, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
@@ -71,15 +71,15 @@ def picture_files(folder: Path, skipped: collections.Counter) -> list[Path]:
 
 
 def unlisted(folder: Path, splits: Splits) -> tuple[str, ...]:
-    """A note on pictures below a folder that the lists do not name."""
+    """A note on images below a folder that are not in the lists."""
     listed = {str(entry.file) for entries in splits.values() for entry in entries}
     found = map(str, picture_files(folder, collections.Counter()))
     extra = [file for file in found if file not in listed]
-    return (f"{len(extra)} pictures not listed: {some(extra)}",) if extra else ()
+    return (f"{len(extra)} images not listed: {some(extra)}",) if extra else ()
 
 
 def first_below(path: Path, is_root: Callable[[Path], bool]) -> Path | None:
-    """The first folder that passes the test: `path`, those in it, those in them."""
+    """The first folder with `is_root`, in breadth-first order to depth 2."""
     level = [path]
     for _ in range(3):
         for folder in level:
@@ -96,12 +96,12 @@ def find_below(root: Path, places: Sequence[str], name: str = "") -> Path | None
 
 
 def from_one(x1: float, y1: float, x2: float, y2: float) -> Corners:
-    """Corners of a box whose pixels count from 1, and whose ends belong to it."""
+    """Corners of a box from 1-based, inclusive pixel coordinates."""
     return x1 - 1, y1 - 1, x2, y2
 
 
 def sub_folders(folder: Path) -> list[Path]:
-    """Folders in a folder, in natural order, but for hidden ones."""
+    """Folders in a folder, in natural order, without hidden ones."""
     found = [f for f in folder.iterdir() if _is_shown(f.name) and f.is_dir()]
     return sorted(found, key=lambda f: natural_key(f.name))
 
@@ -111,12 +111,12 @@ def _is_shown(name: str) -> bool:
 
 
 def name_below(file: Path, root: Path) -> str:
-    """The path from `root` to `file`, spelt alike on every system."""
+    """The path from `root` to `file`, the same on every system."""
     return unicodedata.normalize("NFC", file.relative_to(root).as_posix())
 
 
 def natural_key(text: str) -> tuple[list[int | str], str]:
-    """Sorts names as people do, "b2" before "b10", and alike on every system."""
+    """Sort key with "b2" before "b10", the same on every system."""
     text = unicodedata.normalize("NFC", text)
     parts = re.split(r"(\d+)", text.casefold())
     return [int(p) if i % 2 else p for i, p in enumerate(parts)], text
@@ -128,28 +128,28 @@ def some(items: Sequence[str]) -> str:
 
 
 def read_table(file: Path, like: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Reads lines of "id value"; ids must be those of `like`."""
+    """Reads lines of "id value"; the ids must be those of `like`, if given."""
     table = {}
     for number, line in numbered_lines(file):
         key, _, value = line.partition(" ")
         if not value or key in table:
             raise ValueError(
                 f"{file}, line {number}: {line!r} is not a new id and its value; unpack"
-                " the archive anew"
+                " the archive again"
             )
         table[key] = value.strip()
     if like is not None and table.keys() != like.keys():
         odd = sorted(table.keys() ^ like.keys(), key=natural_key)
         raise ValueError(
             f"{file}: {len(table)} ids, but images.txt has {len(like)}; not in both:"
-            f" {some(odd)}; unpack the archive anew"
+            f" {some(odd)}; unpack the archive again"
         )
     return table
 
 
 def numbered_lines(file: Path) -> list[tuple[int, str]]:
-    """The lines that are not empty, and their numbers from 1."""
+    """The lines that are not empty, with their numbers from 1."""
     if not file.is_file():
-        raise ValueError(f"{file}: this file is missing; unpack the archive anew")
+        raise ValueError(f"{file}: this file is missing; unpack the archive again")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]

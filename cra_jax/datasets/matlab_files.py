@@ -1,7 +1,7 @@
 """Reads MATLAB files (versions 5 to 7.2) into plain Python values.
 
-The files are untrusted, and on some damaged ones `scipy.io.loadmat`, in C, ends the
-whole process. Here every length is checked before it is used.
+The files are untrusted, and `scipy.io.loadmat`, in C, crashes the process for some
+damaged files. This module checks every length before use.
 """
 
 import math
@@ -26,18 +26,18 @@ class _Element(NamedTuple):
     kind: int
     content: memoryview
     end: int
-    """Where the next one begins."""
+    """Offset of the next element."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The variables of a file by their names.
+    """The variables of a file by name.
 
-    Numbers are arrays, 1-D in MATLAB's order, column by column; texts are `str`; cells
-    are lists; structs are lists of dicts. The shapes of all of them are left out.
+    Numbers are 1-D arrays in MATLAB's column-major order; texts are `str`; cells are
+    lists; structs are lists of dicts. Shapes are omitted.
 
     Raises:
       ValueError: it is no such file, is damaged, would take more than 256 MB, or holds
-        something else (functions, objects, sparse arrays).
+        unsupported types (functions, objects, sparse arrays).
       OSError: it cannot be read.
     """
     data = memoryview(path.read_bytes())
@@ -47,11 +47,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return _variables(data[128:], order)
     except (struct.error, zlib.error) as error:
-        raise ValueError(f"it is damaged or cut short ({error})") from error
+        raise ValueError(f"it is damaged or truncated ({error})") from error
 
 
 def read_variable(file: Path, variable: str, kind: type) -> Any:
-    """A variable of a file, which must be of this type.
+    """A variable of a file, which must be of type `kind`.
 
     Raises:
       ValueError: the file cannot be read, or holds no such variable.
@@ -63,22 +63,22 @@ def read_variable(file: Path, variable: str, kind: type) -> Any:
             raise ValueError(f"it holds {held}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file}: no {variable!r} can be read from it ({error}); get the file anew"
+            f"{file}: no {variable!r} can be read from it ({error}); get the file again"
         ) from error
     return found[variable]
 
 
 def _variables(data: memoryview, order: str) -> dict[str, Any]:
-    found, at, room = {}, 0, _LARGEST
+    found, at, remaining = {}, 0, _LARGEST
     while at < len(data):
         kind, content, _ = _element(data, at, order)
-        at += 8 + len(content)  # on the top level nothing is padded
+        at += 8 + len(content)  # at the top level nothing is padded
         if kind == _COMPRESSED:
-            unfolding = zlib.decompressobj()
-            content = memoryview(unfolding.decompress(content, room))
-            if not unfolding.eof:
-                raise ValueError("it is cut short, or unfolds to more than 256 MB")
-            room -= len(content)
+            decompressor = zlib.decompressobj()
+            content = memoryview(decompressor.decompress(content, remaining))
+            if not decompressor.eof:
+                raise ValueError("it is truncated, or decompresses to more than 256 MB")
+            remaining -= len(content)
             kind, content, _ = _element(content, 0, order)
         if kind == _MATRIX:
             name, value = _matrix(content, order, _DEEPEST)
@@ -89,27 +89,27 @@ def _variables(data: memoryview, order: str) -> dict[str, Any]:
 def _element(data: memoryview, at: int, order: str) -> _Element:
     first, size = struct.unpack_from(f"{order}II", data, at)
     begin, end = at + 8, at + 8 + -(-size // 8) * 8
-    if first >> 16:  # a short one shares its 8 bytes with what it holds
+    if first >> 16:  # a small element has its content in its own 8 bytes
         first, size, begin, end = first & 0xFFFF, first >> 16, at + 4, at + 8
     content = data[begin : begin + size]
     if len(content) < size or (end == at + 8 and size > 4):
-        raise ValueError("it is damaged or cut short")
+        raise ValueError("it is damaged or truncated")
     return _Element(first, content, end)
 
 
 def _matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
-    """A variable's name and value; `depth` is how many may lie in each other."""
+    """A variable's name and value; `depth` is the maximum nesting depth."""
     if not len(data):
         return "", np.empty(0)
     if not depth:
-        raise ValueError(f"more than {_DEEPEST} cells or structs lie in each other")
+        raise ValueError(f"cells or structs are nested more than {_DEEPEST} deep")
     flags, at = _next(data, 0, order)
     kind = int(_numbers(flags, order)[0]) & 0xFF
     lengths, at = _next(data, at, order)
     count = math.prod(map(int, _numbers(lengths, order)))
     name, at = _next(data, at, order)
     if not 0 <= count <= len(data):
-        raise ValueError("it says that it has more elements than there is room for")
+        raise ValueError("it declares more elements than it has bytes")
 
     def values(number: int) -> list[Any]:
         nonlocal at
@@ -117,7 +117,7 @@ def _matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
         for _ in range(number):
             element, at = _next(data, at, order)
             if element.kind != _MATRIX:
-                raise ValueError(f"an element of kind {element.kind} is no variable")
+                raise ValueError(f"an element of type {element.kind} is no variable")
             each.append(_matrix(element.content, order, depth - 1)[1])
         return each
 
@@ -128,7 +128,7 @@ def _matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
         fields, at = _next(data, at, order)
         width = int(_numbers(length, order)[0])
         if width < 1:
-            raise ValueError(f"its fields have names of {width} letters")
+            raise ValueError(f"its field names have {width} letters")
         keys = [
             bytes(fields.content[i : i + width]).partition(b"\0")[0].decode()
             for i in range(0, len(fields.content), width)
@@ -139,9 +139,9 @@ def _matrix(data: memoryview, order: str, depth: int) -> tuple[str, Any]:
     elif kind in _NUMERIC:
         value = _numbers(_next(data, at, order)[0], order) if count else np.empty(0)
         if len(value) != count:
-            raise ValueError(f"{len(value)} numbers, where there should be {count}")
+            raise ValueError(f"it has {len(value)} numbers instead of {count}")
     else:
-        raise ValueError(f"a variable of MATLAB's class {kind} cannot be read here")
+        raise ValueError(f"a variable of MATLAB's class {kind} is not supported")
     return bytes(name.content).decode(), value
 
 
@@ -152,13 +152,13 @@ def _next(data: memoryview, at: int, order: str) -> tuple[_Element, int]:
 
 def _numbers(element: _Element, order: str) -> np.ndarray:
     if element.kind not in _NUMBERS or not len(element.content):
-        raise ValueError(f"an element of kind {element.kind} holds no numbers")
+        raise ValueError(f"an element of type {element.kind} holds no numbers")
     return np.frombuffer(element.content, order + _NUMBERS[element.kind])
 
 
 def _text(element: _Element, order: str) -> str:
     if element.kind not in _TEXTS:
-        raise ValueError(f"an element of kind {element.kind} holds no text")
+        raise ValueError(f"an element of type {element.kind} holds no text")
     coding = _TEXTS[element.kind]
     if coding in ("utf-16", "utf-32"):
         coding += "-le" if order == "<" else "-be"

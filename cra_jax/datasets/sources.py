@@ -1,9 +1,9 @@
-"""Loads a dataset by the name of its source: listings -> records.
+"""Loads a dataset by the name of its source: converts listings to records.
 
-A record names an image, its class and how to read it. Loading opens no image: labels
-come from the published lists or from folder names, and orders never depend on the file
-system. Missing files, duplicate names and labels out of range are errors that say what
-to do; files that are left out are counted in `Dataset.notes`.
+A record has the name of an image, its class and how to read it. Loading opens no image:
+labels come from the published lists or from folder names, and orders never depend on
+the file system. Missing files, duplicate names and labels out of range are errors;
+`Dataset.notes` has the numbers of omitted files.
 """
 
 import collections
@@ -38,8 +38,8 @@ class Reader(NamedTuple):
     """How a dataset on disk is read.
 
     Attributes:
-      read: the folder or file, with a seed and the options if there are any -> Listing.
-      layout: what is expected on disk, and where to get it; ends messages.
+      read: the folder or file, with a seed and the options if any -> Listing.
+      layout: expected layout on disk, and the download address; for messages.
       options: the keyword arguments of `read`.
     """
 
@@ -78,26 +78,26 @@ def load(
     seed: int = 0,
     **options: Any,
 ) -> Dataset:
-    """Lists the records of a data set.
+    """Lists the records of a dataset.
 
     Args:
-        source: one of `SOURCES`.
-        path: the data set's folder, or the CSV file; empty or None for "synthetic".
-            For "tfds" where it keeps its sets; empty or None for its own default.
-        seed: of the drawings, or of the split that is drawn from folders of classes.
-        **options: those of the source in `OPTIONS`.
-            num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
-            of the drawn birds.
-            test_share (0.2): of each class, where folders or CSV hold no test split.
-            name (""): of the set in tfds, which must be built there as array_record.
+      source: one of `SOURCES`.
+      path: the dataset's folder, or the CSV file; empty or None for "synthetic".
+        For "tfds" the directory of its datasets; empty or None for its own default.
+      seed: of the drawings, or of the random test split.
+      **options: those of the source in `OPTIONS`.
+        num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
+        of the drawn birds.
+        test_share (0.2): of each class, if folders or CSV have no test split.
+        name (""): of the dataset in tfds, built there as array_record.
 
     Returns:
-        A data set whose every class has a training picture. A class may be missing from
-        a test split.
+      A dataset whose every class has a training image. A class may be missing from
+      a test split.
 
     Raises:
-        ValueError: the source or an option is unknown, files are missing or damaged,
-            labels are out of range, names are doubled, a class has no training picture.
+      ValueError: the source or an option is unknown, files are missing or damaged,
+        labels are out of range, names are repeated, a class has no training image.
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}: choose one of {', '.join(SOURCES)}")
@@ -110,8 +110,8 @@ def load(
     if source == "synthetic":
         if path:
             raise ValueError(
-                f"path is {str(path)!r}, but source 'synthetic' reads no files: empty"
-                " the path, or choose another source"
+                f"path is {str(path)!r}, but source 'synthetic' reads no files: leave"
+                " the path empty, or choose another source"
             )
         return _check(_synthetic(seed, **options))
     if source == "tfds":
@@ -129,7 +129,7 @@ def load(
         return _check(_from_listing(source, reader.read(root, **options)))
     except OSError as error:
         raise ValueError(
-            f"{error.filename}: {error.strerror}; make it readable, or leave it out"
+            f"{error.filename}: {error.strerror}; make it readable, or remove it"
         ) from error
 
 
@@ -143,9 +143,10 @@ def _synthetic(
 ) -> Dataset:
     names = synthetic.class_names(num_species)
     setting = {"seed": seed, "num_species": num_species, "habitat_share": habitat_share}
-    # Drawings change with the code that draws them.
+    # The stamp changes with the code that draws.
     files = [
-        Path(str(room.__file__)).read_bytes() for room in (synthetic_drawing, synthetic)
+        Path(str(module.__file__)).read_bytes()
+        for module in (synthetic_drawing, synthetic)
     ]
     code = hashlib.sha256(b"".join(files)).hexdigest()[:12]
     stamp = " ".join(f"{key}={value}" for key, value in setting.items()) + f" {code}"
@@ -180,8 +181,8 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
         for file, label, corners in entries:
             if not file.is_relative_to(root) or ".." in file.relative_to(root).parts:
                 raise ValueError(
-                    f"{root}: its lists name {file}, which lies elsewhere: get the data"
-                    " set from where it was published"
+                    f"{root}: its lists contain {file}, which is outside: get the"
+                    " dataset from its publisher"
                 )
             try:
                 status = file.stat()
@@ -209,8 +210,8 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
         splits[split] = tuple(records)
     if missing:
         raise ValueError(
-            f"{root}: {len(missing)} listed pictures are missing: {some(missing)};"
-            " unpack the archive anew"
+            f"{root}: {len(missing)} listed images are missing: {some(missing)};"
+            " unpack the archive again"
         )
     return Dataset(name, listing.class_names, splits, root, listing.notes)
 
@@ -245,20 +246,20 @@ def _content_box(content: Callable[[], bytes], box: Box) -> Box:
 
 
 def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
-    """Reads a picture without the lowest rows, a banner."""
-    picture = pictures.decode(file)
-    if len(picture) <= cut_px:
+    """Reads an image without its lowest rows, a banner."""
+    image = pictures.decode(file)
+    if len(image) <= cut_px:
         raise pictures.PictureError(
-            f"{file}: {len(picture)} rows, of which the lowest {cut_px} are a banner to"
-            " be cut off; get it again"
+            f"{file}: {len(image)} rows, of which the lowest {cut_px} are a banner;"
+            " get it again"
         )
-    return pictures.resize_short_side(picture[:-cut_px], short_side_px)
+    return pictures.resize_short_side(image[:-cut_px], short_side_px)
 
 
 def _fraction_box(
     file: str, corners: Corners | Callable[[], Corners], cut_px: int
 ) -> Box:
-    """Corners in pixels as stored -> fractions of the picture as it is read."""
+    """Converts corners in stored pixels to fractions of the image as it is read."""
     if callable(corners):
         corners = corners()
     header = pictures.read_header(file)
@@ -270,7 +271,7 @@ def _fraction_box(
 def _upright_box(
     header: pictures.Header, x: np.ndarray, y: np.ndarray, cut_px: int = 0
 ) -> Box:
-    """Fractions of the picture as stored -> of the picture as it is read."""
+    """Converts fractions of the stored image to those of the image as it is read."""
     width, height = header.width_px, header.height_px
     if header.orientation in (2, 3, 7, 8):
         x = 1 - x
@@ -289,22 +290,22 @@ def _check(dataset: Dataset) -> Dataset:
     where = dataset.root or dataset.name
     if len(dataset.class_names) < 2:
         raise ValueError(
-            f"{where}: only the class {some(dataset.class_names)}; two are needed. The"
-            " path must be the folder that holds the folders of the classes"
+            f"{where}: only the class {some(dataset.class_names)}; two are needed: set"
+            " the path to the folder that has the class folders"
         )
     for split, records in dataset.splits.items():
         if not records:
-            raise ValueError(f"{where}: the split {split!r} has no pictures; add some")
+            raise ValueError(f"{where}: the split {split!r} has no images; add some")
     trained = {record.label for record in dataset.splits["train"]}
     idle = [name for i, name in enumerate(dataset.class_names) if i not in trained]
     if idle:
         raise ValueError(
-            f"{where}: {len(idle)} classes have no training picture: {some(idle)}; add"
+            f"{where}: {len(idle)} classes have no training image: {some(idle)}; add"
             " some, or remove the classes"
         )
     for what, names in {
         "class names": dataset.class_names,
-        "pictures": [r.name for records in dataset.splits.values() for r in records],
+        "images": [r.name for records in dataset.splits.values() for r in records],
     }.items():
         doubled = [n for n, count in collections.Counter(names).items() if count > 1]
         if doubled:
@@ -318,7 +319,7 @@ def _check(dataset: Dataset) -> Dataset:
 def load_dataset(options: DataOptions) -> Dataset:
     """Lists the records of a dataset; opens no image.
 
-    CUB-200-2011 is fetched where no path is given: it is the one set that can be.
+    CUB-200-2011 is downloaded if no path is given; other datasets cannot be.
 
     Raises:
       ValueError: as `load`.

@@ -1,4 +1,4 @@
-"""Stanford Cars in each of its three layouts -> image files, classes and boxes.
+"""Reads Stanford Cars in each of its three layouts: image files, classes and boxes.
 
 The original address is offline; copies have different layouts. No image is opened.
 """
@@ -24,19 +24,19 @@ from cra_jax.datasets.listing import (
 LAYOUT = (
     "expected cars_train/, cars_test/, devkit/ with its .mat files and"
     " cars_test_annos_withlabels.mat; or car_ims/ with cars_annos.mat; or train/"
-    " and test/ with one folder a class. The address at Stanford is dead; Kaggle"
+    " and test/ with one folder per class. The address at Stanford is offline; Kaggle"
     " has copies in all three layouts (about 2 GB)"
 )
-"""What is expected on disk, and where to get it; ends messages."""
+"""Expected layout on disk, and the download address; for messages."""
 
 _KITS = ("", "devkit", "car_devkit/devkit", "car_devkit", "cars_devkit")
 
 
 def cars(path: Path) -> Listing:
-    """Lists Stanford Cars, in any of the three layouts that are handed around.
+    """Lists Stanford Cars, in any of the three layouts in use.
 
     Raises:
-        ValueError: a list is missing or damaged, or a label is out of range.
+      ValueError: a list is missing or damaged, or a label is out of range.
     """
     markers = ("cars_train", "car_ims", "train")
     root = first_below(path, lambda folder: any((folder / m).is_dir() for m in markers))
@@ -50,7 +50,7 @@ def cars(path: Path) -> Listing:
 
 
 def _cars_devkit(root: Path) -> Listing:
-    """`cars_train/`, `cars_test/`, and the lists of the devkit wherever they lie."""
+    """`cars_train/`, `cars_test/`, and the lists of the devkit in any known place."""
     names = _mat_names(_find_mat(root, "cars_meta.mat"))
     lists = {
         "train": _find_mat(root, "cars_train_annos.mat"),
@@ -76,14 +76,14 @@ def _cars_one_folder(root: Path) -> Listing:
     names = _mat_names(file)
     splits: Splits = {"train": [], "test": []}
     for row in _mat_rows(file, "relative_im_path", "class", "test"):
-        picture = root / "car_ims" / Path(str(row["relative_im_path"])).name
+        image = root / "car_ims" / Path(str(row["relative_im_path"])).name
         split = "test" if row["test"] else "train"
-        splits[split].append(_mat_entry(picture, row, file, names))
+        splits[split].append(_mat_entry(image, row, file, names))
     return Listing(root, names, splits, unlisted(root / "car_ims", splits))
 
 
 def _cars_class_folders(root: Path, path: Path) -> Listing:
-    """Class folders, and the boxes in Kaggle's `anno_*.csv`, somewhere above them."""
+    """Class folders, and the boxes in Kaggle's `anno_*.csv`, in a folder above them."""
     listing = class_folders.class_folders(root)
     above = [root, *root.parents][: len(root.parts) - len(path.parts) + 1]
     splits: Splits = {}
@@ -105,25 +105,25 @@ def _csv_boxes(file: Path) -> dict[str, Corners]:
             except (IndexError, ValueError, TypeError) as error:
                 raise ValueError(
                     f"{file}: {','.join(row)!r} is not file, x1, y1, x2, y2, class; get"
-                    " the file anew, or remove it to go without boxes"
+                    " the file again, or remove it to load no boxes"
                 ) from error
     return boxes
 
 
 def _mat_entry(
-    picture: Path, row: dict[str, Any], file: Path, names: Sequence[str]
+    image: Path, row: dict[str, Any], file: Path, names: Sequence[str]
 ) -> Entry:
     number = row["class"]
     if not (1 <= number <= len(names) and number == int(number)):
         raise ValueError(
             f"{file}: class {number:g} is not one of the {len(names)} classes; get the"
-            " file anew"
+            " file again"
         )
     sides = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
     corners = None
     if set(sides) <= row.keys():
         corners = from_one(*(float(row[side]) for side in sides))
-    return Entry(picture, int(number) - 1, corners)
+    return Entry(image, int(number) - 1, corners)
 
 
 def _mat_names(file: Path) -> tuple[str, ...]:
@@ -131,12 +131,12 @@ def _mat_names(file: Path) -> tuple[str, ...]:
 
 
 def _mat_rows(file: Path, name: str, *numbers: str) -> list[dict[str, Any]]:
-    """The annotations: in each a file's name and, where they are known, numbers.
+    """The annotations: each has a file name and, where known, numbers.
 
     Args:
-        file: the list.
-        name: the column of the names.
-        numbers: columns that must be there.
+      file: the list.
+      name: the column of the names.
+      numbers: required columns.
     """
     rows = matlab_files.read_variable(file, "annotations", list)
     for row in rows:
@@ -154,7 +154,7 @@ def _mat_rows(file: Path, name: str, *numbers: str) -> list[dict[str, Any]]:
     except (AttributeError, ValueError) as error:
         raise ValueError(
             f"{file}: its annotations are not names and numbers ({error}); get the file"
-            " anew"
+            " again"
         ) from error
 
 
@@ -165,7 +165,7 @@ def _find_mat(root: Path, name: str) -> Path:
     message = f"{root / name}: this file is missing; put it there or into devkit/"
     if name == "cars_test_annos_withlabels.mat":
         message += (
-            " (185,758 bytes; it came as a file of its own, beside the devkit, whose"
+            " (185,758 bytes; published separately from the devkit, whose"
             " cars_test_annos.mat has no labels)"
         )
     if (root / "cars_annos.mat").is_file():

@@ -1,4 +1,4 @@
-"""Stanford Dogs as published -> image files, classes and boxes.
+"""Reads Stanford Dogs as published: image files, classes and boxes.
 
 No image is opened.
 """
@@ -14,12 +14,12 @@ from cra_jax.datasets import listing, matlab_files
 from cra_jax.datasets.listing import Corners, Entry, Listing, Splits
 
 LAYOUT = (
-    "expected Images/ with one folder a breed, train_list.mat and test_list.mat"
+    "expected Images/ with one folder per breed, train_list.mat and test_list.mat"
     " (here or in lists/) and, for boxes, Annotation/, as in images.tar, lists.tar"
     " and annotation.tar from http://vision.stanford.edu/aditya86/ImageNetDogs"
     " (816 MB)"
 )
-"""What is expected on disk, and where to get it; ends messages."""
+"""Expected layout on disk, and the download address; for messages."""
 
 _IMAGES = ("Images", "images/Images", "images")
 _LISTS = ("", "lists", "splits")
@@ -28,12 +28,12 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def dogs(path: Path) -> Listing:
-    """Lists Stanford Dogs, whose folder `path` is or contains.
+    """Lists Stanford Dogs; `path` is or contains its folder.
 
-    Where a picture shows several dogs, the box is the one round all of them.
+    If an image shows several dogs, the box encloses all of them.
 
     Raises:
-        ValueError: a list is missing, damaged or at odds with itself.
+      ValueError: a list is missing, damaged or inconsistent.
     """
     root = listing.first_below(
         path, lambda folder: bool(listing.find_below(folder, _IMAGES))
@@ -56,7 +56,7 @@ def dogs(path: Path) -> Listing:
             if not breed or breeds.setdefault(label, breed) != breed:
                 raise ValueError(
                     f"{file}: {name!r} has class {label}, which is"
-                    f" {breeds.get(label)!r} elsewhere; get the file anew"
+                    f" {breeds.get(label)!r} elsewhere; get the file again"
                 )
             splits[split].append(Entry(pictures / name, label, None))
     position = {label: i for i, label in enumerate(sorted(breeds))}
@@ -79,22 +79,24 @@ def _rows(file: Path) -> list[tuple[str, int]]:
     names = list(map(str, matlab_files.read_variable(file, "file_list", list)))
     labels = matlab_files.read_variable(file, "labels", np.ndarray)
     if not np.isfinite(labels).all():
-        raise ValueError(f"{file}: its labels are not whole numbers; get the file anew")
+        raise ValueError(
+            f"{file}: its labels are not whole numbers; get the file again"
+        )
     if len(names) != len(labels):
         raise ValueError(
-            f"{file}: {len(names)} files, but {len(labels)} labels; get the file anew"
+            f"{file}: {len(names)} files, but {len(labels)} labels; get the file again"
         )
     return [(name, int(label)) for name, label in zip(names, labels, strict=True)]
 
 
-def _corners(boxes: Path, picture: Path) -> Callable[[], Corners]:
-    return functools.partial(_round_all, boxes / picture.parent.name / picture.stem)
+def _corners(boxes: Path, image: Path) -> Callable[[], Corners]:
+    return functools.partial(_round_all, boxes / image.parent.name / image.stem)
 
 
 def _round_all(file: Path) -> Corners:
-    """The box round all boxes of an annotation, an XML file without a suffix.
+    """The box that encloses all boxes of an annotation, an XML file without a suffix.
 
-    Read only when it is asked for: there are 20,580 of them.
+    Read only on access: there are 20,580 files.
     """
     try:
         boxes = [
@@ -105,6 +107,6 @@ def _round_all(file: Path) -> Corners:
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise ValueError(
             f"{file}: no boxes can be read from it ({error}); unpack annotation.tar"
-            " anew, or remove Annotation/ to go without boxes"
+            " again, or remove Annotation/ to load no boxes"
         ) from error
     return min(left), min(top), max(right), max(bottom)

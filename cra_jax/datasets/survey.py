@@ -1,7 +1,7 @@
-"""Describes a dataset for users: counts, sizes, boxes, duplicates, unreadable images.
+"""Describes a dataset: counts, sizes, boxes, duplicates, unreadable images.
 
 Every stored image is decoded once. Two images are duplicates if their upright pixels
-are equal, whatever else their files hold.
+are equal, regardless of the rest of their files.
 """
 
 import collections
@@ -22,9 +22,9 @@ from cra_jax.input.records import Dataset, Record
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.runtime.progress import Progress
 
-_NAMED = 10  # how many names a list shows
+_NAMED = 10  # maximum number of names in a list
 
-# The contact sheet: a row for a class.
+# The contact sheet: one row per class.
 _ROWS, _COLUMNS = 24, 8
 _SIDE_PX, _GAP_PX, _NAME_PX = 112, 4, 208
 _PAPER, _INK, _FRAME = (255, 255, 255), (0, 0, 0), (255, 64, 0)
@@ -32,7 +32,7 @@ _EMPTY = (128, 128, 128)
 
 
 class _Look(NamedTuple):
-    """What one picture is, or why it cannot be read."""
+    """Properties of one image, or why it cannot be read."""
 
     split: str
     record: Record
@@ -46,7 +46,7 @@ class _Look(NamedTuple):
     pixels: bytes = b""
     """Digest of the upright RGB pixels."""
     box_share: float | None = None
-    """Of the picture's area; None where no box is known."""
+    """Of the image's area; None where no box is known."""
     box_problem: str = ""
 
 
@@ -57,21 +57,21 @@ def describe(
     workers: int | None = None,
     progress: bool = True,
 ) -> str:
-    """Says what was found in a data set.
+    """Describes a dataset in text.
 
     Args:
-        dataset: of `sources.load`.
-        sheet: where a PNG goes that shows some training pictures of up to 24 classes,
-            with their boxes; None for none.
-        workers: threads that decode; None for one per core.
-        progress: report on standard error.
+      dataset: of `sources.load`.
+      sheet: path of a PNG with some training images of up to 24 classes, and their
+        boxes; None for none.
+      workers: number of decoding threads; None for one per core.
+      progress: report on standard error.
 
     Returns:
-        Lines of text: classes and counts, notes of loading, sizes, colours, rotations,
-        boxes, duplicates within and between the splits, unreadable pictures by name.
+      Lines of text: classes and counts, notes of loading, sizes, colours, rotations,
+      boxes, duplicates within and between the splits, unreadable images by name.
 
     Raises:
-        ValueError: the sheet cannot be written, or `workers` is below 1.
+      ValueError: the sheet cannot be written, or `workers` is below 1.
     """
     workers = os.cpu_count() or 1 if workers is None else workers
     where = f" in {dataset.root}" if dataset.root else ""
@@ -86,7 +86,7 @@ def describe(
         for record in records
         if record.content
     ]
-    looks = list(_each(_look, stored, "looking at", workers, progress))
+    looks = list(_each(_look, stored, "examining", workers, progress))
     bad = {look.record.name for look in looks if look.problem}
     if looks:
         readable = [look for look in looks if not look.problem]
@@ -96,7 +96,7 @@ def describe(
         lines.append(f"unreadable: {len(bad) or 'none'}")
         lines += [f"  {look.problem}" for look in looks if look.problem]
     else:
-        lines.append("no picture is stored: they are drawn when they are read")
+        lines.append("no image is stored: images are drawn when they are read")
     if sheet is not None:
         lines.append(_write_sheet(dataset, bad, Path(sheet), workers, progress))
     return "\n".join(lines)
@@ -105,13 +105,13 @@ def describe(
 def _each(
     make: Callable, items: Sequence, title: str, workers: int, progress: bool
 ) -> Generator[Any, None, None]:
-    """Results in order, made in threads; shows how far it is."""
+    """Results in order, computed in threads, with a progress bar."""
     results = prefetch(
         lambda i: make(items[i]), 0, len(items), workers=workers, depth=4 * workers
     )
     with (
         closing(results),
-        Progress(len(items), title, unit="pictures", show=progress) as bar,
+        Progress(len(items), title, unit="images", show=progress) as bar,
     ):
         for result in results:
             bar.advance()
@@ -120,10 +120,10 @@ def _each(
 
 def _look(item: tuple[str, Record]) -> _Look:
     split, record = item
-    assert record.content is not None, "only stored pictures are looked at"
+    assert record.content is not None, "only stored images are examined"
     try:
         content = record.content()
-        picture = pictures.decode(content, name=record.name)
+        pixels = pictures.decode(content, name=record.name)
         header = pictures.read_header(content)
         with Image.open(io.BytesIO(content)) as image:
             kind = f"{image.format} {image.mode}"
@@ -141,9 +141,9 @@ def _look(item: tuple[str, Record]) -> _Look:
             box_problem = "" if share else f"{record.name}: its box is empty"
     except (ValueError, OSError) as error:
         box_problem = f"{record.name}: {error}"
-    height, width = picture.shape[:2]
+    height, width = pixels.shape[:2]
     digest = hashlib.sha256(f"{width} ".encode())  # 2 x 3 is not 3 x 2
-    digest.update(picture.data)
+    digest.update(pixels.data)
     return _Look(
         split,
         record,
@@ -162,7 +162,7 @@ def _counts(
 ) -> list[str]:
     counter = collections.Counter(record.label for record in records)
     counts = list(counter.values())
-    shown = f"{split}: {len(records):,} pictures of {len(counts)} classes"
+    shown = f"{split}: {len(records):,} images of {len(counts)} classes"
     least, most = min(counts), max(counts)
     if least == most:
         lines = [f"{shown}, {least} each"]
@@ -174,7 +174,7 @@ def _counts(
             lines.append(f"  {word}, {count}: {some(names)}")
     absent = [name for i, name in enumerate(class_names) if not counter[i]]
     if absent:
-        lines.append(f"  classes without a picture: {_list(absent)}")
+        lines.append(f"  classes without an image: {_list(absent)}")
     return lines
 
 
@@ -198,7 +198,7 @@ def _sizes(looks: Sequence[_Look]) -> list[str]:
         if max(look.size_px) > bound * min(look.size_px)
     ]
     if long:
-        lines.append(f"  longer than {bound:g} to 1, ends are cut: {_list(long)}")
+        lines.append(f"  longer than {bound:g} to 1, ends are cropped: {_list(long)}")
     return lines
 
 
@@ -206,7 +206,7 @@ def _kinds(looks: Sequence[_Look]) -> list[str]:
     kinds = collections.Counter(look.kind for look in looks)
     shown = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     turned = [look.record.name for look in looks if look.is_turned]
-    return [f"kinds: {shown}", f"turned by EXIF: {_list(turned)}"]
+    return [f"kinds: {shown}", f"rotated by EXIF: {_list(turned)}"]
 
 
 def _boxes(looks: Sequence[_Look]) -> list[str]:
@@ -214,7 +214,7 @@ def _boxes(looks: Sequence[_Look]) -> list[str]:
     problems = [look.box_problem for look in looks if look.box_problem]
     if not shares and not problems:
         return ["boxes: none"]
-    lines = [f"boxes: of {len(shares):,} pictures"]
+    lines = [f"boxes: of {len(shares):,} images"]
     if shares:
         least, median, most = np.percentile(shares, (0, 50, 100))
         lines[0] += f"; {least:.0%} to {most:.0%} of the area, median {median:.0%}"
@@ -288,7 +288,7 @@ def _write_sheet(
         paper.save(file, "PNG")
     except OSError as error:
         raise ValueError(
-            f"cannot write the contact sheet {file} ({error}): choose another place"
+            f"cannot write the contact sheet {file} ({error}): choose another path"
         ) from error
     return f"contact sheet of {len(rows)} of {len(dataset.class_names)} classes: {file}"
 
@@ -314,6 +314,6 @@ def _thumbnail(record: Record) -> Image.Image:
 
 
 def _spread(items: Sequence, count: int) -> list:
-    """Up to `count` items, evenly apart, the first among them."""
+    """Up to `count` evenly spaced items, including the first."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

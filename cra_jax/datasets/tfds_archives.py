@@ -27,7 +27,7 @@ tfds cannot download cars196: Stanford's links have been dead since 2023. Two wa
     reads unpacked copies as they are. On Kaggle:
       rickyyyyyyy/torchvision-stanford-cars: as published
       jutrera/stanford-car-dataset-by-classes-folder: class folders
-      jessicali9530/stanford-cars-dataset: the pictures; add devkit/ and
+      jessicali9530/stanford-cars-dataset: the images; add devkit/ and
         cars_test_annos_withlabels.mat, see below
 (2) With tfds: the archives as published, which none of these copies holds; somebody
     who had the set before may have kept them. car_devkit.tgz is attached to
@@ -90,8 +90,8 @@ def by_hand(name: str, manual: Path) -> str:
     """Which archives a person may place where; ends messages, and may be empty.
 
     Args:
-        name: of the set.
-        manual: the folder that tfds will look into.
+      name: of the set.
+      manual: the folder that tfds will look into.
     """
     known = archives(name)
     if not 0 < len(known) <= _MAX_LISTED:

@@ -38,18 +38,18 @@ def build(
     Safe to kill, and to call from several processes: one builds, the others wait.
 
     Args:
-        name: as in tfds: `set`, `set/config`, `set:1.0.0`.
-        data_dir: where tfds keeps its sets; None or "" for tfds' own default.
-        manual_dir: a folder of archives that were placed by hand; None or "" for
-            `downloads/manual` below `data_dir`.
-        progress: report on standard error.
+      name: as in tfds: `set`, `set/config`, `set:1.0.0`.
+      data_dir: where tfds keeps its sets; None or "" for tfds' own default.
+      manual_dir: a folder of archives that were placed by hand; None or "" for
+        `downloads/manual` below `data_dir`.
+      progress: report on standard error.
 
     Returns:
-        Whether it was built now; False where it was there.
+      Whether it was built now; False where it was there.
 
     Raises:
-        ValueError: TensorFlow is not installed, tfds does not know the set, an archive
-            is missing, or the build failed. Says what to do.
+      ValueError: TensorFlow is not installed, tfds does not know the set, an archive
+        is missing, or the build failed. Says what to do.
     """
     folder = tfds_read.where_to_build(name, data_dir)
     if folder is None:

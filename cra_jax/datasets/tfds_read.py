@@ -27,17 +27,17 @@ _FILE_NAMES = ("image/filename", "file_name", "filename")
 
 
 class Example(NamedTuple):
-    """One picture of a set."""
+    """One image of a set."""
 
     name: str
     """The name of its file where the set has one, else `<split>/<index>`."""
     label: int
     content: Callable[[], bytes]
-    """Reads the picture as it is stored; picklable."""
+    """Reads the image as it is stored; picklable."""
     stamp: str
-    """What the picture's content depends on."""
+    """What the image's content depends on."""
     box: tuple[float, float, float, float] | None
-    """(x_min, y_min, x_max, y_max) as fractions of the picture as it is stored."""
+    """(x_min, y_min, x_max, y_max) as fractions of the image as it is stored."""
 
 
 class BuiltSet(NamedTuple):
@@ -70,16 +70,16 @@ def read_set(
     """Lists the examples of a set that was built as array_record.
 
     Args:
-        name: as in tfds: `set`, `set/config`, `set:1.0.0`.
-        data_dir: where tfds keeps its sets; None or "" for tfds' own default.
-        progress: report on standard error.
+      name: as in tfds: `set`, `set/config`, `set:1.0.0`.
+      data_dir: where tfds keeps its sets; None or "" for tfds' own default.
+      progress: report on standard error.
 
     Returns:
-        The splits "train" and "test"; "validation" serves where there is no "test".
+      The splits "train" and "test"; "validation" serves where there is no "test".
 
     Raises:
-        ValueError: there is no such set, it is not built, or in another format, or is
-            damaged, or does not have pictures of one class each. Says how to build it.
+      ValueError: there is no such set, it is not built, or in another format, or is
+        damaged, or does not have images of one class each. Says how to build it.
     """
     folder = _folder(name, data_dir)
     builder = _find(name, folder)
@@ -89,7 +89,7 @@ def read_set(
     label_names = tuple(info.features[keys.label].names)
     splits, shown = {}, {}
     total = sum(info.splits[split].num_examples for split in chosen.values())
-    with Progress(total, f"labels of {name}", unit="pictures", show=progress) as bar:
+    with Progress(total, f"labels of {name}", unit="images", show=progress) as bar:
         for split, stored in chosen.items():
             try:
                 examples = _examples(root, info.full_name, stored, keys, shown, bar)
@@ -118,11 +118,11 @@ def where_to_build(
     """The folder that a set is to be built in; None where it is built already.
 
     Args:
-        name: as for `read_set`.
-        data_dir: as for `read_set`.
+      name: as for `read_set`.
+      data_dir: as for `read_set`.
 
     Raises:
-        ValueError: what is there is damaged, or in a format that only TensorFlow reads.
+      ValueError: what is there is damaged, or in a format that only TensorFlow reads.
     """
     folder = _folder(name, data_dir)
     return folder if _open(name, folder) is None else None
@@ -174,7 +174,7 @@ def _open(name: str, folder: Path) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{folder}: tfds cannot open {name!r} ({reason}); names are set, set/config"
-            " or set:1.0.0; remove the set's folder and build it anew if it is damaged"
+            " or set:1.0.0; remove the set's folder and build it again if it is damaged"
         ) from error
     formats = sorted(f.value for f in builder.info.available_file_formats())
     if FORMAT not in formats:
@@ -219,7 +219,7 @@ def _keys(name: str, info: Any) -> _Keys:
         and features[image].np_dtype == np.uint8
     ):
         raise ValueError(
-            f"{name} does not have uint8 pictures of one class each: its features are"
+            f"{name} does not have uint8 images of one class each: its features are"
             f" {kinds}; choose a set for image classification"
         )
     box = features.get("bbox")
@@ -276,14 +276,14 @@ def _content(root: Path, split: str, version: str, image: str, index: int) -> by
     # array_record and tfds raise what they like.
     except Exception as error:
         raise pictures.PictureError(
-            f"{root}: picture {index} of {split!r} cannot be read"
-            f" ({type(error).__name__}: {error}); build the set anew"
+            f"{root}: image {index} of {split!r} cannot be read"
+            f" ({type(error).__name__}: {error}); build the dataset again"
         ) from error
 
 
 @functools.lru_cache(maxsize=16)
 def _source(root: Path, split: str, version: str) -> Sequence[dict[str, Any]]:
-    """An open split. `version` is there so that a set built anew is opened anew."""
+    """An open split. `version` is there so that a rebuilt dataset is opened again."""
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(root)
@@ -314,9 +314,9 @@ def _check_labels(
         wrong = [e for e in examples if not 0 <= e.label < num_classes]
         if wrong:
             raise ValueError(
-                f"{name}: {len(wrong)} of {len(examples)} pictures of {split!r} have no"
+                f"{name}: {len(wrong)} of {len(examples)} images of {split!r} have no"
                 f" class (the label of {wrong[0].name} is {wrong[0].label}, of"
-                f" {num_classes} classes); choose a set whose test pictures are"
+                f" {num_classes} classes); choose a set whose test images are"
                 " labelled"
             )
 

@@ -4,8 +4,9 @@ A cache is two files in the cache directory: `<name>-<key>.pixels`, the images' 
 one after another, and `<name>-<key>.json`, the index, with their shapes and checksums.
 The key covers the records' names and stamps, so a changed image or option makes another
 cache. The index is renamed into place last: if it is undamaged and the pixels have the
-size that it gives, the cache is complete. A process verifies the checksum of an image when it first
-reads it, which takes a third of a millisecond; opening a cache verifies no image.
+size that it gives, the cache is complete. A process verifies the
+checksum of an image when it first reads it, which takes a third of a millisecond;
+opening a cache verifies no image.
 """
 
 import contextlib
@@ -84,7 +85,7 @@ class Store:
         return image
 
     def _read_again(self, index: int) -> np.ndarray:
-        """An image from its record; removes the index, so that the cache is replaced."""
+        """An image from its record; removes the index to replace the cache."""
         record = self.records[index]
         what = f"{record.name} in {self.path} is damaged"
         image = _read(record, self._short_side_px)

@@ -46,7 +46,7 @@ AIRCRAFT_MISTAKES = {
     ),
     "in both": (
         {"images_variant_test": "0000001 F/A-18\n"},
-        r"pictures listed more than once: images/0000001\.jpg",
+        r"images listed more than once: images/0000001\.jpg",
     ),
 }
 

@@ -39,7 +39,7 @@ def test_train_and_test_folders(tmp_path):
     assert names(dataset, "test") == ["test/class2/c.jpeg"]  # no class10: allowed
     assert dataset.root == tmp_path
     assert dataset.notes == (
-        f"folders of {tmp_path} that are not used: extra",
+        f"folders of {tmp_path} that are ignored: extra",
         "5 files skipped: 1 .db, 1 .txt, 1 hidden, 1 outside the class folders,"
         " 1 without a suffix",
     )
@@ -60,7 +60,7 @@ def test_test_folder_goes_before_val(tmp_path):
     files = [f"{s}/{c}/{s}.png" for c in "ab" for s in ("train", "test", "val")]
     dataset = sources.load("folder", tree(tmp_path, *files))
     assert names(dataset, "test") == ["test/a/test.png", "test/b/test.png"]
-    assert dataset.notes == (f"folders of {tmp_path} that are not used: val",)
+    assert dataset.notes == (f"folders of {tmp_path} that are ignored: val",)
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -82,7 +82,7 @@ def test_a_share_is_drawn_for_testing(tmp_path):
     held_out = {c: sum(name.startswith(c) for name in test) for c in counts}
     assert held_out == {"a": 2, "b": 1, "c": 1, "d": 0, "e": 5}
     assert train == sorted(train, key=listing.natural_key)
-    assert "9 of 41 pictures were drawn for testing" in dataset.notes[0]
+    assert "9 of 41 images were drawn for testing" in dataset.notes[0]
 
     again = sources.load("folder", tree(tmp_path / "copy", *files), seed=1)
     assert names(again, "test") == test
@@ -96,7 +96,7 @@ def test_a_share_is_drawn_for_testing(tmp_path):
 @pytest.mark.parametrize("share", [0, 1, -0.2, 20])
 def test_share_out_of_range(share, tmp_path):
     tree(tmp_path, "a/1.png", "a/2.png", "b/1.png")
-    with pytest.raises(ValueError, match=f"test_share is {share}: give a share betw"):
+    with pytest.raises(ValueError, match=f"test_share is {share}: set it betw"):
         sources.load("folder", tmp_path, test_share=share)
 
 
@@ -110,7 +110,7 @@ def test_a_wrapped_archive_is_unwrapped(tmp_path):
 FOLDER_MISTAKES = {
     "only train": (["train/a/1.png", "train/b/1.png"], r"only train/ is here"),
     "only test": (["test/a/1.png", "test/b/1.png"], r"only test/ is here"),
-    "one class": (["birds/1.png", "birds/2.png"], "no pictures in folders"),
+    "one class": (["birds/1.png", "birds/2.png"], "no images in folders"),
     "one class in train": (["train/a/1.png", "test/a/1.png"], "only the class a; two"),
     "new class in test": (
         ["train/a/1.png", "train/b/1.png", "test/c/1.png"],
@@ -118,10 +118,10 @@ FOLDER_MISTAKES = {
     ),
     "empty class": (
         ["train/a/1.png", "train/b/x.txt", "test/a/1.png"],
-        "1 classes have no training picture: b",
+        "1 classes have no training image: b",
     ),
-    "no test pictures": (["a/1.png", "b/1.png"], "split 'test' has no pictures"),
-    "loose pictures": (["1.png", "2.png"], "no pictures in folders"),
+    "no test pictures": (["a/1.png", "b/1.png"], "split 'test' has no images"),
+    "loose pictures": (["1.png", "2.png"], "no images in folders"),
 }
 
 
@@ -155,7 +155,7 @@ def test_order_and_names_do_not_depend_on_the_spelling_of_accents(tmp_path):
 
     both = tmp_path / "both"
     tree(both, *(unicodedata.normalize(form, files[1]) for form in ("NFC", "NFD")))
-    with pytest.raises(ValueError, match="two folders are called 'épée'"):
+    with pytest.raises(ValueError, match="two folders have the name 'épée'"):
         sources.load("folder", tree(both, "a/1.png"))
 
 

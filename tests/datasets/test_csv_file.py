@@ -25,8 +25,8 @@ def test_csv_with_splits_and_boxes(tmp_path):
     assert dataset.splits["train"][1].box is None
     assert dataset.splits["train"][0].read(25).shape == (25, 50, 3)
     assert dataset.notes == (
-        "1 rows of the split 'val' are not used",
-        f"columns of {file} that are not used: photographer",
+        "1 rows of the split 'val' are ignored",
+        f"columns of {file} that are ignored: photographer",
     )
 
 
@@ -49,7 +49,7 @@ def test_csv_without_splits_draws_as_from_folders(tmp_path):
     dataset = sources.load("csv", file, seed=1, test_share=0.5)
     assert len(dataset.splits["test"]) == 4
     assert sum(labels(dataset, "test")) == 2
-    assert "4 of 8 pictures were drawn for testing" in dataset.notes[0]
+    assert "4 of 8 images were drawn for testing" in dataset.notes[0]
     for split in ("train", "test"):
         assert names(dataset, split) == sorted(names(dataset, split))
     again = sources.load("csv", file, seed=1, test_share=0.5)
@@ -63,17 +63,20 @@ ROW = "photos/1.png,a,train\n"
 
 CSV_MISTAKES = {
     "empty file": ("", r"header \[\] lacks path, label; expected"),
-    "no rows": ("path,label\n\n", "there are no rows below the header"),
+    "no rows": ("path,label\n\n", "there are no rows after the header"),
     "no header": (ROW, r"header .*1\.png.* lacks path, label"),
     "half a box": ("path,label,x_min,y_min\n", "lacks x_max, y_max"),
-    "doubled column": ("path,label,Label\n", "doubles label"),
+    "doubled column": ("path,label,Label\n", "repeats label"),
     "short row": (f"path,label,split\n{ROW}photos/2.png,b\n", "line 3: 2 values, but"),
     "after lines in quotes": ('path,label\nphotos/1.png,"a\nb"\nx\n', "line 4: 1 val"),
     "open quotes": ('path,label\nphotos/1.png,"a\n', "after line .*: unexpected end"),
     "no path": ("path,label\n,a\n", "line 2: the path is ''"),
-    "upwards": ("path,label\nphotos/../../1.png,a\n", "line 2: .* leaves the CSV's"),
-    "absolute": ("path,label\n/photos/1.png,a\n", "line 2: .* leaves the CSV's"),
-    "drive": ("path,label\nC:\\photos\\1.png,a\n", "line 2: .* leaves the CSV's"),
+    "upwards": (
+        "path,label\nphotos/../../1.png,a\n",
+        "line 2: .* is outside the CSV's",
+    ),
+    "absolute": ("path,label\n/photos/1.png,a\n", "line 2: .* is outside the CSV's"),
+    "drive": ("path,label\nC:\\photos\\1.png,a\n", "line 2: .* is outside the CSV's"),
     "no label": ("path,label\nphotos/1.png, \n", "line 2: the label is empty"),
     "odd split": (
         f"path,label,split\n{ROW}photos/2.png,b,dev\n",
@@ -85,16 +88,16 @@ CSV_MISTAKES = {
     ),
     "twice": (
         "path,label\nphotos/1.png,a\n./photos/1.png,b\n",
-        "line 3: './photos/1.png' is on line 2 already",
+        "line 3: './photos/1.png' is also on line 2",
     ),
     "missing": (
         "path,label\nphotos/1.png,a\nphotos/9.png,b\nphotos,c\n",
-        r"2 of 3 pictures are not there: line 3: photos/9\.png, line 4: photos; paths",
+        r"2 of 3 images do not exist: .*photos/9\.png, line 4: photos; give paths",
     ),
     "one class": ("path,label\nphotos/1.png,a\nphotos/2.png,a\n", "only the class a"),
     "no training": (
         "path,label,split\nphotos/1.png,a,test\nphotos/2.png,b,test\n",
-        "split 'train' has no pictures",
+        "split 'train' has no images",
     ),
 }
 

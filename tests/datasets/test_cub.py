@@ -35,7 +35,7 @@ def test_cub_without_boxes_and_with_a_picture_too_many(tmp_path):
     dataset = sources.load("cub", tmp_path)
     assert dataset.splits["train"][0].box is None
     assert len(dataset.notes) == 1
-    assert dataset.notes[0].startswith("1 pictures not listed: ")
+    assert dataset.notes[0].startswith("1 images not listed: ")
     assert dataset.notes[0].endswith("w3.jpg")
 
 
@@ -84,13 +84,13 @@ CUB_MISTAKES = {
     "doubled class": ({"classes": "1 Tit\n2 Tit\n"}, "class names listed .*: Tit"),
     "doubled picture": (
         {"images": "".join(f"{i} {CUB_FILES[i // 3]}\n" for i in range(1, 5))},
-        r"pictures listed more than once: images/001\.Wren/w1\.jpg",
+        r"images listed more than once: images/001\.Wren/w1\.jpg",
     ),
     "class never trained": (
         {"train_test_split": "1 1\n2 1\n3 0\n4 0\n"},
-        r"1 classes have no training picture: 002\.Tit",
+        r"1 classes have no training image: 002\.Tit",
     ),
-    "no test": ({"train_test_split": "1 1\n2 1\n3 1\n4 1\n"}, "'test' has no pictures"),
+    "no test": ({"train_test_split": "1 1\n2 1\n3 1\n4 1\n"}, "'test' has no images"),
 }
 
 
@@ -107,7 +107,7 @@ def test_missing_pictures_are_counted_and_named(tmp_path):
     for file in (CUB_FILES[0], CUB_FILES[2]):
         (tmp_path / "images" / file).unlink()
     with pytest.raises(
-        ValueError, match=r"2 listed pictures are missing: .*w1\.jpg, .*t1"
+        ValueError, match=r"2 listed images are missing: .*w1\.jpg, .*t1"
     ):
         sources.load("cub", tmp_path)
 
@@ -169,7 +169,7 @@ def test_nabirds_counts_only_classes_with_pictures(tmp_path):
     assert dataset.class_names == ("Titmouse", "Junco (Red-backed/Grey)")
     assert labels(dataset, "train") == labels(dataset, "test") == [0, 1]
     assert dataset.splits["train"][0].box == pytest.approx((0.1, 0.1, 0.6, 0.5))
-    assert dataset.notes == ("2 of 4 names in classes.txt are groups without pictures",)
+    assert dataset.notes == ("2 of 4 names in classes.txt are groups without images",)
 
 
 def test_nabirds_label_without_a_name(tmp_path):

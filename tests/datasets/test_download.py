@@ -97,7 +97,7 @@ def test_a_file_is_fetched_once(server, tmp_path, capsys):
     assert fetch(server, target) == target
     assert target.read_bytes() == DATA
     shown = capsys.readouterr().err
-    assert f"fetching {server.url} (0.3 MB)" in shown
+    assert f"downloading {server.url} (0.3 MB)" in shown
     assert "set.tgz: 0.3 of 0.3 MB, " in shown
     assert fetch(server, target) == target
     assert server.asked == [None]
@@ -135,7 +135,7 @@ def test_the_next_call_goes_on(server, tmp_path, capsys):
     capsys.readouterr()
     fetch(server, tmp_path / "a")
     assert server.asked[-1] == "bytes=40000-"
-    assert "going on from 0.0 MB" in capsys.readouterr().err
+    assert "resuming from 0.0 MB" in capsys.readouterr().err
     assert left(tmp_path) == [".a.lock", "a"]
 
 
@@ -173,7 +173,9 @@ def test_pieces_of_two_versions_are_fetched_anew(server, tmp_path):
 
 def test_a_wrong_checksum(server, tmp_path):
     other = DATA[:-1] + b"x"
-    with pytest.raises(ValueError, match=r"has sha256 .*, not .*another file by now"):
+    with pytest.raises(
+        ValueError, match=r"has sha256 .*, not .*check whether it was replaced"
+    ):
         fetch(server, tmp_path / "a", other)
     assert server.asked == [None]
     (tmp_path / "a.partial").write_bytes(DATA[:10])
@@ -194,11 +196,11 @@ def test_an_address_that_is_dead_is_tried_once(server, code, tmp_path):
 def test_a_page_in_the_place_of_the_file(server, tmp_path):
     (tmp_path / "a.partial").write_bytes(DATA[:1000])
     server.script = [{"data": b"<html>please log in</html>", "ranges": False}]
-    with pytest.raises(ValueError, match=r"now gives 26 bytes, not 300,000"):
+    with pytest.raises(ValueError, match=r"now has 26 bytes, not 300,000"):
         fetch(server, tmp_path / "a")
     assert (tmp_path / "a.partial").read_bytes() == DATA[:1000]  # nothing is lost
     server.script = [{"total": 400_000}]
-    with pytest.raises(ValueError, match=r"now gives 400,000 bytes, not 300,000"):
+    with pytest.raises(ValueError, match=r"now has 400,000 bytes, not 300,000"):
         fetch(server, tmp_path / "a")
 
 
@@ -300,7 +302,7 @@ def test_unpacking(mode, tmp_path, capsys):
 
     unpack(archive, tmp_path / "set", inside="set", progress=False)
     assert left(tmp_path / "set") == ["deep", "empty"]
-    with pytest.raises(ValueError, match="there is no folder 'other' in it"):
+    with pytest.raises(ValueError, match="it has no folder 'other'"):
         unpack(archive, tmp_path / "none", inside="other")
     assert not (tmp_path / "none").exists()
 
@@ -333,7 +335,7 @@ def test_hostile_archives_are_refused_as_a_whole(kind, tmp_path):
 def test_too_many_files(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_MAX_MEMBERS", 3)
     archive = make_tar(tmp_path / "a", *(member(str(i), b"") for i in range(4)))
-    with pytest.raises(ValueError, match=r"'3' is beyond .* or 3 files"):
+    with pytest.raises(ValueError, match=r"'3' exceeds .* or 3 files"):
         unpack(archive, tmp_path / "out")
 
 
@@ -347,7 +349,7 @@ def test_damaged_archives(tmp_path):
         with pytest.raises(ValueError, match=r"a\.tgz is damaged .*get it again"):
             unpack(archive, tmp_path / "out", max_bytes=10**6)
         assert left(tmp_path) == [".out.lock", "a.tgz"]
-    with pytest.raises(ValueError, match="gone: there is no such archive"):
+    with pytest.raises(ValueError, match="gone: this archive does not exist"):
         unpack(tmp_path / "gone", tmp_path / "out")
 
 
@@ -439,7 +441,7 @@ def test_cub_is_unpacked_from_an_archive_placed_by_hand(server, cub, tmp_path):
 
 def test_a_folder_that_is_not_cub(cub, tmp_path):
     (tmp_path / "CUB_200_2011").mkdir()
-    with pytest.raises(ValueError, match=r"CUB_200_2011 is there, but has no images"):
+    with pytest.raises(ValueError, match=r"CUB_200_2011 exists, but has no images"):
         archives.cub_200_2011(tmp_path, archive=cub)
 
 

@@ -116,7 +116,7 @@ def test_stamp_of_a_drawing_follows_the_code_that_draws(tmp_path, monkeypatch):
 
 
 def test_too_few_drawings_to_show_every_species():
-    with pytest.raises(ValueError, match="2 classes have no training picture: "):
+    with pytest.raises(ValueError, match="2 classes have no training image: "):
         sources.load("synthetic", train_size=6)
 
 

@@ -86,11 +86,9 @@ def test_cars_pictures_missing_or_too_many(tmp_path):
     devkit_tree(tmp_path)
     save_picture(tmp_path / "cars_test" / "00009.jpg")
     (note,) = sources.load("cars", tmp_path).notes
-    assert note.startswith("1 pictures not listed: ")
+    assert note.startswith("1 images not listed: ")
     (tmp_path / "cars_test" / "00002.jpg").unlink()
-    with pytest.raises(
-        ValueError, match=r"1 listed pictures are missing: .*00002\.jpg"
-    ):
+    with pytest.raises(ValueError, match=r"1 listed images are missing: .*00002\.jpg"):
         sources.load("cars", tmp_path)
 
 

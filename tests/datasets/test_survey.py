@@ -51,12 +51,12 @@ def test_a_clean_set(tmp_path):
         save(noise(i), tmp_path / split / "ab"[i % 2] / f"{i}.jpg")
     assert lines_of(sources.load("folder", tmp_path)) == [
         f"folder: 2 classes in {tmp_path}",
-        "train: 6 pictures of 2 classes, 3 each",
-        "test: 2 pictures of 2 classes, 1 each",
+        "train: 6 images of 2 classes, 3 each",
+        "test: 2 images of 2 classes, 1 each",
         "sizes: median 60 x 40 pixels; shorter side 40 to 40, median 40",
         "  smallest train/a/2.jpg (60 x 40), largest test/b/1.jpg (60 x 40)",
         "kinds: 8 JPEG RGB",
-        "turned by EXIF: none",
+        "rotated by EXIF: none",
         "boxes: none",
         "duplicates within train: none",
         "duplicates within test: none",
@@ -71,21 +71,21 @@ def test_a_dirty_set(dirty, workers):
     lines = lines_of(dataset, workers=workers)
     assert lines[:9] == [
         f"folder: 3 classes in {dirty}",
-        "train: 9 pictures of 3 classes; of a class 2 to 4, median 3",
+        "train: 9 images of 3 classes; of a class 2 to 4, median 3",
         "  fewest, 2: Tit",
         "  most, 4: Owl",
-        "test: 3 pictures of 2 classes; of a class 1 to 2, median 1.5",
+        "test: 3 images of 2 classes; of a class 1 to 2, median 1.5",
         "  fewest, 1: Tit",
         "  most, 2: Wren",
-        "  classes without a picture: 1: Owl",
+        "  classes without an image: 1: Owl",
         "sizes: median 60 x 40 pixels; shorter side 20 to 40, median 40",
     ]
     assert lines[9:] == [
         "  smallest train/Owl/grey.png (30 x 20),"
         " largest train/Owl/long.png (500 x 20)",
-        "  longer than 8 to 1, ends are cut: 1: train/Owl/long.png",
+        "  longer than 8 to 1, ends are cropped: 1: train/Owl/long.png",
         "kinds: 7 PNG RGB, 2 JPEG RGB, 1 PNG L, 1 GIF P, of several frames",
-        "turned by EXIF: 1: test/Tit/turned.jpg",
+        "rotated by EXIF: 1: test/Tit/turned.jpg",
         "boxes: none",
         "duplicates within train: none",
         "duplicates within test: none",
@@ -131,8 +131,10 @@ def test_many_names_are_cut_short(tmp_path):
         save(noise(i, 90, 10), tmp_path / f"train/{'ab'[i % 2]}/{i}.png")
     save(noise(50), tmp_path / "test/a/1.png")
     lines = lines_of(sources.load("folder", tmp_path))
-    (line,) = [line for line in lines if "ends are cut" in line]
-    assert line.startswith("  longer than 8 to 1, ends are cut: 13: train/a/0.png, ")
+    (line,) = [line for line in lines if "ends are cropped" in line]
+    assert line.startswith(
+        "  longer than 8 to 1, ends are cropped: 13: train/a/0.png, "
+    )
     assert line.endswith("and 3 more")
 
 
@@ -155,7 +157,7 @@ def test_a_file_that_went_away_is_named(dirty):
 
 
 def boxed(root: Path, *boxes: str) -> Dataset:
-    """Red pictures of 100 x 50 pixels in class a and green ones in b, by a CSV."""
+    """Red images of 100 x 50 pixels in class a and green ones in b, by a CSV."""
     rows = ["path,label,split,x_min,y_min,x_max,y_max"]
     for i, box in enumerate(boxes):
         label = "ab"[i % 2]
@@ -171,7 +173,7 @@ def test_boxes(tmp_path):
         tmp_path, "0,0,100,50", "50,25,100,50", "0,0,50,50", "200,60,300,70", ",,,"
     )
     lines = lines_of(dataset)
-    place = lines.index("boxes: of 4 pictures; 0% to 100% of the area, median 38%")
+    place = lines.index("boxes: of 4 images; 0% to 100% of the area, median 38%")
     assert lines[place + 1] == "  3.png: its box is empty"
 
 
@@ -192,7 +194,7 @@ def test_a_box_that_cannot_be_found_is_listed(dirty, tmp_path):
     )
     dataset.splits["test"] = (record,)
     lines = lines_of(dataset, sheet=tmp_path / "sheet.png")
-    place = lines.index("boxes: of 0 pictures")
+    place = lines.index("boxes: of 0 images")
     assert lines[place + 1] == "  x.png: no such annotation"
 
 
@@ -228,7 +230,7 @@ def test_the_sheet_takes_few_of_many(tmp_path):
     names = tuple(f"class {label} with a very long name" for label in range(26))
     dataset = Dataset("made", names, {"train": records, "test": records})
     lines = lines_of(dataset, sheet=tmp_path / "sheet.png")
-    assert lines[-2] == "no picture is stored: they are drawn when they are read"
+    assert lines[-2] == "no image is stored: images are drawn when they are read"
     assert lines[-1].startswith("contact sheet of 24 of 26 classes")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (24 * 116, 208 + 8 * 116, 3)
@@ -255,7 +257,7 @@ def test_a_sheet_that_cannot_be_written(dirty):
 
 def test_progress_is_shown(dirty, capsys):
     survey.describe(sources.load("folder", dirty))
-    assert "looking at: 12 of 12 pictures" in capsys.readouterr().err
+    assert "examining: 12 of 12 images" in capsys.readouterr().err
 
 
 def test_the_real_birds(shared_data, tmp_path):

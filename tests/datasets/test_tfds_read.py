@@ -176,7 +176,7 @@ def test_pictures_are_prepared(tmp_path):
 def test_progress_can_be_silenced(tmp_path, capsys):
     plain(tmp_path)
     tfds_read.read_set("plain", tmp_path)
-    assert "labels of plain: 6 of 6 pictures" in capsys.readouterr().err
+    assert "labels of plain: 6 of 6 images" in capsys.readouterr().err
     tfds_read.read_set("plain", tmp_path, progress=False)
     assert capsys.readouterr().err == ""
 
@@ -285,7 +285,7 @@ def test_damaged_sets(tmp_path):
     damaged[300] ^= 255
     shard.write_bytes(damaged)
     tfds_read._source.cache_clear()  # what an open file holds may be read still
-    with pytest.raises(pictures.PictureError, match=r"picture \d of 'train' cannot be"):
+    with pytest.raises(pictures.PictureError, match=r"image \d of 'train' cannot be"):
         _ = [record.read(8) for record in records]
     with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
         tfds_read.read_set("plain", tmp_path)
@@ -296,16 +296,14 @@ def test_damaged_sets(tmp_path):
     with pytest.raises(ValueError, match=r"damaged \(FileNotFoundError.* remove"):
         tfds_read.read_set("plain", tmp_path)
     (root / "dataset_info.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cannot open 'plain' .*build it anew"):
+    with pytest.raises(ValueError, match=r"cannot open 'plain' .*build it again"):
         tfds_read.read_set("plain", tmp_path)
 
 
 def test_pictures_without_a_class(tmp_path):
     unlabelled = [{**row, "label": -1} for row in rows(2)]
     plain(tmp_path, train=rows(2), test=unlabelled)
-    with pytest.raises(
-        ValueError, match=r"2 of 2 pictures of 'test' have no class .*-1"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 2 images of 'test' have no class .*-1"):
         tfds_read.read_set("plain", tmp_path)
 
 
@@ -313,13 +311,13 @@ def test_sets_of_another_kind(tmp_path):
     both = [{**row, "label": "wren"} for row in rows(2)]
     features = {**labelled(), "label": tfds.features.Text()}
     build(tmp_path, "texts", features, {"train": both, "test": both})
-    with pytest.raises(ValueError, match="not have uint8 pictures of one class each"):
+    with pytest.raises(ValueError, match="not have uint8 images of one class each"):
         tfds_read.read_set("texts", tmp_path)
 
     described = plain(tmp_path) / "features.json"
     text = described.read_text().replace('"uint8"', '"uint16"')
     described.write_text(text)
-    with pytest.raises(ValueError, match="not have uint8 pictures of one class each"):
+    with pytest.raises(ValueError, match="not have uint8 images of one class each"):
         tfds_read.read_set("plain", tmp_path)
 
 
