@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 EXTRA = "tfds-build"
-"""The optional dependencies of this package that building a set needs."""
+"""The optional dependencies of this package that building a dataset needs."""
 
 MODULES = {"tensorflow": "tensorflow", "cv2": "opencv-python-headless"}
 """What they install: module -> a package that has it."""
@@ -16,7 +16,7 @@ BUILD = (
     "build it once, by the same command with --mode prepare (that needs TensorFlow:"
     f" {INSTALL}; reading does not)"
 )
-"""How a set is built; goes into messages."""
+"""How to build a dataset; for messages."""
 
 _MAX_LISTED = 8
 
@@ -34,27 +34,27 @@ tfds cannot download cars196: Stanford's links have been dead since 2023. Two wa
     https://github.com/pytorch/vision/issues/7545, where people also say how to get
     cars_test_annos_withlabels.mat."""
 }
-"""Sets that can no longer be downloaded -> what to do instead."""
+"""Datasets that can no longer be downloaded -> what to do instead."""
 
 
 class Archive(NamedTuple):
-    """A file that a set is built from."""
+    """A file that a dataset is built from."""
 
     size: int
     """Bytes."""
     sha256: str
     """Hex digest."""
     urls: tuple[str, ...]
-    """Where tfds looks for it."""
+    """Addresses from which tfds downloads it."""
 
 
 def set_of(name: str) -> str:
-    """The set alone, of `set/config:1.0.0`."""
+    """The dataset in `set/config:1.0.0`, without config and version."""
     return name.split("/")[0].split(":")[0]
 
 
 def doubt(name: str) -> str:
-    """What is odd about the name of a set that tfds has no code for; else empty."""
+    """A warning if tfds has no code for a dataset of this name; else empty."""
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
@@ -66,9 +66,9 @@ def doubt(name: str) -> str:
 
 
 def archives(name: str) -> dict[str, Archive]:
-    """The archives of a set that tfds accepts from a folder, by their names there.
+    """The archives of a dataset that tfds accepts from a folder, by file name.
 
-    Empty where tfds does not know them.
+    Empty if tfds does not list them.
     """
     import tensorflow_datasets as tfds
 
@@ -87,11 +87,11 @@ def archives(name: str) -> dict[str, Archive]:
 
 
 def by_hand(name: str, manual: Path) -> str:
-    """Which archives a person may place where; ends messages, and may be empty.
+    """How to provide archives by hand, for messages; may be empty.
 
     Args:
-      name: of the set.
-      manual: the folder that tfds will look into.
+      name: of the dataset.
+      manual: the folder in which tfds finds them.
     """
     known = archives(name)
     if not 0 < len(known) <= _MAX_LISTED:

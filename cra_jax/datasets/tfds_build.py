@@ -33,23 +33,23 @@ def build(
     manual_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> bool:
-    """Sees to it that a set is built as array_record, downloading it if need be.
+    """Builds a dataset as array_record, and downloads it first if needed.
 
     Safe to kill, and to call from several processes: one builds, the others wait.
 
     Args:
       name: as in tfds: `set`, `set/config`, `set:1.0.0`.
-      data_dir: where tfds keeps its sets; None or "" for tfds' own default.
+      data_dir: directory of the datasets of tfds; None or "" for tfds' own default.
       manual_dir: a folder of archives that were placed by hand; None or "" for
         `downloads/manual` below `data_dir`.
       progress: report on standard error.
 
     Returns:
-      Whether it was built now; False where it was there.
+      Whether it was built now; False if it existed.
 
     Raises:
-      ValueError: TensorFlow is not installed, tfds does not know the set, an archive
-        is missing, or the build failed. Says what to do.
+      ValueError: TensorFlow is not installed, tfds does not know the dataset, an
+        archive is missing, or the build failed; the message says what to do.
     """
     folder = tfds_read.where_to_build(name, data_dir)
     if folder is None:
@@ -65,7 +65,7 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / f".{tfds_archives.set_of(name)}.lock"
         with locked(lock, name, show=progress):
-            # Perhaps the process that we waited for has built it.
+            # The process that held the lock may have built it.
             if tfds_read.where_to_build(name, data_dir) is None:
                 return False
             _tell_leftovers(folder / tfds_archives.set_of(name), progress)
@@ -88,7 +88,7 @@ def build(
 
 
 def _check_modules(name: str) -> None:
-    """Refuses before anything is downloaded for nothing."""
+    """Checks for the needed modules before anything is downloaded."""
     missing = [m for m in tfds_archives.MODULES if not importlib.util.find_spec(m)]
     if missing:
         raise ValueError(
@@ -100,7 +100,7 @@ def _check_modules(name: str) -> None:
 
 
 def _check_archives(name: str, folder: Path, manual: Path) -> None:
-    """Refuses archives that tfds would find wrong, or seek in vain, in the end."""
+    """Checks archives in advance: tfds would reject or miss them only at the end."""
     wrong, missing = [], {}
     for file, archive in tfds_archives.archives(name).items():
         placed = manual / file
@@ -121,9 +121,9 @@ def _check_archives(name: str, folder: Path, manual: Path) -> None:
 
 
 def _unreachable(urls: Iterable[str]) -> str:
-    """What is wrong with all the hosts; empty where one may do.
+    """Why no host can be reached; empty if one may be reachable.
 
-    tfds would try them for five minutes.
+    tfds would try for five minutes.
     """
     hosts = {urllib.parse.urlsplit(url).hostname or "" for url in urls}
     reasons = []
@@ -139,7 +139,7 @@ def _unreachable(urls: Iterable[str]) -> str:
 
 
 def _was_downloaded(name: str, folder: Path, archive: tfds_archives.Archive) -> bool:
-    """Whether tfds has an archive among its downloads, of today or of years ago."""
+    """Whether tfds has an archive among its downloads, in the new or old layout."""
     from tensorflow_datasets.core.download import resource
 
     downloads = folder / "downloads"
@@ -191,7 +191,7 @@ def _in_own_process(name: str, folder: Path, manual: Path, progress: bool) -> st
 
 
 def _build(name: str, folder: str, manual: str, bars: bool, sender: Connection) -> None:
-    """Runs in a process of its own, since TensorFlow takes what it sees."""
+    """Runs in a separate process, since TensorFlow reserves all visible devices."""
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "-1",
         "ROCR_VISIBLE_DEVICES": "-1",
@@ -216,14 +216,14 @@ def _build(name: str, folder: str, manual: str, bars: bool, sender: Connection) 
             )
     except KeyboardInterrupt:
         reason = "it was interrupted"
-    # Whatever it is, it is a line for the user of the other process.
+    # Any error becomes one line for the user of the parent process.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     sender.send(reason)
 
 
 def _end_with_parent() -> None:
-    """Nobody waits for a build whose parent was killed, and the lock is gone."""
+    """Ends a build whose parent was killed, since its lock is released."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

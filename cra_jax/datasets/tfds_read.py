@@ -1,4 +1,4 @@
-"""Datasets that TensorFlow Datasets has built -> examples, without TensorFlow.
+"""Reads examples of datasets built by TensorFlow Datasets, without TensorFlow.
 
 TensorFlow is needed once, to build a dataset; as "array_record", NumPy alone reads it.
 Images are returned as the encoded bytes that the dataset stores.
@@ -27,32 +27,32 @@ _FILE_NAMES = ("image/filename", "file_name", "filename")
 
 
 class Example(NamedTuple):
-    """One image of a set."""
+    """One image of a dataset."""
 
     name: str
-    """The name of its file where the set has one, else `<split>/<index>`."""
+    """The name of its file if the dataset has one, else `<split>/<index>`."""
     label: int
     content: Callable[[], bytes]
     """Reads the image as it is stored; picklable."""
     stamp: str
-    """What the image's content depends on."""
+    """Identifies the image's content."""
     box: tuple[float, float, float, float] | None
     """(x_min, y_min, x_max, y_max) as fractions of the image as it is stored."""
 
 
 class BuiltSet(NamedTuple):
-    """A set as it was built."""
+    """A built dataset."""
 
     root: Path
     """The folder of its files."""
     class_names: tuple[str, ...]
     splits: dict[str, tuple[Example, ...]]
-    """"train" and "test", in the order in which the set was built."""
+    """"train" and "test", in the order in which the dataset was built."""
     notes: tuple[str, ...]
 
 
 class _Keys(NamedTuple):
-    """Which features are read; None for those that the set lacks."""
+    """Which features are read; None for those that the dataset lacks."""
 
     image: str
     label: str
@@ -67,19 +67,19 @@ def read_set(
     *,
     progress: bool = True,
 ) -> BuiltSet:
-    """Lists the examples of a set that was built as array_record.
+    """Lists the examples of a dataset that was built as array_record.
 
     Args:
       name: as in tfds: `set`, `set/config`, `set:1.0.0`.
-      data_dir: where tfds keeps its sets; None or "" for tfds' own default.
+      data_dir: directory of the datasets of tfds; None or "" for tfds' own default.
       progress: report on standard error.
 
     Returns:
-      The splits "train" and "test"; "validation" serves where there is no "test".
+      The splits "train" and "test"; "validation" is used if there is no "test".
 
     Raises:
-      ValueError: there is no such set, it is not built, or in another format, or is
-        damaged, or does not have images of one class each. Says how to build it.
+      ValueError: the dataset does not exist, is not built, has another format, is
+        damaged, or does not have one class per image. The message says how to build it.
     """
     folder = _folder(name, data_dir)
     builder = _find(name, folder)
@@ -94,7 +94,7 @@ def read_set(
             try:
                 examples = _examples(root, info.full_name, stored, keys, shown, bar)
                 splits[split] = tuple(examples)
-            # The readers of shards and of examples raise what they like.
+            # The readers of shards and of examples may raise any error.
             except Exception as error:
                 raise ValueError(
                     f"{root}: the split {stored!r} of {name} is damaged"
@@ -115,21 +115,21 @@ def read_set(
 def where_to_build(
     name: str, data_dir: str | os.PathLike[str] | None = None
 ) -> Path | None:
-    """The folder that a set is to be built in; None where it is built already.
+    """The folder to build a dataset in; None if it is built already.
 
     Args:
       name: as for `read_set`.
       data_dir: as for `read_set`.
 
     Raises:
-      ValueError: what is there is damaged, or in a format that only TensorFlow reads.
+      ValueError: the dataset is damaged, or in a format that only TensorFlow reads.
     """
     folder = _folder(name, data_dir)
     return folder if _open(name, folder) is None else None
 
 
 def _folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Where tfds keeps its sets."""
+    """The directory of the datasets of tfds."""
     from tensorflow_datasets.core import constants
 
     if not name:
@@ -140,7 +140,7 @@ def _folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _find(name: str, folder: Path) -> Any:
-    """The builder of a set that must be there."""
+    """The builder of a dataset that must exist."""
     builder = _open(name, folder)
     if builder is None:
         asked = tfds_archives.set_of(name)
@@ -151,7 +151,7 @@ def _find(name: str, folder: Path) -> Any:
         elif unknown := tfds_archives.doubt(name):
             doubt = f" ({unknown})"
         by_hand = ""
-        if asked in tfds_archives.DEAD:  # no use to let people try to download it
+        if asked in tfds_archives.DEAD:  # downloading it cannot succeed
             by_hand = tfds_archives.by_hand(name, folder / "downloads" / "manual")
         raise ValueError(
             f"{folder}: the set {name!r} is not built there{doubt};"
@@ -161,7 +161,7 @@ def _find(name: str, folder: Path) -> Any:
 
 
 def _open(name: str, folder: Path) -> Any:
-    """The builder of a set on disk; none of the code that built it runs to read it."""
+    """The builder of a dataset on disk; reading runs none of the code that built it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
@@ -169,7 +169,7 @@ def _open(name: str, folder: Path) -> Any:
         builder = read_only_builder.builder_from_files(name, data_dir=str(folder))
     except tfds.core.DatasetNotFoundError:
         return None
-    # A damaged description makes tfds raise what it likes.
+    # tfds may raise any error for a damaged description.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -188,7 +188,7 @@ def _open(name: str, folder: Path) -> Any:
 def _choose_splits(
     name: str, stored: list[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Our split -> the set's, and notes on the others."""
+    """Split -> split of the dataset, and notes on the others."""
     test = "test" if "test" in stored else "validation"
     if "train" not in stored or test not in stored:
         raise ValueError(
@@ -224,7 +224,7 @@ def _keys(name: str, info: Any) -> _Keys:
         )
     box = features.get("bbox")
     has_box = isinstance(box, tfds.features.BBoxFeature)
-    # Sets that were built before there were formats have this one.
+    # Datasets built before formats existed have this one.
     relative = has_box and getattr(box.bbox_format, "value", "REL_YXYX") == "REL_YXYX"
     texts = [key for key, kind in kinds.items() if kind == "Text"]
     file_name = next((key for key in _FILE_NAMES if key in texts), None)
@@ -246,7 +246,7 @@ def _examples(
     shown: dict[int, str],
     bar: Progress,
 ) -> Iterator[Example]:
-    """Reads a split; `shown` collects the names of classes that examples carry."""
+    """Reads a split; `shown` collects the class names in examples."""
     version = _version(root, split)
     source = _source(root, split, version)
     for index in range(len(source)):
@@ -257,7 +257,7 @@ def _examples(
         box = None
         if keys.box:
             top, left, bottom, right = map(float, stored[keys.box])
-            # Some sets write zeros for "none".
+            # Some datasets have zeros for "none".
             if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
                 box = left, top, right, bottom
         yield Example(
@@ -273,7 +273,7 @@ def _examples(
 def _content(root: Path, split: str, version: str, image: str, index: int) -> bytes:
     try:
         return _source(root, split, version)[index][image]
-    # array_record and tfds raise what they like.
+    # array_record and tfds may raise any error.
     except Exception as error:
         raise pictures.PictureError(
             f"{root}: image {index} of {split!r} cannot be read"
@@ -324,7 +324,7 @@ def _check_labels(
 def _unique_names(
     splits: dict[str, tuple[Example, ...]],
 ) -> dict[str, tuple[Example, ...]]:
-    """Numbers in place of names of files that train and test share."""
+    """Replaces file names by numbers if they are not unique."""
     names = [example.name for example in itertools.chain(*splits.values())]
     if len(set(names)) == len(names):
         return splits
