@@ -62,7 +62,7 @@ def doubt(name: str) -> str:
         return ""
     close = difflib.get_close_matches(set_of(name), known)
     meant = f"; meant is {' or '.join(close)}?" if close else ""
-    return f"tfds itself has no set of that name{meant}"
+    return f"tfds has no dataset of that name{meant}"
 
 
 def archives(name: str) -> dict[str, Archive]:

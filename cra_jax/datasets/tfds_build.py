@@ -72,7 +72,7 @@ def build(
             reason = _in_own_process(name, folder, manual, progress)
     except OSError as error:
         raise ValueError(
-            f"cannot write to {folder} ({error}): make it a folder you can write to, or"
+            f"cannot write to {folder} ({error}): make it writable, or"
             " set data.path to another"
         ) from error
     if reason:
@@ -81,7 +81,7 @@ def build(
         )
     if tfds_read.where_to_build(name, data_dir) is not None:
         raise ValueError(
-            f"tfds has built {name}, but not in {folder}: name the set, or its config"
+            f"tfds has built {name}, but not in {folder}: give the name, or its config"
             " and version, as tfds does"
         )
     return True
@@ -94,7 +94,7 @@ def _check_modules(name: str) -> None:
         raise ValueError(
             f"building {name} needs {' and '.join(missing)}, which this Python"
             f" ({sys.executable}) does not have: {tfds_archives.INSTALL}. Neither is"
-            " needed to read the set: it may also be built on another machine, and"
+            " needed to read the dataset: it may also be built on another machine, and"
             " copied"
         )
 
@@ -180,8 +180,8 @@ def _in_own_process(name: str, folder: Path, manual: Path, progress: bool) -> st
     except EOFError:
         process.join()
         return (
-            f"its process ended with {process.exitcode} and said no more (-9: killed,"
-            " perhaps for want of memory)"
+            f"its process ended with {process.exitcode} and no message (-9: killed,"
+            " perhaps out of memory)"
         )
     finally:
         if sys.exception():  # Ctrl-C reaches it as well: time to tidy up

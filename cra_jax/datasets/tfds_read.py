@@ -134,7 +134,7 @@ def _folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
 
     if not name:
         raise ValueError(
-            "data.name is empty: name a set of tfds, as caltech_birds2011, or cars196"
+            "data.name is empty: set it to a dataset of tfds, such as caltech_birds2011"
         )
     return Path(data_dir or constants.DATA_DIR).expanduser().absolute()
 
@@ -154,7 +154,7 @@ def _find(name: str, folder: Path) -> Any:
         if asked in tfds_archives.DEAD:  # downloading it cannot succeed
             by_hand = tfds_archives.by_hand(name, folder / "downloads" / "manual")
         raise ValueError(
-            f"{folder}: the set {name!r} is not built there{doubt};"
+            f"{folder}: the dataset {name!r} is not built there{doubt};"
             f" {tfds_archives.BUILD}{by_hand}"
         )
     return builder
@@ -174,12 +174,12 @@ def _open(name: str, folder: Path) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{folder}: tfds cannot open {name!r} ({reason}); names are set, set/config"
-            " or set:1.0.0; remove the set's folder and build it again if it is damaged"
+            " or set:1.0.0; remove its folder and build it again if it is damaged"
         ) from error
     formats = sorted(f.value for f in builder.info.available_file_formats())
     if FORMAT not in formats:
         raise ValueError(
-            f"{builder.data_path}: the set is stored as {', '.join(formats)}, which"
+            f"{builder.data_path}: the dataset is stored as {', '.join(formats)}, which"
             f" only TensorFlow reads; move that folder away and {tfds_archives.BUILD}"
         )
     return builder
@@ -193,11 +193,11 @@ def _choose_splits(
     if "train" not in stored or test not in stored:
         raise ValueError(
             f"{name}: its splits are {', '.join(sorted(stored)) or 'none'}; train is"
-            " needed, and test or validation: choose another set"
+            " needed, and test or validation: choose another dataset"
         )
     notes = []
     if test == "validation":
-        notes.append(f"{name} has no split 'test': 'validation' serves as such")
+        notes.append(f"{name} has no split 'test': 'validation' is used instead")
     notes += [
         f"the split {s!r} is not used" for s in stored if s not in ("train", test)
     ]
@@ -220,7 +220,7 @@ def _keys(name: str, info: Any) -> _Keys:
     ):
         raise ValueError(
             f"{name} does not have uint8 images of one class each: its features are"
-            f" {kinds}; choose a set for image classification"
+            f" {kinds}; choose a dataset for image classification"
         )
     box = features.get("bbox")
     has_box = isinstance(box, tfds.features.BBoxFeature)
@@ -316,7 +316,7 @@ def _check_labels(
             raise ValueError(
                 f"{name}: {len(wrong)} of {len(examples)} images of {split!r} have no"
                 f" class (the label of {wrong[0].name} is {wrong[0].label}, of"
-                f" {num_classes} classes); choose a set whose test images are"
+                f" {num_classes} classes); choose a dataset whose test images are"
                 " labelled"
             )
 

@@ -189,7 +189,7 @@ def test_validation_serves_where_there_is_no_test(tmp_path):
     dataset = sources.load("tfds", tmp_path, name="plain")
     assert set(dataset.splits) == {"train", "test"}
     assert len(dataset.splits["test"]) == 4
-    assert "'validation' serves" in dataset.notes[0]
+    assert "'validation' is used" in dataset.notes[0]
     assert dataset.notes[1:] == ("the split 'extra' is not used",)
 
 
@@ -246,9 +246,11 @@ def test_where_a_set_is_to_be_built(tmp_path):
 
 
 def test_misspelt_sets_and_versions(tmp_path):
-    with pytest.raises(ValueError, match=r"no set of that name; meant is caltech_bi"):
+    with pytest.raises(
+        ValueError, match=r"no dataset of that name; meant is caltech_bi"
+    ):
         tfds_read.read_set("caltech_birds2O11", tmp_path)
-    with pytest.raises(ValueError, match=r"no set of that name\);"):
+    with pytest.raises(ValueError, match=r"no dataset of that name\);"):
         tfds_read.read_set("qqqqqqqq", tmp_path)
     plain(tmp_path)
     with pytest.raises(ValueError, match=r"of plain there is: 1\.0\.0\)"):

@@ -351,7 +351,7 @@ def test_tensorflow_works_without_a_gpu_in_its_own_process(tmp_path, builder):
     ("act", "message"),
     [
         ("raise RuntimeError('the\\n  ink is dry')", "RuntimeError: the ink is dry$"),
-        ("os._exit(3)", "its process ended with 3 and said no more"),
+        ("os._exit(3)", "its process ended with 3 and no message"),
         ("raise KeyboardInterrupt", "it was interrupted"),
     ],
 )
@@ -487,7 +487,9 @@ def test_without_a_network_archives_are_asked_for_at_once(tmp_path, monkeypatch)
 def test_names_that_tfds_does_not_know(tmp_path):
     with pytest.raises(ValueError, match=r"'caltech_birds': .* meant is caltech_birds"):
         tfds_build.build("caltech_birds", tmp_path)
-    with pytest.raises(ValueError, match=r"data\.name is empty: name a set of tfds"):
+    with pytest.raises(
+        ValueError, match=r"data\.name is empty: set it to a dataset of tfds"
+    ):
         tfds_build.build("", tmp_path)
 
 
