@@ -101,7 +101,7 @@ def test_train_then_eval(cache, tmp_path):
         cwd=tmp_path,
     )
     assert looked.returncode == 0, looked.stderr
-    assert "train: 96 pictures of 8 classes" in looked.stdout
+    assert "train: 96 images of 8 classes" in looked.stdout
     assert (workdir / "data.png").stat().st_size > 1000
     again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -162,5 +162,5 @@ def test_pictures_that_are_streamed_cannot_stay(tmp_path):
     config = tiny_config.config(
         tmp_path, **{"data.on_device": True, "data.prepare": False}
     )
-    with pytest.raises(ValueError, match=r"set data\.prepare=True, or"):
+    with pytest.raises(ValueError, match=r"set data\.prepare=True or"):
         check_config.check(config)
