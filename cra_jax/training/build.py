@@ -46,7 +46,6 @@ class LoopOptions:
     batch_size: int = _key("train.batch_size", lowest=1)
     flip: bool = _key("data.flip")
     on_device: bool = _key("data.on_device")
-    workers: int = _key("data.workers", lowest=1)
     prefetch_batches: int = _key("data.prefetch_batches", lowest=1)
     steps_per_dispatch: int = _key("train.steps_per_dispatch", lowest=1)
     log_every_steps: int = _key("train.log_every_steps", lowest=1)

@@ -59,7 +59,13 @@ def run(
             dataset = build.load_dataset(config)
             splits.check_fills_batch(dataset, loop.batch_size)
             checkpoints = (
-                _open_directory(config, workdir, stack, allow_change=allow_change)
+                _open_directory(
+                    config,
+                    workdir,
+                    stack,
+                    keep_latest=loop.keep_latest,
+                    allow_change=allow_change,
+                )
                 if hosts.is_first()
                 else None
             )
@@ -104,12 +110,12 @@ def _open_directory(
     workdir: Path,
     stack: contextlib.ExitStack,
     *,
+    keep_latest: int,
     allow_change: bool,
 ) -> Checkpoints:
     """Locks the run directory and writes the config; `stack` releases the lock."""
     stack.enter_context(run_folder.locked(workdir))
-    keep = build.loop_options(config).keep_latest
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep_latest)
     stack.enter_context(checkpoints)
     # Without a checkpoint, a changed config does no harm.
     fresh = checkpoints.latest_step() is None
@@ -141,13 +147,14 @@ class Data:
     images: on_device.DeviceImages | None
 
     @classmethod
-    def open(cls, config: build.Config, dataset: Dataset) -> "Data":
+    def open(
+        cls, dataset: Dataset, data: splits.DataOptions, loop: build.LoopOptions
+    ) -> "Data":
         """Opens all splits, with an image cache if the config asks for it.
 
         Raises:
           ValueError: an image cannot be read, or the images do not fit in memory.
         """
-        loop, data = build.loop_options(config), run_options.from_config(config).data
         opened = {
             name: splits.open_split(data, dataset, name) for name in dataset.splits
         }
@@ -204,10 +211,11 @@ class Run:
         # Only a new run reads pretrained weights, before any image is prepared, so
         # that errors show early. Other hosts get them from the first host.
         options = run_options.from_config(config)
+        self._workers = options.data.workers
         wanted = hosts.is_first() and not first_step and self._loop.pretrained
         arch = options.backbone
         weights = open_pretrained(wanted, arch=arch) if wanted else None
-        self._data = Data.open(config, dataset)
+        self._data = Data.open(dataset, options.data, self._loop)
         self._steps_per_epoch = self._data.batches.steps_per_epoch
         self._total_steps = self._loop.epochs * self._steps_per_epoch
         num_classes = len(dataset.class_names)
@@ -315,7 +323,7 @@ class Run:
             lambda i: [self._device_batch(step) for step in runs[i]],
             0,
             len(runs),
-            workers=loop.workers,
+            workers=self._workers,
             depth=loop.prefetch_batches,
         )
         clock = progress.Clock()
