@@ -32,14 +32,16 @@ MODES = {
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake in them ends in one line."""
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
-    flags.DEFINE_string("workdir", "", "Run folder; empty: runs/<name of the config>.")
+    flags.DEFINE_string(
+        "workdir", "", "Run directory; empty: runs/<name of the config>."
+    )
     flags.DEFINE_bool("allow_config_change", False, "Go on under another config.")
     flags.DEFINE_multi_string("images", [], "predict: files, folders, patterns, or -.")
     flags.DEFINE_bool("overlay", False, "predict: draw where the network looks, too.")
     flags.DEFINE_integer("port", 8000, "demo: of the page, on this machine.")
     flags.DEFINE_string("baseline", None, "figures, report: a run to compare with.")
     flags.DEFINE_bool("traceback", False, "On an error, show where it comes from.")
-    flags.FLAGS.set_gnu_getopt(True)  # pictures and runs may stand before flags
+    flags.FLAGS.set_gnu_getopt(True)  # images and runs may stand before flags
     try:
         config_flags.DEFINE_config_file("config", _DEFAULT, "FILE[:VARIANT[,VARIANT]].")
         rest, _ = flags.FLAGS(argv), flags.FLAGS.config.seed  # a missing file shows
@@ -71,11 +73,11 @@ def _main(argv: list[str]) -> None:
 def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
     from cra_jax.inference import run_options
-    from cra_jax.input import store
+    from cra_jax.input import image_cache
     from cra_jax.runtime import devices, signals
     from cra_jax.training import build, check_config
 
-    devices.keep(store.default_cache_dir(None) / "compiled")
+    devices.keep(image_cache.default_cache_dir(None) / "compiled")
     mode, subject = values.mode, values.config
     baseline = values.baseline and Path(values.baseline)
     if mode in _OF_A_RUN:

@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 
     @property
     def to_input(self) -> bool:
-        """Whether a step needs the gradient to what comes in: not to pictures."""
+        """Whether a step needs the gradient to what comes in: not to images."""
         return self.in_channels > 3
 
 

@@ -1,12 +1,12 @@
 """Both protocols of testing, here and in PyTorch, by turns.
 
     python -m benchmarks.evaluation_speed    # a CPU: 224 px
-    python -m benchmarks.evaluation_speed --crop_px 448 --pictures 256 --batch 64
+    python -m benchmarks.evaluation_speed --crop_px 448 --images 256 --batch 64
 
-"center" scores centre crops in batches. "full" scores whole pictures, no two of which
+"center" scores centre crops in batches. "full" scores whole images, no two of which
 need have the same size: here they are padded to buckets and share batches; the peer, as
 one would write it there, takes them one at a time. Both have the same weights and
-pictures, and the largest difference between their scores is printed: else the times
+images, and the largest difference between their scores is printed: else the times
 would mean nothing. "first pass" is with compilation.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluation beside PyTorch's.")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop_px", type=int, default=224)
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--bucket_px", type=int, default=64)
     parser.add_argument("--classes", type=int, default=200)
@@ -45,9 +45,9 @@ def main() -> None:
     config.data.crop_px = options.crop_px
     config.eval.batch_size = options.batch
     config.eval.bucket_px = options.bucket_px
-    pictures = draw(options.pictures, short_side_px=options.crop_px * 8 // 7)
-    ours = Ours(config, peer, pictures, options.classes)
-    theirs = Theirs(config, peer, pictures)
+    images = draw(options.images, short_side_px=options.crop_px * 8 // 7)
+    ours = Ours(config, peer, images, options.classes)
+    theirs = Theirs(config, peer, images)
     actions, first, scores = {}, {}, {}
     for protocol in PROTOCOLS:
         for side, run in (("here", ours), ("PyTorch", theirs)):
@@ -59,8 +59,8 @@ def main() -> None:
     times = timing.by_turns(actions, repeats=options.repeats)
     print(timing.machine())
     print(
-        f"{options.backbone}, {options.pictures} pictures, centre crops of "
-        f"{options.crop_px} px, whole ones to {pictures_size(pictures)}, batches of "
+        f"{options.backbone}, {options.images} images, centre crops of "
+        f"{options.crop_px} px, whole ones to {images_size(images)}, batches of "
         f"{options.batch}, buckets of {options.bucket_px} px"
     )
     rows = []
@@ -71,7 +71,7 @@ def main() -> None:
             [
                 name,
                 timing.summary(taken, digits=0),
-                f"{1000 * options.pictures / statistics.median(taken):.1f}",
+                f"{1000 * options.images / statistics.median(taken):.1f}",
                 f"{between:.2f}",
                 f"{first[name]:.1f}",
             ]
@@ -85,59 +85,59 @@ def main() -> None:
 
 
 def draw(count: int, *, short_side_px: int) -> list[np.ndarray]:
-    """Pictures of noise, as different in shape as photographs: up to 3 to 2."""
+    """Images of noise, as different in shape as photographs: up to 3 to 2."""
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(count):
         sides = [short_side_px, round(short_side_px * rng.uniform(1, 1.5))]
         height, width = sides if rng.random() < 0.75 else sides[::-1]
-        pictures.append(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    return pictures
+        images.append(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return images
 
 
-def pictures_size(pictures: list[np.ndarray]) -> str:
+def images_size(images: list[np.ndarray]) -> str:
     """The largest sides, as "384 x 384"."""
-    return " x ".join(str(max(p.shape[axis] for p in pictures)) for axis in (0, 1))
+    return " x ".join(str(max(p.shape[axis] for p in images)) for axis in (0, 1))
 
 
 class Ours:
     """``protocol -> logits``, as `--mode eval` computes them."""
 
-    def __init__(self, config: Any, peer: TorchResNet, pictures, num_classes: int):
+    def __init__(self, config: Any, peer: TorchResNet, images, num_classes: int):
         options = run_options.from_config(config)
         backbone = options.create_backbone(num_classes)
         self._variables = to_linen(peer.state_dict().items())
         self._evaluator = Evaluator(backbone, options)
-        labels = np.zeros(len(pictures), np.int32)
-        self._split = splits.Split(pictures, labels, ())
+        labels = np.zeros(len(images), np.int32)
+        self._split = splits.Split(images, labels, ())
 
     def __call__(self, protocol: str) -> np.ndarray:
-        """Scores ``[n, k]`` of all pictures."""
+        """Scores ``[n, k]`` of all images."""
         found = self._evaluator.predict(self._variables, self._split, protocol)
         return found.logits
 
 
 class Theirs:
-    """The same in PyTorch, from the same uint8 pictures."""
+    """The same in PyTorch, from the same uint8 images."""
 
-    def __init__(self, config: Any, peer: TorchResNet, pictures: list[np.ndarray]):
+    def __init__(self, config: Any, peer: TorchResNet, images: list[np.ndarray]):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._network: Any = peer.to(self._device).to(  # pyright: ignore[reportCallIssue]
             memory_format=torch.channels_last
         )
-        self._pictures = pictures
+        self._images = images
         self._crop_px, self._batch = config.data.crop_px, config.eval.batch_size
         self._mean = torch.tensor(config.data.mean, device=self._device)
         self._std = torch.tensor(config.data.std, device=self._device)
 
     @torch.inference_mode()
     def __call__(self, protocol: str) -> np.ndarray:
-        """Scores ``[n, k]`` of all pictures."""
+        """Scores ``[n, k]`` of all images."""
         run = self._center if protocol == "center" else self._full
         return torch.cat(run()).cpu().numpy()
 
     def _center(self) -> list[torch.Tensor]:
-        crops = [self._cut(picture) for picture in self._pictures]
+        crops = [self._cut(image) for image in self._images]
         return [
             self._network(self._normalized(np.stack(crops[i : i + self._batch])))
             for i in range(0, len(crops), self._batch)
@@ -146,20 +146,20 @@ class Theirs:
     def _full(self) -> list[torch.Tensor]:
         window = -(-self._crop_px // STRIDE_PX)
         logits = []
-        for picture in self._pictures:
-            features = self._network.stages(self._normalized(picture[None]))["features"]
+        for image in self._images:
+            features = self._network.stages(self._normalized(image[None]))["features"]
             pooled = functional.avg_pool2d(features, window, stride=1)
             scores = self._network.fc(pooled.permute(0, 2, 3, 1))
             logits.append(scores.mean((1, 2)))
         return logits
 
-    def _cut(self, picture: np.ndarray) -> np.ndarray:
+    def _cut(self, image: np.ndarray) -> np.ndarray:
         side = self._crop_px
-        top, left = ((n - side) // 2 for n in picture.shape[:2])
-        return picture[top : top + side, left : left + side]
+        top, left = ((n - side) // 2 for n in image.shape[:2])
+        return image[top : top + side, left : left + side]
 
-    def _normalized(self, pictures: np.ndarray) -> torch.Tensor:
-        on_device = torch.from_numpy(pictures).to(self._device)
+    def _normalized(self, images: np.ndarray) -> torch.Tensor:
+        on_device = torch.from_numpy(images).to(self._device)
         return ((on_device.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
 
 

@@ -31,7 +31,7 @@ class Cost(NamedTuple):
 
     Attributes:
       parameters: numbers that are learned.
-      flops: of one picture's forward pass, by XLA's count.
+      flops: of one image's forward pass, by XLA's count.
       predict: runs it once and waits.
     """
 
@@ -63,7 +63,7 @@ def count(tree: Any) -> int:
 
 
 def cost(backbone: Any, variables: Any, crop_px: int) -> Cost:
-    """Compiles the forward pass of one picture."""
+    """Compiles the forward pass of one image."""
     images = jnp.zeros((1, crop_px, crop_px, 3))
     variables = jax.tree.map(jnp.asarray, variables)
     program = (
@@ -126,7 +126,7 @@ def main() -> None:
         times = latencies_ms(rows, options.repeats)
     side = config.data.crop_px
     device = jax.local_devices()[0].device_kind
-    print(f"\n{options.backbone}, {side} x {side}, one picture, on {device}\n")
+    print(f"\n{options.backbone}, {side} x {side}, one image, on {device}\n")
     print("| network | parameters | GFLOP | latency: median (quartiles), ms |")
     print("|---|---:|---:|---:|")
     for name, row in rows.items():

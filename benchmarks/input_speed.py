@@ -1,12 +1,12 @@
-"""How fast training is fed: prepared pictures against a PyTorch DataLoader.
+"""How fast training is fed: prepared images against a PyTorch DataLoader.
 
     python -m benchmarks.input_speed --data ../shared/data/cub_10/CUB_200_2011
 
-Both make batches of 64 random crops of 448 out of pictures whose shorter side is 512,
+Both make batches of 64 random crops of 448 out of images whose shorter side is 512,
 as the training loop receives them. Ours are uint8, to be flipped and normalised on the
 device; a row more does that here, too. Every measurement is a process of its own that
 holds the libraries of its side alone, on the same cores, and they come by turns. Epochs
-follow each other without an end, so that a small set does: its pictures are read again.
+follow each other without an end, so that a small set does: its images are read again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 BATCH_SIZE, SHORT_SIDE_PX, CROP_PX = 64, 512, 448
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PUBLISHED = {"cub": (5994, 5794), "cars": (8144, 8041)}
-"""Pictures in train and test of the whole sets."""
+"""Images in train and test of the whole sets."""
 
 PREPARE = "prepare"
 OURS = {
@@ -75,7 +75,7 @@ def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
     config = config_of(data, cache_dir)
     split = build.open_split(config, build.load_dataset(config), "train")
     batches = TrainBatches(
-        split.pictures, split.labels, batch_size=BATCH_SIZE, crop_px=CROP_PX, seed=0
+        split.images, split.labels, batch_size=BATCH_SIZE, crop_px=CROP_PX, seed=0
     )
 
     def make(step: int) -> Any:
@@ -83,8 +83,8 @@ def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
         return devices.split({k: batch[k] for k in ("image", "flip", "label")})
 
     if kind == "ours-on-device":
-        pictures: Any = split.pictures
-        kept = on_device.DeviceImages(pictures, crop_px=CROP_PX, progress=False)
+        images: Any = split.images
+        kept = on_device.DeviceImages(images, crop_px=CROP_PX, progress=False)
 
         def make(step: int) -> Any:
             return jax.block_until_ready(kept.batch(batches.plan(step)))
@@ -110,7 +110,7 @@ def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
 
 
 def photographs(data: Path) -> tuple[list[Path], list[int]]:
-    """The training pictures and their classes, from the files that name them."""
+    """The training images and their classes, from the files that name them."""
 
     def column(name: str) -> dict[str, str]:
         lines = (data / name).read_text().splitlines()
@@ -125,7 +125,7 @@ def peer_batches(workers: int, data: Path) -> Iterator[Any]:
     """Endless batches of a DataLoader whose transforms are torchvision's, written out.
 
     Resize(512, bicubic, antialias), RandomCrop(448), RandomHorizontalFlip, ToTensor,
-    Normalize: on Pillow pictures, as is usual.
+    Normalize: on Pillow images, as is usual.
     """
     import torch
     from PIL import Image
@@ -193,10 +193,10 @@ def measure(kind: str, data: Path, cache_dir: Path, seconds: float) -> dict[str,
         config = config_of(data, cache_dir)
         dataset = build.load_dataset(config)
         start, used = time.perf_counter(), cpu_seconds(os.getpid())
-        pictures = len(build.open_split(config, dataset, "train").labels)
+        images = len(build.open_split(config, dataset, "train").labels)
         passed = time.perf_counter() - start
         used = cpu_seconds(os.getpid()) - used
-        return {"rate": pictures / passed, "cpu_ms": 1000 * used / pictures}
+        return {"rate": images / passed, "cpu_ms": 1000 * used / images}
     if kind in OURS:
         return rate_of(our_batches(kind, data, cache_dir), 8, seconds)
     workers = int(kind.removeprefix(PEER))
@@ -238,8 +238,8 @@ class Memory:
 
     Attributes:
         own_mb: what they wrote, shared memory included.
-        mapped_mb: files mapped into memory: libraries, and our store. The system takes
-            these back when it needs them.
+        mapped_mb: files mapped into memory: libraries, and the image cache. The system
+            frees these when it needs the memory.
     """
 
     def __init__(self, pid: int):
@@ -296,7 +296,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {kind: [] for kind in kinds}
     for turn in range(1, options.repeats + 1):
         with tempfile.TemporaryDirectory() as folder:
-            for kind in kinds:  # the store that the first makes, the others read
+            for kind in kinds:  # the image cache that the first makes, the others read
                 found[kind].append(run_alone(kind, options, Path(folder)))
                 figure = found[kind][-1]
                 shown = ", ".join(f"{k} {v:,.1f}" for k, v in figure.items())
@@ -365,7 +365,7 @@ def disk_lines(sets: dict[str, Path]) -> Iterator[str]:
     from cra_jax.datasets import sources
     from cra_jax.runtime.prefetch import prefetch
 
-    yield "| set | MB a picture | pictures | disk, GB | train alone (in memory), GB |"
+    yield "| set | MB an image | images | disk, GB | train alone (in memory), GB |"
     yield "|---|---:|---:|---:|---:|"
     for name, path in sets.items():
         dataset = sources.load(name, path)

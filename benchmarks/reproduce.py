@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 from cra_jax.model import KINDS
 from cra_jax.reports import html_page, paper_results, run_summary, uncertainty
-from cra_jax.runtime import files, run_folder
+from cra_jax.runtime import files, run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 140  # train.epochs of configs/cub.py
-TRAIN_PICTURES = {"cub": 5994, "cars": 8144}
-# Of a training step, forward and backward, for a picture of 448 px: one ResNet at 448,
+TRAIN_IMAGES = {"cub": 5994, "cars": 8144}
+# Of a training step, forward and backward, for an image of 448 px: one ResNet at 448,
 # and in CRA-CNN two passes of another at 224, which is half as much again.
 CRA_GFLOP = {"resnet50": 147, "resnet101": 281}
 BASELINE_SHARE = 2 / 3
@@ -46,15 +46,15 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the cell, and of its run folder."""
+        """Of the cell, and of its run directory."""
         return "-".join(self)
 
     @property
     def flop(self) -> float:
         """Of all training: a sum, not a measurement."""
         share = 1 if self.kind == "cra" else BASELINE_SHARE
-        pictures = TRAIN_PICTURES[self.data] * EPOCHS
-        return 1e9 * CRA_GFLOP[self.backbone] * share * pictures
+        images = TRAIN_IMAGES[self.data] * EPOCHS
+        return 1e9 * CRA_GFLOP[self.backbone] * share * images
 
 
 CELLS = [Cell(*row[1:4]) for row in paper_results.ROWS if row.table == "Table 1"]
@@ -67,7 +67,7 @@ def commands(
 
     Args:
       cell: which.
-      workdir: its run folder.
+      workdir: its run directory.
       seed: of the run.
       path: of the data set; empty: CUB is fetched.
       settings: more, as "--config.train.epochs=1".
@@ -109,16 +109,16 @@ def accuracies(
     for workdir in workdirs:
         if not (workdir / "reproduced.json").is_file():
             continue
-        settings = run_folder.read_config(workdir)
-        for line in run_summary.newest(run_folder.read_metrics(workdir)):
+        settings = run_directory.read_config(workdir)
+        for line in run_summary.newest(run_directory.read_metrics(workdir)):
             if (line["split"], line["protocol"]) != ("test", protocol):
                 continue
             found.append(line["top1"])
-            pictures = paper_results.TEST_PICTURES.get(settings["data"]["source"])
+            images = paper_results.TEST_IMAGES.get(settings["data"]["source"])
             epochs = settings["train"]["epochs"]
-            if line["count"] != pictures or epochs != EPOCHS:
+            if line["count"] != images or epochs != EPOCHS:
                 remarks.append(
-                    f"{workdir.name}: {line['count']} test pictures of "
+                    f"{workdir.name}: {line['count']} test images of "
                     f"{settings['data']['source']}, {epochs} epochs, "
                     f"{settings['model']['backbone']} of width "
                     f"{settings['model']['width']}: not the paper's experiment"
@@ -130,7 +130,7 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
     """The paper's tables beside what was run, as Markdown.
 
     Args:
-      root: the folder of the run folders.
+      root: the folder of the run directorys.
       seeds: that are counted in.
       tflops: sustained, for the arithmetic of what a cell costs.
     """
@@ -166,8 +166,8 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
         html_page.markdown_table(head, rows),
         "",
         "The last column is arithmetic, not a measurement: GFLOP of a step for a "
-        f"picture ({CRA_GFLOP['resnet50']} and {CRA_GFLOP['resnet101']} for CRA-CNN, "
-        f"two thirds for the baseline), times training pictures, times {EPOCHS} "
+        f"image ({CRA_GFLOP['resnet50']} and {CRA_GFLOP['resnet101']} for CRA-CNN, "
+        f"two thirds for the baseline), times training images, times {EPOCHS} "
         "epochs, at "
         f"{tflops:g} TFLOP/s sustained. All eight cells: {total:.2g} FLOP, "
         f"{total / (tflops * 1e12) / 3600:.0f} hours.",

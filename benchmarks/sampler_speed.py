@@ -3,7 +3,7 @@
     python -m benchmarks.sampler_speed
     python -m benchmarks.sampler_speed --batch 64 --topology v5p:1x1x1    # on paper
 
-Pictures of 448 to attentions of 224, in float32: forward, and forward with the
+Images of 448 to attentions of 224, in float32: forward, and forward with the
 gradient to the grid, as a training step wants it.
 
 With --topology, nothing runs: a TPU's compiler says what both ways to gather would take
@@ -29,7 +29,7 @@ from cra_jax import geometry
 def main() -> None:
     parser = argparse.ArgumentParser(description="The sampler beside its peers.")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--picture_px", type=int, default=448)
+    parser.add_argument("--image_px", type=int, default=448)
     parser.add_argument("--attention_px", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
@@ -53,7 +53,7 @@ def main() -> None:
     clock = time.process_time if options.cpu_time else time.perf_counter
     times = timing.by_turns(actions, repeats=options.repeats, clock=clock)
     print(timing.machine())
-    size = f"{options.batch} x {options.picture_px} to {options.attention_px}"
+    size = f"{options.batch} x {options.image_px} to {options.attention_px}"
     unit = "ms of the processor" if options.cpu_time else "ms"
     rows = []
     for name, taken in times.items():
@@ -77,10 +77,10 @@ def _ask_compiler(options: argparse.Namespace) -> None:
             attention.transpose(0, 3, 1, 2), kernel, (2, 2), "SAME"
         ).var()
 
-    picture = (options.batch, options.picture_px, options.picture_px, 3)
+    image = (options.batch, options.image_px, options.image_px, 3)
     shapes = (
         jax.ShapeDtypeStruct((options.batch, 4), jnp.float32),
-        jax.ShapeDtypeStruct(picture, jnp.uint8),
+        jax.ShapeDtypeStruct(image, jnp.uint8),
         jax.ShapeDtypeStruct((64, 3, 7, 7), jnp.float32),
     )
     rows = []
@@ -95,15 +95,15 @@ def _ask_compiler(options: argparse.Namespace) -> None:
         rows.append([name.strip("_"), *(f"{size / 1e9:.1f}" for size in sizes)])
         jax.clear_caches()
     print(timing.machine())
-    size = f"{options.batch} x {options.picture_px} to {options.attention_px}"
+    size = f"{options.batch} x {options.image_px} to {options.attention_px}"
     print(timing.table([size, "temporaries, GB", "traffic, GB"], rows))
 
 
 def _inputs(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures, grids as a training has them, and the gradient that comes back."""
+    """Images, grids as a training has them, and the gradient that comes back."""
     rng = np.random.default_rng(0)
     batch, side = options.batch, options.attention_px
-    image = rng.normal(size=(batch, options.picture_px, options.picture_px, 3))
+    image = rng.normal(size=(batch, options.image_px, options.image_px, 3))
     low, high = (-0.3, -0.3, 0.35, -0.5), (0.3, 0.3, 0.5, 0.5)
     gamma_res = jnp.asarray(rng.uniform(low, high, (batch, 4)), jnp.float32)
     grid = np.asarray(geometry.attention_grid(gamma_res, (side, side)))
@@ -131,11 +131,11 @@ def _ours(image, grid, cotangent):
 
 
 def _map_coordinates(image, grid, cotangent):
-    def one_channel(picture, grid):
-        height, width = picture.shape
+    def one_channel(plane, grid):
+        height, width = plane.shape
         x = (grid[..., 0] + 1) * (0.5 * (width - 1))
         y = (grid[..., 1] + 1) * (0.5 * (height - 1))
-        return map_coordinates(picture, [y, x], order=1)
+        return map_coordinates(plane, [y, x], order=1)
 
     channels = jax.vmap(one_channel, in_axes=(-1, None), out_axes=-1)
     return _both(jax.vmap(channels), image, grid, cotangent)

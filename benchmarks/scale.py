@@ -26,7 +26,7 @@ from benchmarks.reproduce import (
     CELLS,
     CRA_GFLOP,
     EPOCHS,
-    TRAIN_PICTURES,
+    TRAIN_IMAGES,
     Cell,
 )
 from configs.cub import get_config
@@ -56,12 +56,12 @@ CPU_STEP_S, CPU_BATCH, CPU_CROP_PX = {"baseline": 2.027, "cra": 3.227}, 8, 224
 CPU_SHARE = 0.42
 # Measured: `python -m benchmarks.input_speed`, commit cdcc84b: median, lowest, highest.
 STORE_RATE, STORE_CORES = (1045, 733, 1810), 2
-# Measured: `python -m benchmarks.input_speed --disk`, mean of 294 pictures of each set;
+# Measured: `python -m benchmarks.input_speed --disk`, mean of 294 images of each set;
 # then of all of a set, and of what trains.
-PICTURE_MB = {"cub": 1.11, "cars": 1.53}
+IMAGE_MB = {"cub": 1.11, "cars": 1.53}
 STORE_GB, TRAIN_GB = {"cub": 13.0, "cars": 24.7}, {"cub": 6.6, "cars": 12.4}
 # Counted: `python -m benchmarks.memory --dtypes bfloat16`, GB on one device: the state,
-# and what the backward pass keeps of 64 pictures, without and with model.remat.
+# and what the backward pass keeps of 64 images, without and with model.remat.
 STATE_GB = {"resnet50": 0.6, "resnet101": 1.1}
 KEPT_GB = {"resnet50": (16.8, 6.0), "resnet101": (24.8, 8.6)}
 FREE = 0.2  # of a device's memory, for work in progress, as docs/devices.md advises
@@ -105,18 +105,18 @@ SLICE = Machine("v5e-64", "TPU v5e", 64, 16, 819, ICI)
 
 
 def gflop(backbone: str, kind: str) -> float:
-    """Of a training step, for a picture."""
+    """Of a training step, for an image."""
     return CRA_GFLOP[backbone] * (1 if kind == "cra" else BASELINE_SHARE)
 
 
 def steps(data: str) -> int:
     """Of a training: whole batches alone are trained on."""
-    return EPOCHS * (TRAIN_PICTURES[data] // BATCH)
+    return EPOCHS * (TRAIN_IMAGES[data] // BATCH)
 
 
-def compute_s(gflop: float, pictures: float, machine: Machine, share: float) -> float:
-    """Seconds of a step's arithmetic, with so many pictures on each device."""
-    return 1e9 * gflop * pictures / machine.flops(share)
+def compute_s(gflop: float, images: float, machine: Machine, share: float) -> float:
+    """Seconds of a step's arithmetic, with so many images on each device."""
+    return 1e9 * gflop * images / machine.flops(share)
 
 
 def ring_s(size: float, devices: int, gbs: float) -> float:
@@ -136,7 +136,7 @@ def matters_from(gflop: float, size: float, machine: Machine, per: int = 1) -> i
     All share the paper's batch, so that each has less to compute the more there are.
 
     Args:
-      gflop: of a step, for a picture.
+      gflop: of a step, for an image.
       size: bytes of the all-reduce.
       machine: its devices and its link; its own number of devices does not count.
       per: devices at each end of a link: those of a host, for a network.
@@ -195,14 +195,14 @@ def eval_flop(cell: Cell) -> tuple[float, float]:
     """Of all scoring under "center", while training and after it; and under "full".
 
     A forward pass is a third of a training step of the baseline. "full" scores whole
-    pictures, whose longer side is padded by half of `BUCKET_PX` on average.
+    images, whose longer side is padded by half of `BUCKET_PX` on average.
     """
     forward = 1e9 * gflop(cell.backbone, "baseline") / 3
-    pictures = paper_results.TEST_PICTURES[cell.data]
-    center = forward * pictures * (EPOCHS // EVAL_EVERY + 1)
-    longer_px = 1e6 * PICTURE_MB[cell.data] / 3 / SHORT_SIDE_PX
+    images = paper_results.TEST_IMAGES[cell.data]
+    center = forward * images * (EPOCHS // EVAL_EVERY + 1)
+    longer_px = 1e6 * IMAGE_MB[cell.data] / 3 / SHORT_SIDE_PX
     area = SHORT_SIDE_PX * (longer_px + BUCKET_PX / 2) / CROP_PX**2
-    return center, forward * pictures * area
+    return center, forward * images * area
 
 
 def hours(
@@ -296,7 +296,7 @@ def _introduction() -> str:
                         "without",
                     ),
                     (
-                        "images/s from the store, by cores",
+                        "images/s from the image cache, by cores",
                         "`python -m benchmarks.input_speed --data CUB_200_2011`",
                     ),
                     (
@@ -335,11 +335,11 @@ def _all_cells() -> str:
             "## Hours",
             timing.table(head, rows),
             _p(f"""Eight trainings are all there is to train: "ours" of Tables 2 and 3
-            are four of them, scored on whole pictures. Training is {1e9 * trained:.2g}
+            are four of them, scored on whole images. Training is {1e9 * trained:.2g}
             FLOP; scoring centre crops every {EVAL_EVERY} epochs {center:.2g}, and whole
-            pictures, once, {full:.2g}. Scores are computed in float32, taken here at
-            half of bfloat16's rate. Preparing the store, compiling and checkpoints are
-            left out. The gradient's all-reduce is in, as if nothing was computed
+            images, once, {full:.2g}. Scores are computed in float32, taken here at
+            half of bfloat16's rate. Preparing the image cache, compiling and checkpoints
+            are left out. The gradient's all-reduce is in, as if nothing was computed
             meanwhile."""),
             _p("""What to rent: one H100 for an afternoon. Eight of them pay for several
             seeds, and then best with a cell on each (`CUDA_VISIBLE_DEVICES`, and
@@ -359,7 +359,7 @@ def _by_cell() -> str:
         )
         for c in CELLS
     ]
-    head = ["a cell of Table 1, hours", "GFLOP a picture", "steps"]
+    head = ["a cell of Table 1, hours", "GFLOP an image", "steps"]
     kinds = dict.fromkeys((c.backbone, c.kind) for c in CELLS)
     times = [
         (
@@ -390,9 +390,9 @@ def _by_cell() -> str:
         [
             timing.table([*head, *names], rows),
             timing.table(["a step of 64, ms: arithmetic + all-reduce", *names], times),
-            _p(f"""GFLOP of a step for a picture, times {BATCH} pictures, over devices
+            _p(f"""GFLOP of a step for an image, times {BATCH} images, over devices
             times peak times {_percent(SHARE)}. Steps are {EPOCHS} epochs of whole
-            batches. A share of peak falls with the pictures that a device has: 8 on
+            batches. A share of peak falls with the images that a device has: 8 on
             each of 8 devices reach less than 64 on one, so read the columns of 8
             devices with the {_percent(min(SHARES))} of the first table in mind."""),
             _p(f"""Memory takes its share: with ResNet-50, CRA-CNN's backward pass
@@ -420,9 +420,9 @@ def _pod_slice() -> str:
     return "\n\n".join(
         [
             "### A pod slice",
-            _p(f"""The paper's batch of {BATCH} is one picture a chip on {SLICE.name}.
+            _p(f"""The paper's batch of {BATCH} is one image a chip on {SLICE.name}.
             CRA-CNN's L_cntr contrasts pairs, so the code refuses that and names the
-            batch sizes that can; {most} chips is the most that {BATCH} pictures can be
+            batch sizes that can; {most} chips is the most that {BATCH} images can be
             shared by. What a slice is good for is other than one cell of Table 1:"""),
             _p(f"""- Cells or seeds side by side: rent {len(CELLS)} v5e-8 instead of
             one {SLICE.name} and start a cell on each, as in the last row of the first
@@ -454,18 +454,18 @@ def _input() -> str:
         [
             "## Input",
             timing.table(head, rows),
-            _p(f"""The store gave {STORE_RATE[0]:,} images/s ({STORE_RATE[1]} to
+            _p(f"""The image cache gave {STORE_RATE[0]:,} images/s ({STORE_RATE[1]} to
             {STORE_RATE[2]:,}) on {STORE_CORES} cores that had other work as well:
             {middle:.0f} a core ({low:.0f} to {high:.0f}). A crop is {CROP_PX} x
             {CROP_PX} x 3 bytes of uint8; PCIe 4 carries {PCIE:.0f} GB/s to a device,
             many times what is asked for. The default `data.workers=2` is enough for
-            one A100; for one H100 set it to {per} or more. For 8 of them nobody should
-            rely on the store before it is measured there: whether threads go on scaling
+            one A100; for one H100 set it to {per} or more. For 8 of them measure the image
+            cache first: whether threads go on scaling
             beyond {STORE_CORES} cores is not known. `data.on_device=True` sends a step
-            a few numbers for each picture instead of its pixels, and ends the question
+            a few numbers for each image instead of its pixels, and ends the question
             wherever it fits. Cells side by side need as much together."""),
-            _p("""The first epoch reads the store from the disk, later ones from the
-            system's cache where that has room for it: see below."""),
+            _p("""The first epoch reads the image cache from the disk, later ones
+            from the system's memory where that has room for it: see below."""),
         ]
     )
 
@@ -522,7 +522,7 @@ def _all_reduce() -> str:
             the hosts, and what happens within each comes on top. The last but one
             column is the number of devices, sharing the batch of {BATCH}, from which it
             takes {_percent(MATTERS)} of a step. The last column gives each device
-            {BATCH} pictures of its own, which is a larger batch and another experiment.
+            {BATCH} images of its own, which is a larger batch and another experiment.
             XLA may hide some of this behind the backward pass; none of that is
             counted."""),
             _p(f"""So the batch of {BATCH} belongs into one machine: a second host of 8
@@ -534,7 +534,7 @@ def _all_reduce() -> str:
             {1e6 * LATENCY_S:.0f} µs each, which is assumed, {1000 * synced:.1f} ms a
             step, beside {1000 * of_8:.1f} ms of arithmetic on 8 H100. It buys the same
             update as one device makes. `bn.group_size` gives that too, and asks no
-            other device, but its statistics are of fewer pictures."""),
+            other device, but its statistics are of fewer images."""),
         ]
     )
 
@@ -559,7 +559,7 @@ def _memory() -> str:
             timing.table(head, rows).replace("---:", "---"),
             _p(f"""Counted, not measured: the state ({STATE_GB["resnet50"]} GB with
             ResNet-50, {STATE_GB["resnet101"]} with ResNet-101) and a device's share of
-            what the backward pass keeps of {BATCH} pictures
+            what the backward pass keeps of {BATCH} images
             ({KEPT_GB["resnet50"][0]:.0f} and {KEPT_GB["resnet101"][0]:.0f} GB; with
             `model.remat` {KEPT_GB["resnet50"][1]} and {KEPT_GB["resnet101"][1]}), in
             {_percent(1 - FREE)} of the memory. `model.remat` computes the forward pass
@@ -567,15 +567,15 @@ def _memory() -> str:
             `data.on_device` puts the whole
             training set on every device: {TRAIN_GB["cub"]} GB for CUB,
             {TRAIN_GB["cars"]} for Cars."""),
-            _p(f"""Of the host: the store takes {STORE_GB["cub"]} GB (CUB) and
+            _p(f"""Of the host: the image cache takes {STORE_GB["cub"]} GB (CUB) and
             {STORE_GB["cars"]} GB (Cars) of disk. Its training part, {TRAIN_GB["cub"]}
             and {TRAIN_GB["cars"]} GB, should fit the system's cache, so a host with 32
             GB of memory has enough for either. Where it does not fit, each epoch reads
             it again: for the {rate:.0f} images/s of an A100, up to
-            {rate * PICTURE_MB["cub"] / 1000:.1f} GB/s in random order. Training itself
+            {rate * IMAGE_MB["cub"] / 1000:.1f} GB/s in random order. Training itself
             owns the batches made ahead, {3 * CROP_PX**2 * BATCH / 1e6:.0f} MB each.
-            Cells side by side on one machine share one store and one cache. Each of
-            several hosts needs the store."""),
+            Cells side by side on one machine share one image cache and one compilation
+            cache. Each of several hosts needs the image cache."""),
         ]
     )
 
@@ -589,7 +589,7 @@ def _code() -> str:
                 [
                     (
                         "decoding",
-                        "once, on all cores, into a memory-mapped store "
+                        "once, on all cores, into a memory-mapped image cache "
                         "(`data.prepare`)",
                     ),
                     (

@@ -33,7 +33,7 @@ class CRACNN(nn.Module):
                 self.head.bias.copy_(torch.tensor([0, 0, math.atanh(0.9), 0]))
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Eq. 9 for ``[b, 3, h, w]`` normalised pictures."""
+        """Eq. 9 for ``[b, 3, h, w]`` normalised images."""
         stages = self.classification.stages(images)
         loss = functional.cross_entropy(stages["logits"], labels)
         if self.baseline:
@@ -44,7 +44,7 @@ class CRACNN(nn.Module):
             gamma = self.head(pooled)
             angle_rad, scale = gamma[:, 3:], 0.5 * torch.tanh(gamma[:, 2:3])
             reach = scale.abs() * (angle_rad.cos().abs() + angle_rad.sin().abs())
-            place = (1 - reach) * torch.tanh(gamma[:, :2])  # in the picture
+            place = (1 - reach) * torch.tanh(gamma[:, :2])  # in the image
             gamma_res = torch.cat([place, scale, angle_rad], 1)
             attention, redundancy = self._look(images.float(), gamma_res)
         shown = torch.cat([attention, redundancy])
@@ -111,10 +111,10 @@ def make_step(
     std = torch.tensor((0.229, 0.224, 0.225), device=device)
 
     def step(images, labels):
-        pictures = (images.to(device).float() / 255 - mean) / std
-        pictures = pictures.permute(0, 3, 1, 2)  # channels last as it is
+        normalized = (images.to(device).float() / 255 - mean) / std
+        normalized = normalized.permute(0, 3, 1, 2)  # channels last as it is
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            loss = loss_of(pictures, labels.to(device))
+            loss = loss_of(normalized, labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -4,8 +4,8 @@
     python -m benchmarks.train_step_speed --crop_px 448 --batch 64    # a GPU
     python -m benchmarks.train_step_speed --profile trace    # and where the time goes
 
-Everything from uint8 pictures on the host to the updated weights; both sides take the
-same pictures, ResNet, losses and optimiser. On a GPU both compute in bfloat16.
+Everything from uint8 images on the host to the updated weights; both sides take the
+same images, ResNet, losses and optimiser. On a GPU both compute in bfloat16.
 
 "utilisation" is the model's FLOPs, as XLA counts them before it optimises, over what
 the device could do in that time. "sampler and losses" is CRA-CNN's step with streams
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step")
     options = parser.parse_args()
     devices.keep_memory()
-    images, labels = _pictures(options)
+    images, labels = _images(options)
     actions, flops = {}, {}
     for kind in KINDS:
         actions[f"{kind}, here"], flops[kind] = _ours(kind, options, images, labels)
@@ -115,7 +115,7 @@ def _profile(action: Callable[[], None], folder: Path, *, most: int = 12) -> str
     return timing.table(["operations", "ms", "share"], rows)
 
 
-def _pictures(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+def _images(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (options.batch, options.crop_px, options.crop_px, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -175,7 +175,7 @@ def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=Tru
 
 
 class _Averages(nn.Module):
-    """A stream of next to no arithmetic: scores of a picture's mean colour."""
+    """A stream of next to no arithmetic: scores of an image's mean colour."""
 
     num_classes: int
 
@@ -208,8 +208,8 @@ def _peer(kind: str, options: argparse.Namespace, images, labels, *, compiled: b
         bfloat16=device == "cuda",
         compiled=compiled,
     )
-    pictures, classes = torch.tensor(images), torch.tensor(labels, dtype=torch.int64)
-    return lambda: step(pictures, classes).item()
+    batch, classes = torch.tensor(images), torch.tensor(labels, dtype=torch.int64)
+    return lambda: step(batch, classes).item()
 
 
 if __name__ == "__main__":

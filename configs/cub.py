@@ -199,7 +199,7 @@ def as_released(config: Any) -> None:
         python launch.py --config configs/cub.py:released \
             --config.model.pretrained=runs/cub-baseline
 
-    Three things of it are not built. It flips its 4 pictures by one coin; here each
+    Three things of it are not built. It flips its 4 images by one coin; here each
     has its own. It takes the mean over the affine matrix's four entries for the
     gradient to scale and angle, a quarter of ours, which is the sum. And its L_res
     looks at the entries of that matrix, ours, as Eq. (7), at Gamma.

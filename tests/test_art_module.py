@@ -29,12 +29,12 @@ from tests.oracles import equations
 
 def test_training_starts_at_the_expected_attention():
     out = run(make_network(init=(0.1, -0.2, 0.45, 0.3)))
-    # The kernel is near 0, not 0: pictures differ a little from the first step on.
+    # The kernel is near 0, not 0: images differ a little from the first step on.
     assert_allclose(out.attention.gamma_res, [[0.1, -0.2, 0.45, 0.3]] * 2, atol=5e-3)
     assert np.ptp(np.asarray(out.attention.gamma_res), axis=0).max() > 0
 
 
-def test_an_attention_that_stays_in_the_picture_starts_where_it_is_told_to():
+def test_an_attention_that_stays_in_the_image_starts_where_it_is_told_to():
     init = (0.3, -0.2, 0.45, 0.1)
     network = make_network(init=init, inside=True)
     assert_allclose(run(network).attention.gamma_res, [init] * 2, atol=5e-3)
@@ -100,7 +100,7 @@ def test_a_hard_redundancy_sends_no_gradient_and_a_soft_one_does(monkeypatch):
 def test_the_guard_stops_what_pushes_outwards_and_pulls_back():
     gamma = jnp.array([[2.0, -2.0, 0.1, 9.0]] * 2)
     edge = np.arctanh(0.9)
-    pull_in = art_module._GUARD_STRENGTH * (2 - edge) / 2  # a mean over two pictures
+    pull_in = art_module._GUARD_STRENGTH * (2 - edge) / 2  # a mean over two images
     restoring = np.array([pull_in, -pull_in, 0, 0])
     for push, passed in ((-1.0, [0, 1, 1, 1]), (1.0, [1, 0, 1, 1])):
         value, pull = jax.vjp(lambda g: art_module.guard_gradient(g, 0.9), gamma)
@@ -145,7 +145,7 @@ def test_the_guard_acts_in_the_network_beyond_its_share_alone():
         assert outwards_gradient[1] != 0
 
 
-def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
+def test_the_gradient_of_an_image_is_clipped_entry_by_entry():
     def loss(matrix):
         return (
             art_module.clip_gradient(matrix, 0.5) * jnp.array([[3.0, -4.0, 0.2]])
@@ -155,7 +155,7 @@ def test_the_gradient_of_a_picture_is_clipped_entry_by_entry():
     steep = tuple(1e3 * w for w in WEIGHTS)
     clipped = make_network(gradient_clip=1.0, guard=0.0)
     gradient = _gradient_to_gamma(clipped, GAMMA, steep)
-    # Place is two entries of the matrix, each at most 1 / b for each of b pictures.
+    # Place is two entries of the matrix, each at most 1 / b for each of b images.
     slope = 1 - np.tanh(np.array(GAMMA[:2])) ** 2
     assert (np.abs(gradient[:2]) <= slope * (1 + 1e-6)).all()
     assert np.abs(_gradient_to_gamma(make_network(**FREE), GAMMA, steep)).max() > 10

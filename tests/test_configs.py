@@ -7,13 +7,14 @@ import pytest
 from configs import cars, cub, quickstart
 from cra_jax import schedule
 from cra_jax.art_module import ArtConfig
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.training import check_config, step_wrappers
 
 
 def _changed(module, variant):
     flat = [
-        run_folder.flatten(module.get_config(name).to_dict()) for name in ("", variant)
+        run_directory.flatten(module.get_config(name).to_dict())
+        for name in ("", variant)
     ]
     return {key: value for key, value in flat[1].items() if flat[0][key] != value}
 

@@ -30,7 +30,7 @@ SIZES = [(6, 6), (4, 9), (7, 3)]
 IDENTITY = np.array([[[1.0, 0, 0], [0, 1, 0]]])
 
 # Restricted parameters: centre crop, off centre, scale 0 on and off a grid point,
-# negative scale, multiples of a quarter turn, a half turn, many turns, off the picture.
+# negative scale, multiples of a quarter turn, a half turn, many turns, off the image.
 GAMMAS = np.array(
     [
         [0.0, 0.0, 0.47, 0.0],
@@ -67,7 +67,7 @@ def on_the_edge(gammas, size):
 def points(rng, count, size, kind):
     """`count` points (x, y), each at least 0.05 pixel off every whole coordinate.
 
-    `kind`: "inside" the picture; "straddling": at least one coordinate within one pixel
+    `kind`: "inside" the image; "straddling": at least one coordinate within one pixel
     outside the border; "outside": at least one coordinate further out than that.
     """
     limits = np.array([size[1], size[0]]) - 1
@@ -211,7 +211,7 @@ def test_redundancy_grid_is_equation_5(x64, size):
     whole = np.broadcast_to(equations.regular_grid(size), got.shape)
     assert 0.5 < stays.mean() < 0.99, "the case should hold both kinds of points"
     assert_allclose(got[stays & ~ties], whole[stays & ~ties], rtol=1e-12, atol=1e-14)
-    # "Far outside" is anything that reaches no pixel of even the smallest picture.
+    # "Far outside" is anything that reaches no pixel of even the smallest image.
     far = np.abs(got).max(-1) >= 3
     assert_array_equal(far[~ties], ~stays[~ties])
 
@@ -330,7 +330,7 @@ def test_far_outside_is_exactly_zero_with_zero_gradient(place, axis):
         assert_array_equal(slope, 0)
 
 
-def test_identity_grid_returns_the_picture():
+def test_identity_grid_returns_the_image():
     image = jax.random.uniform(jax.random.key(0), (1, 5, 9, 3))
     identity = jnp.asarray(IDENTITY, jnp.float32)
     exact = bilinear_sample(image, affine_grid(identity, (5, 9)))
@@ -342,7 +342,7 @@ def test_identity_grid_returns_the_picture():
     assert_allclose(close, image, atol=4 * np.spacing(np.float32(448)))
 
 
-def test_identity_grid_returns_any_picture_in_64_bits(x64):
+def test_identity_grid_returns_any_image_in_64_bits(x64):
     image = np.random.default_rng(15).normal(size=(1, 7, 12, 2))
     grid = affine_grid(jnp.asarray(IDENTITY), (7, 12))
     got = bilinear_sample(jnp.asarray(image), grid)
@@ -350,7 +350,7 @@ def test_identity_grid_returns_any_picture_in_64_bits(x64):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_flip_grid_returns_the_flipped_picture(axis):
+def test_flip_grid_returns_the_flipped_image(axis):
     image = jax.random.uniform(jax.random.key(2), (1, 5, 9, 3))
     theta = IDENTITY.copy()
     theta[0, axis, axis] = -1
@@ -359,9 +359,9 @@ def test_flip_grid_returns_the_flipped_picture(axis):
     assert_array_equal(got, jnp.flip(image, axis=2 - axis))
 
 
-def test_quarter_turn_of_the_attention_turns_the_picture(x64):
+def test_quarter_turn_of_the_attention_turns_the_image(x64):
     # x' = -y, y' = x: the crop's right shows what lies below the centre. Frame and
-    # all: the picture turns the other way, against the clock.
+    # all: the image turns the other way, against the clock.
     image = np.random.default_rng(16).normal(size=(1, 5, 5, 1))
     grid = attention_grid(jnp.array([[0.0, 0.0, 1.0, math.pi / 2]]), (5, 5))
     got = bilinear_sample(jnp.asarray(image), grid)[0, ..., 0]
@@ -487,7 +487,7 @@ def test_sampler_agrees_with_torch():
 # --- types, transformations, compilation
 
 
-def test_bfloat16_pictures_keep_float32_coordinates():
+def test_bfloat16_images_keep_float32_coordinates():
     image = jax.random.uniform(jax.random.key(3), (1, 448, 448, 1), jnp.bfloat16)
     grid = attention_grid(jnp.array([[0.2, -0.1, 0.45, 0.3]]), (40, 40))
     got = bilinear_sample(image, grid)
@@ -498,7 +498,7 @@ def test_bfloat16_pictures_keep_float32_coordinates():
     assert jnp.abs(bilinear_sample(image, coarse) - got).max() > 0.1
 
 
-def test_bfloat16_pictures_get_float32_gradients_to_the_grid():
+def test_bfloat16_images_get_float32_gradients_to_the_grid():
     image = jax.random.uniform(jax.random.key(4), (1, 20, 30, 2), jnp.bfloat16)
     grid = attention_grid(jnp.array([[0.2, -0.1, 0.45, 0.3]]), (8, 8))
 
@@ -543,7 +543,7 @@ def test_training_gradient_holds_no_scatter():
         return jnp.square(attention).sum() + jnp.square(redundancy).sum()
 
     assert not scatters(jax.grad(total, 0), gammas, image)
-    # The same search does find it where someone asks for the picture's gradient.
+    # The same search does find it where someone asks for the image's gradient.
     assert scatters(jax.grad(total, 1), gammas, image)
 
 
@@ -609,7 +609,7 @@ def test_half_turn_is_a_negative_scale(x, y, scale, angle_rad):
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.floats(0.06, 0.5))
-def test_covered_area_of_an_upright_attention_inside_the_picture(x, y, scale):
+def test_covered_area_of_an_upright_attention_inside_the_image(x, y, scale):
     height, width = 41, 61
     with jax.enable_x64(True):
         gamma = jnp.array([[x, y, scale, 0.0]])
@@ -625,7 +625,7 @@ def test_covered_area_of_an_upright_attention_inside_the_picture(x, y, scale):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.floats(-5, 5), st.floats(-5, 5))
-def test_sampler_is_linear_in_the_picture(seed, a, b):
+def test_sampler_is_linear_in_the_image(seed, a, b):
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
         grid = jnp.asarray(rng.uniform(-1.5, 1.5, (1, 4, 5, 2)))

@@ -66,5 +66,5 @@ def test_four_modules_are_reached_from_the_package_itself():
     assert predict.__name__ == "cra_jax.inference.predict"
     assert {resnet.create, efficientnet.create, weights.load_torch}
     assert {"predict", "resnet", "weights", "efficientnet"} <= set(dir(cra_jax))
-    with pytest.raises(AttributeError, match="no attribute 'pictures'"):
-        cra_jax.pictures  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'images'"):
+        cra_jax.images  # noqa: B018

@@ -36,7 +36,7 @@ def _network(**options: Any):
 
 
 def _variables(gammas, dtype=jnp.float32):
-    """Of an Echo network that gives picture i, whose mean colour is e_i, Gamma i."""
+    """Of an Echo network that gives image i, whose mean colour is e_i, Gamma i."""
     gammas = jnp.asarray(gammas, dtype)
     head = {"kernel": gammas[:3] - gammas[3], "bias": gammas[3]}
     streams = ("classification_stream", "regularization_stream")
@@ -47,7 +47,7 @@ def _variables(gammas, dtype=jnp.float32):
     }
 
 
-def _pictures():
+def _images():
     """`IMAGES` whose mean colours are the unit vectors, and 0 of the last."""
     return IMAGES - IMAGES.mean((1, 2), keepdims=True) + np.eye(4, 3)[:, None, None]
 
@@ -57,7 +57,7 @@ RAW |= {"inside": False}
 
 
 def _run(train=False, **options):
-    images = jnp.asarray(_pictures(), jnp.float32)
+    images = jnp.asarray(_images(), jnp.float32)
     network = _network(**(RAW | options))
     out, _ = network.apply(_variables(GAMMAS), images, train, mutable=["batch_stats"])
     return out
@@ -68,7 +68,7 @@ def _crop(gammas, share, inside=False):
     gamma_res = equations.restrict(gammas, inside=inside)
     gamma_res[:, 2] *= share
     grid = equations.attention_grid(gamma_res, (SIZE, SIZE))
-    return equations.bilinear_sample(_pictures(), grid)
+    return equations.bilinear_sample(_images(), grid)
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -97,7 +97,7 @@ def _terms(labels, **options):
         dataclasses.replace(LOSS, threshold=(0.1, 0.1, 0.1, 0.1), cls2_weight=0.7),
         restriction_weight=partial(schedule.restriction_weight, steps_per_epoch=10),
     )
-    variables, images = _variables(GAMMAS), jnp.asarray(_pictures(), jnp.float32)
+    variables, images = _variables(GAMMAS), jnp.asarray(_images(), jnp.float32)
     params, batch_stats = variables["params"], variables["batch_stats"]
     total, (_, terms) = loss(params, batch_stats, images, labels, jnp.asarray(0))
     assert float(total) == float(terms["loss"])
@@ -149,7 +149,7 @@ def test_the_share_of_right_answers_is_the_inner_attentions_own():
 
 
 def _seen(network, images):
-    """Gamma of each picture -> what N_ar sees of the attentions, outer and inner."""
+    """Gamma of each image -> what N_ar sees of the attentions, outer and inner."""
 
     def of(gammas):
         out: Any = network.apply(_variables(gammas, gammas.dtype), images)
@@ -160,14 +160,14 @@ def _seen(network, images):
 
 def test_the_inner_attentions_gradient_reaches_gamma(x64):
     weights = np.random.default_rng(2).normal(size=(4, SIZE, SIZE, 3))
-    images = jnp.asarray(_pictures())
+    images = jnp.asarray(_images())
     seen = _seen(_network(**RAW, inner_scale=SHARE), images)
 
     def loss(gammas):
         return (seen(gammas)[1] * weights.reshape(4, -1)).sum()
 
     def written_out(gammas):
-        return (_crop(gammas, SHARE) * weights).sum((1, 2, 3))  # of each picture
+        return (_crop(gammas, SHARE) * weights).sum((1, 2, 3))  # of each image
 
     got = jax.jit(jax.grad(loss))(jnp.asarray(GAMMAS, jnp.float64))
     assert got.dtype == jnp.float64
@@ -178,15 +178,15 @@ def test_the_inner_attentions_gradient_reaches_gamma(x64):
 
 
 def test_one_limit_holds_for_what_both_attentions_send_to_the_matrix():
-    """A picture's pull on Gamma is bounded as without an inner attention."""
-    images = jnp.asarray(_pictures(), jnp.float32)
+    """An image's pull on Gamma is bounded as without an inner attention."""
+    images = jnp.asarray(_images(), jnp.float32)
     options = {**RAW, "gradient_clip": 0.8}
     seen = _seen(_network(**options, inner_scale=SHARE), images)
     gammas = jnp.asarray(GAMMAS, jnp.float32)
 
     @jax.jit
     def pull(weights):
-        """Of a mean over the pictures, times their number: of each one's own loss."""
+        """Of a mean over the images, times their number: of each one's own loss."""
         return 4 * jax.grad(lambda g: (seen(g) * weights).sum() / 4)(gammas)
 
     slope = 1 - np.tanh(GAMMAS[:, :2]) ** 2

@@ -18,7 +18,7 @@ from numpy.testing import assert_array_equal
 
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.runtime.run_folder import flatten, read_metrics
+from cra_jax.runtime.run_directory import flatten, read_metrics
 from cra_jax.training import check_config
 from tests.helpers import tiny_config
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """One home for prepared pictures and compiled programs."""
+    """One home for prepared images and compiled programs."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -180,7 +180,7 @@ def test_the_papers_numbers_are_the_defaults():
 
 @pytest.mark.slow
 def test_the_papers_config_takes_steps_at_its_size():
-    """ResNet-50, 448 px, 200 classes; two pictures, which a CPU can hold."""
+    """ResNet-50, 448 px, 200 classes; two images, which a CPU can hold."""
     from configs.cub import get_config
     from cra_jax import train_step
     from cra_jax.training import build, optimizer

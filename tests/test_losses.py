@@ -114,7 +114,7 @@ def test_restriction_loss_gradient_outside(x64, gamma):
     assert_allclose(np.linalg.norm(got), 1, rtol=1e-12)
 
 
-def test_one_picture_inside_does_not_disturb_its_neighbour(x64):
+def test_one_image_inside_does_not_disturb_its_neighbour(x64):
     mixed = np.stack([INSIDE[0], OUTSIDE[0], INSIDE[1]])
     assert_allclose(
         restriction_slope(jnp.asarray(mixed)),
@@ -340,6 +340,6 @@ def test_all_pairs_are_every_pair_once(count):
 
 @pytest.mark.parametrize("pairs", [losses.neighbour_pairs, losses.all_pairs])
 @pytest.mark.parametrize("count", [0, 1])
-def test_pairs_need_two_pictures(pairs, count):
+def test_pairs_need_two_images(pairs, count):
     with pytest.raises(ValueError, match=rf"{count} image.*batch_size"):
         pairs(count)

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from cra_jax.runtime.run_folder import flatten, read_metrics
+from cra_jax.runtime.run_directory import flatten, read_metrics
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,10 +59,10 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch):
     assert "it is a " in said
     assert "skipped: set TRAIN_ON_CUB" in said
     assert "(2, 8) ('" in said
-    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    images = [o for o in outputs if "image/png" in o.get("data", {})]
     drawn = list((tmp_path / "runs" / "quickstart" / "report").glob("*.png"))
     assert len(drawn) >= 3
-    assert len(pictures) == len(drawn) + 1  # and the picture that was predicted
+    assert len(images) == len(drawn) + 1  # and the image that was predicted
     for name in ("quickstart", "quickstart-baseline"):
         assert read_metrics(tmp_path / "runs" / name)[-1]["split"] == "test_shifted"
 

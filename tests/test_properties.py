@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from cra_jax import geometry, losses
 from cra_jax.backbones import torch_files, torch_names
 from cra_jax.datasets import csv_file, listing, matlab_files, sources
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from tests.helpers import dataset_folders
 
 few = settings(max_examples=25, deadline=None)
@@ -106,7 +106,7 @@ def test_no_path_of_a_published_list_leaves_its_folder(name, tmp_path):
     lines = "".join(f"{i} {file}\n" for i, file in enumerate(files, 1))
     root = dataset_folders.cub_tree(tmp_path / "set", images=lines)
     for place in (tmp_path, root):  # it is there, so that only the check refuses it
-        dataset_folders.save_picture(place / "x.jpg")
+        dataset_folders.save_image(place / "x.jpg")
     with pytest.raises(ValueError, match=r"its lists contain .*x.jpg, which is outsi"):
         sources.load("cub", root)
 
@@ -118,7 +118,7 @@ def test_class_names_of_cub_are_kept(class_names):
     labels = f"1 1\n2 1\n3 {len(class_names)}\n4 2\n"
     with folder() as root:
         dataset_folders.cub_tree(root, classes=lines, image_class_labels=labels)
-        if len(class_names) > 2:  # some without pictures, which is an error of its own
+        if len(class_names) > 2:  # some without images, which is an error of its own
             with pytest.raises(ValueError, match="training image"):
                 sources.load("cub", root)
         else:
@@ -133,7 +133,7 @@ def test_natural_order_is_an_order(texts):
     assert sorted(["b10", "b2"], key=listing.natural_key) == ["b2", "b10"]
 
 
-# --- a run folder's files ----------------------------------------------------------
+# --- a run directory's files ----------------------------------------------------------
 
 leaves = st.one_of(st.none(), st.integers(), st.floats(-1, 1))
 keys = st.text(string.ascii_lowercase, min_size=1, max_size=5)
@@ -144,7 +144,7 @@ trees = st.dictionaries(keys, leaves | branches, max_size=4)
 @many
 @given(trees)
 def test_flattening_a_config_loses_nothing(tree):
-    flat = run_folder.flatten(tree)
+    flat = run_directory.flatten(tree)
     again: dict = {}
     for path, value in flat.items():
         *above, last = path.split(".")
@@ -163,10 +163,10 @@ def test_lines_outlive_a_crash_before_and_after_them(lines, rubbish):
     with folder() as root:
         path = root / "metrics.jsonl"
         path.write_bytes(rubbish)
-        run_folder.append_lines(path, steps)
+        run_directory.append_lines(path, steps)
         with open(path, "ab") as file:
             file.write(b'{"step": 99, "lo')
-        assert run_folder.read_metrics(root) == steps
+        assert run_directory.read_metrics(root) == steps
 
 
 # --- weights -----------------------------------------------------------------------
@@ -302,11 +302,11 @@ def grid_of(gamma, size):
 
 @few
 @given(size, st.integers(-3, 3), st.integers(0, 10**6))
-def test_an_attention_on_all_of_the_picture_is_the_picture(size, turns, seed):
-    picture = np.random.default_rng(seed).normal(size=(1, *size, 3))
+def test_an_attention_on_all_of_the_image_is_the_image(size, turns, seed):
+    image = np.random.default_rng(seed).normal(size=(1, *size, 3))
     grid = grid_of((0.0, 0.0, 1.0, 2 * math.pi * turns), size)
-    found = geometry.bilinear_sample(jnp.asarray(picture), jnp.asarray(grid))
-    assert_allclose(found, picture, atol=1e-12)
+    found = geometry.bilinear_sample(jnp.asarray(image), jnp.asarray(grid))
+    assert_allclose(found, image, atol=1e-12)
 
 
 @few

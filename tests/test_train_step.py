@@ -72,7 +72,7 @@ def _terms(
     distance="euclidean",
     smoothing=0.0,
 ):
-    """The terms of an Echo network with a fixed Gamma, and the pictures shown to it."""
+    """The terms of an Echo network with a fixed Gamma, and the images shown to it."""
     network = model.create(
         "cra", Echo, ArtConfig(size_px=SIZE, guard=0.9, inside=False)
     )
@@ -269,7 +269,7 @@ def test_several_steps_in_one_program_are_those_steps_in_their_order():
     assert only == one_by_one[0]
 
 
-def test_pictures_are_flipped_and_normalised_on_the_device():
+def test_images_are_flipped_and_normalised_on_the_device():
     network = model.create("baseline", Echo, ArtConfig())
     step, optimizer = _step(network)
     batch = _batch()
@@ -298,7 +298,7 @@ def test_pictures_are_flipped_and_normalised_on_the_device():
 
 
 def test_nothing_is_nan_where_distances_are_zero():
-    """Identical pictures: every distance of Eq. (8) between pictures is exactly 0."""
+    """Identical images: every distance of Eq. (8) between images is exactly 0."""
     network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     batch = _batch(4)
@@ -312,8 +312,8 @@ def test_nothing_is_nan_where_distances_are_zero():
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.params))
 
 
-def _picture_scatters(function, *arguments):
-    """Scatters into the pictures in their frame of zeros, in the compiled program."""
+def _image_scatters(function, *arguments):
+    """Scatters into the images in their frame of zeros, in the compiled program."""
     users = {"xla_cpu_use_fusion_emitters": True}  # conftest.py: another way to fuse
     jitted = jax.jit(function, compiler_options=users)
     hlo = jitted.lower(*arguments).compile().as_text() or ""
@@ -322,21 +322,21 @@ def _picture_scatters(function, *arguments):
 
 
 def test_the_training_step_scatters_nothing():
-    """Pictures are data: the sampler's gradient to them must not be computed."""
+    """Images are data: the sampler's gradient to them must not be computed."""
     network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     batch = {k: jnp.asarray(v) for k, v in _batch().items()}
-    assert not _picture_scatters(step, state, batch)
+    assert not _image_scatters(step, state, batch)
 
-    def to_pictures(images):
+    def to_images(images):
         loss, _ = _loss(network)(
             state.params, state.batch_stats, images, batch["label"], state.step
         )
         return loss
 
     images = jnp.asarray(_images(_batch()), jnp.float32)
-    assert _picture_scatters(jax.grad(to_pictures), images)  # the search finds them
+    assert _image_scatters(jax.grad(to_images), images)  # the search finds them
 
 
 @pytest.mark.parametrize("n", [2, 3])

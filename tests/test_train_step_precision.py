@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from cra_jax import train_step
 from cra_jax.inference import run_options
 from cra_jax.input.normalize import normalize
-from cra_jax.runtime import devices, run_folder
+from cra_jax.runtime import devices, run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, check_config, train
 from tests.helpers import tiny_config
@@ -105,7 +105,7 @@ def test_a_run_goes_on_in_the_other_precision(tmp_path):
     train.run(first, tmp_path / "run")
     second = tiny_config.config(cache, **changes, **{"model.dtype": "float32"})
     train.run(second, tmp_path / "run", allow_change=True)
-    lines = run_folder.read_metrics(tmp_path / "run")
+    lines = run_directory.read_metrics(tmp_path / "run")
     assert [x["step"] for x in lines if x["split"] == "test"] == [6, 12]
     with Checkpoints(tmp_path / "run" / "checkpoints", writable=False) as checkpoints:
         for step in checkpoints.steps():

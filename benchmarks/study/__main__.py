@@ -11,7 +11,7 @@ from benchmarks.study import cars_subset, page, run
 from benchmarks.study.results import Lines
 from benchmarks.study.rows import BY_NAME, ROWS
 from benchmarks.study.run import Runner
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(shlex.join(job.command))
             print(f"{len(missing)} of {len(jobs)} runs are missing")
             return 0
-        with run_folder.locked(arguments.root), contextlib.ExitStack() as stack:
+        with run_directory.locked(arguments.root), contextlib.ExitStack() as stack:
             if any(row.config == "cars" for row in rows):
                 cars_subset.write(Path(arguments.cars), few)
             stack.callback(page.write, lines, arguments.docs)

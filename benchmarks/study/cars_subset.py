@@ -1,6 +1,6 @@
 """As many models of Stanford Cars as the study's machine has hours for, as a CSV file.
 
-98 models have ten times the pictures. The first models by name are as hard to tell
+98 models have ten times the images. The first models by name are as hard to tell
 apart as any: they are neighbours.
 """
 
@@ -24,14 +24,14 @@ def file_in(root: Path) -> Path:
 
 
 def write(path: Path, file: Path, models: int = MODELS) -> None:
-    """Lists the first models, every second picture of each for testing.
+    """Lists the first models, every second image of each for testing.
 
-    Half of the pictures, as in the data set's own split: a fifth of so few would make
-    one picture half a percent.
+    Half of the images, as in the data set's own split: a fifth of so few would make
+    one image half a percent.
 
     Args:
       path: of Stanford Cars, in any layout that `sources` reads.
-      file: the CSV file; a link to the pictures comes to lie beside it.
+      file: the CSV file; a link to the images comes to lie beside it.
       models: how many class names.
 
     Raises:
@@ -56,9 +56,9 @@ def write(path: Path, file: Path, models: int = MODELS) -> None:
         for place, record in enumerate(chosen):
             split = ("train", "test")[place % 2]
             box = _box_in_pixels(record, root / record.name)
-            writer.writerow((f"pictures/{record.name}", name, split, *box))
+            writer.writerow((f"images/{record.name}", name, split, *box))
     file.parent.mkdir(parents=True, exist_ok=True)
-    link = file.parent / "pictures"
+    link = file.parent / "images"
     if not link.is_symlink() or link.resolve() != root.resolve():
         link.unlink(missing_ok=True)
         link.symlink_to(root.resolve(), target_is_directory=True)
@@ -69,8 +69,8 @@ def _box_in_pixels(record: Record, file: Path) -> tuple[str, ...]:
     """Four fields, empty where the data set does not say."""
     if record.box is None:
         return ("",) * 4
-    with Image.open(file) as picture:
-        sides = picture.size * 2
+    with Image.open(file) as image:
+        sides = image.size * 2
     return tuple(
         f"{share * side:.0f}" for share, side in zip(record.box, sides, strict=True)
     )

@@ -3,8 +3,8 @@
     python -m benchmarks.study.class_leak runs/quickstart runs/other
 
 N_cls could write the class into Gamma, and N_ar read it off the padding, the angle or
-the hole that Gamma makes. So Gamma is predicted from the true picture, the pixels are
-exchanged for noise or for another picture's, and N_ar is asked for the class.
+the hole that Gamma makes. So Gamma is predicted from the true image, the pixels are
+exchanged for noise or for another image's, and N_ar is asked for the class.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from cra_jax.input.batches import center_batches
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 
-_MOST = 1024  # pictures of a split that are looked at
+_MOST = 1024  # images of a split that are looked at
 
 COLUMNS = {
     "chance": "share of the commonest class",
-    "picture": "N_ar on the attention, as trained",
-    "still": "N_ar with the mean Gamma of all pictures for each",
-    "noise": "N_ar on noise that is alike for all pictures",
-    "own_noise": "N_ar on noise with the picture's own mean and deviation",
-    "swapped": "N_ar on another class's picture, which names Gamma's class",
+    "image": "N_ar on the attention, as trained",
+    "still": "N_ar with the mean Gamma of all images for each",
+    "noise": "N_ar on noise that is alike for all images",
+    "own_noise": "N_ar on noise with the image's own mean and deviation",
+    "swapped": "N_ar on another class's image, which names Gamma's class",
     "pixels": "the same, which names the class of the pixels",
     "gamma": "a linear discriminant that sees Gamma alone, fitted on train",
-    "padding": "share of the attention that lies outside the picture",
+    "padding": "share of the attention that lies outside the image",
 }
 
 
@@ -49,8 +49,8 @@ def measure(workdir: Path, split: str = "test") -> dict[str, float]:
     BatchNorm takes its running statistics.
 
     Args:
-      workdir: the run folder.
-      split: whose pictures, at most 1,024 of them; centre crops.
+      workdir: the run directory.
+      split: whose images, at most 1,024 of them; centre crops.
 
     Returns:
       `COLUMNS`, in 0..1. `gamma` of "train" is measured where it was fitted.
@@ -117,7 +117,7 @@ class _Asked:
         order = np.random.default_rng(0).permutation(len(split.labels))[:_MOST]
         some = split.take(order.tolist())
         batches = center_batches(
-            some.pictures,
+            some.images,
             some.labels,
             batch_size=self._config.eval.batch_size,
             crop_px=data.crop_px,
@@ -130,7 +130,7 @@ class _Asked:
             yield images, np.asarray(batch["label"])[valid]
 
     def matrices(self, split: splits.Split) -> tuple[np.ndarray, np.ndarray]:
-        """Gamma of pictures as matrices ``[n, 2, 3]``, and their labels."""
+        """Gamma of images as matrices ``[n, 2, 3]``, and their labels."""
         found = [(self._predict(x), labels) for x, labels in self._batches(split)]
         matrices, labels = (np.concatenate(x) for x in zip(*found, strict=True))
         return matrices, labels
@@ -151,7 +151,7 @@ class _Asked:
             alike = images.mean((0, 1, 2)), images.std((0, 1, 2))
             own = images.mean((1, 2), keepdims=True), images.std((1, 2), keepdims=True)
             questions = {
-                "picture": (images, mine),
+                "image": (images, mine),
                 "still": (images, jnp.repeat(still, len(truth), 0)),
                 "noise": (noise * alike[1] + alike[0], mine),
                 "own_noise": (noise * own[1] + own[0], mine),
@@ -198,7 +198,7 @@ def discriminate(
 
 
 def padding(matrices: np.ndarray) -> np.ndarray:
-    """Which share of the attention lies outside its picture; a mean over matrices."""
+    """Which share of the attention lies outside its image; a mean over matrices."""
     grid = geometry.affine_grid(jnp.asarray(matrices, jnp.float32), (64, 64))
     return np.asarray((jnp.abs(grid) > 1).any(-1).mean())
 

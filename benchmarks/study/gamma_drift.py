@@ -3,8 +3,8 @@
     python -m benchmarks.study.gamma_drift --settings paper default
 
 Trains the study's network on its drawings and asks at a handful of steps, on test
-pictures that stay the same: how hard does each loss pull at a picture's Gamma, do all
-pictures pull alike, is the pull towards the bird, how far would a step go, and what
+images that stay the same: how hard does each loss pull at an image's Gamma, do all
+images pull alike, is the pull towards the bird, how far would a step go, and what
 reaches N_cls? Writes `docs/gamma.md`, its figure and its numbers; settings that are not
 asked for keep theirs.
 """
@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _LINES = "study/gamma.jsonl"
 _HEAD = """# What the attention's losses do to Gamma, and to N_cls
 
-N_cls sees whole pictures alone. What contrastive reinforcement changes in it comes by
+N_cls sees whole images alone. What contrastive reinforcement changes in it comes by
 way of Gamma, which is predicted from its pooled features: L_cls2, L_cntr and L_res pull
 at Gamma, the head passes the pull on. `python -m benchmarks.study.gamma_drift` trains
 the study's network (docs/study.md: drawn birds, from scratch, learning rate 0.05) and
@@ -62,11 +62,11 @@ _PROBE_BATCHES = 3
 _CLASSIFIER = CLASSIFICATION_STREAM
 
 COLUMNS = {
-    "place": "mean over pictures of the length of (gamma1, gamma2) of Eq. 6",
-    "spread": "how much it differs between pictures: standard deviation",
-    "stuck": "share of pictures beyond 95 % of the place's bound",
+    "place": "mean over images of the length of (gamma1, gamma2) of Eq. 6",
+    "spread": "how much it differs between images: standard deviation",
+    "stuck": "share of images beyond 95 % of the place's bound",
     **{
-        f"{term} {what}": f"{meaning} of L_{term} to a picture's Gamma"
+        f"{term} {what}": f"{meaning} of L_{term} to an image's Gamma"
         for term in TERMS
         for what, meaning in (
             ("pull", "mean length of the gradient"),
@@ -75,7 +75,7 @@ COLUMNS = {
         )
     },
     "gain": "what a step multiplies a pull by, but for the rate: 1 + |features|^2",
-    "common": "share of that gain that moves all pictures alike",
+    "common": "share of that gain that moves all images alike",
     "loss": "L_cls2 now",
     "on bird": "L_cls2 with the attention moved onto the bird",
     "into N_cls": "gradient to N_cls's weights that comes by way of Gamma, by L_cls1's",
@@ -84,7 +84,7 @@ COLUMNS = {
 
 
 class Probe:
-    """Questions to a network about pictures that stay the same.
+    """Questions to a network about images that stay the same.
 
     Args:
       config: of the run.
@@ -103,16 +103,16 @@ class Probe:
         self._network = build.build_network(bare, num_classes)
         self._trained = build.build_network(config, num_classes)
         order = np.random.default_rng(0).permutation(len(split.labels))
-        whole = min(_PROBE_BATCHES, len(order) // size) * size  # pictures
+        whole = min(_PROBE_BATCHES, len(order) // size) * size  # images
         if not whole:
             raise ValueError(
-                f"{len(order)} test pictures do not fill one batch of {size}: lower "
+                f"{len(order)} test images do not fill one batch of {size}: lower "
                 "train.batch_size or raise data.test_size"
             )
         some = split.take(order[:whole].tolist())
         crop_px = config.data.crop_px
         batches = center_batches(
-            some.pictures, some.labels, batch_size=size, crop_px=crop_px
+            some.images, some.labels, batch_size=size, crop_px=crop_px
         )
         boxes = np.array([some.boxes_px(crop_px)[i] for i in range(len(some.labels))])
         centres = (boxes[:, :2] + boxes[:, 2:]) / (crop_px - 1) - 1
@@ -187,7 +187,7 @@ class Probe:
         return found
 
     def _into_classifier(self, params, batch_stats, images, labels):
-        """What the attention's losses do to N_cls, whose pictures they never are."""
+        """What the attention's losses do to N_cls, whose images they never are."""
         loss = build.build_loss(self._config, self._trained, steps_per_epoch=1)
 
         def terms_of(classifier):
@@ -254,7 +254,7 @@ def watch(config: Any, at: list[int]) -> list[dict[str, float]]:
     num_classes = len(dataset.class_names)
     probe = Probe(config, num_classes, build.open_split(config, dataset, "test"))
     batches = TrainBatches(
-        split.pictures,
+        split.images,
         split.labels,
         batch_size=config.train.batch_size,
         crop_px=config.data.crop_px,
@@ -284,7 +284,7 @@ def draw(found: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Four of the numbers over the steps, a curve a setting."""
     shown = {
         "place": "length of the attention's place",
-        "spread": "its spread over pictures",
+        "spread": "its spread over images",
         "into N_cls": "gradient to N_cls by way of\nGamma, by L_cls1's own",
         "cls2 to bird": "L_cls2's pull and the way to\nthe bird: cosine",
     }
@@ -349,7 +349,7 @@ def _page(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
             f"has begun, what comes to N_cls by way of Gamma is {sent[0]:.2g} to "
             f"{sent[-1]:.2g} times L_cls1's own gradient, at a cosine of "
             f"{agrees[0]:.2f} to {agrees[-1]:.2f}. At step {lines[-1]['step']}, "
-            f"{100 * lines[-1]['stuck']:.0f} % of the pictures are stuck at the bound; "
+            f"{100 * lines[-1]['stuck']:.0f} % of the images are stuck at the bound; "
             f"L_cls2 is {lines[-1]['loss']:.2f}, and would be "
             f"{lines[-1]['on bird']:.2f} with the attention on the bird."
         )

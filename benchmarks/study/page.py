@@ -142,7 +142,7 @@ def answer(found: Found) -> Iterable[str]:
             "Does the plain ResNet look at the bird more often, at the same compute?",
             ("test_shifted", "pointing"),
             "baseline-long",
-            "points of the pictures whose strongest activation lies in the box",
+            "points of the images whose strongest activation lies in the box",
         ),
     ):
         yield f"- **{question}** {_verdict(found, reference, key, unit)}"
@@ -278,7 +278,7 @@ def _method(found: Found, others: Sequence[Line]) -> Iterable[str]:
         "the IoU. A difference is taken seed by seed, with Student's 95 % interval of "
         "its mean; p is of the exact test that flips signs, which cannot fall below "
         f"{2 / 2**5:.3f} with 5 seeds and {2 / 2**3:.2f} with 3, and is not adjusted "
-        "for the number of rows. The last column counts pictures over all seeds that "
+        "for the number of rows. The last column counts images over all seeds that "
         "only one of the two gets right, with McNemar's exact p: it says whether these "
         "networks differ, not whether the methods do, since networks of one method "
         "differ, too."
@@ -420,12 +420,12 @@ def _difference_table(rows: Sequence[Row], found: Found) -> Iterable[str]:
             last = one
         assert last is not None
         cells.insert(2, str(last.spread.count))
-        body.append([*cells, _pictures(last.pictures)])
+        body.append([*cells, _images(last.images)])
     if body:
         head = ["row", "less", "seeds", "top-1, test", "p"]
         head += ["top-1, test_shifted", "p"] if shifted else []
         where = "test_shifted" if shifted else "test"
-        head += [f"pictures of {where} that one gets right (McNemar's p)"]
+        head += [f"images of {where} that one gets right (McNemar's p)"]
         yield from (html_page.markdown_table(head, body), "")
 
 
@@ -437,13 +437,10 @@ def _interval(spread: uncertainty.Spread) -> str:
     return f"{text} ({low} to {high})"
 
 
-def _pictures(pictures: uncertainty.Paired | None) -> str:
-    if pictures is None:
-        return "other pictures"
-    return (
-        f"{pictures.only_second} : {pictures.only_first} "
-        f"({html_page.p_value(pictures.p)})"
-    )
+def _images(images: uncertainty.Paired | None) -> str:
+    if images is None:
+        return "other images"
+    return f"{images.only_second} : {images.only_first} ({html_page.p_value(images.p)})"
 
 
 @figure_style.styled

@@ -1,7 +1,7 @@
 """The lines of the study: kept, checked, counted in, and compared seed by seed.
 
 What counts is the current settings of each row. Rows are compared over the seeds that
-both have: runs of one seed share the order of pictures, the crops and, where their
+both have: runs of one seed share the order of images, the crops and, where their
 shapes agree, the weights that they start from.
 """
 
@@ -91,17 +91,17 @@ class Difference:
     Attributes:
       spread: of the differences.
       p: of the exact test, see `sign_flip`.
-      pictures: both rows' answers to the same pictures, all seeds together; None where
-        the pictures are not the same.
+      images: both rows' answers to the same images, all seeds together; None where
+        the images are not the same.
     """
 
     spread: uncertainty.Spread
     p: float
-    pictures: uncertainty.Paired | None
+    images: uncertainty.Paired | None
 
 
 def to_hex(right: Sequence[bool]) -> str:
-    """A bit a picture, the first picture's the highest, as hexadecimal digits."""
+    """A bit an image, the first image's the highest, as hexadecimal digits."""
     bits = "".join("01"[bool(x)] for x in right)
     bits += "0" * (-len(bits) % 4)
     return "".join(f"{int(bits[i : i + 4], 2):x}" for i in range(0, len(bits), 4))
@@ -167,11 +167,11 @@ def difference(found: Found, row: str, reference: str, key: Key) -> Difference |
     return Difference(
         uncertainty.spread(changes),
         sign_flip(changes),
-        _same_pictures(found, row, reference, key[0], common),
+        _same_images(found, row, reference, key[0], common),
     )
 
 
-def _same_pictures(
+def _same_images(
     found: Found, row: str, reference: str, split: str, seeds: Sequence[int]
 ) -> uncertainty.Paired | None:
     first, second = [], []

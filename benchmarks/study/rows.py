@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.study import cars_subset
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 
 Settings = dict[str, Any]
 
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """One way to train.
 
     Attributes:
-      name: of the row, and of its run folders.
+      name: of the row, and of its run directorys.
       group: of `GROUPS`.
       title: what people call it.
       question: what it asks, in words.
@@ -338,7 +338,7 @@ ROWS = (
             f"{kind}-bn-4",
             "ablations",
             f"{title}, BatchNorm over 4",
-            "Does what BatchNorm over 4 pictures adds need CRA-CNN?",
+            "Does what BatchNorm over 4 images adds need CRA-CNN?",
             *("quickstart", "baseline", {**changes, "bn.group_size": 4}, 3),
             references,
         )
@@ -355,13 +355,13 @@ ROWS = (
     _change(
         "bn-4",
         "BatchNorm over 4",
-        "Does BatchNorm over 4 pictures help, as in the released code?",
+        "Does BatchNorm over 4 images help, as in the released code?",
         bn__group_size=4,
     )._replace(references=("baseline", "cra", "baseline-bn-4", "baseline-long-bn-4")),
     _change(
         "outside",
-        "attention may leave the picture",
-        "Is it worth keeping the attention in the picture?",
+        "attention may leave the image",
+        "Is it worth keeping the attention in the image?",
         art__inside=False,
     ),
     _change("no-guard", "without the guard", "Is the guard needed?", art__guard=0.0),
@@ -547,17 +547,17 @@ def settings_of(row: Row, *, seed: int, path: str = "") -> Settings:
     config = importlib.import_module(f"configs.{row.config}").get_config(row.variant)
     changes = {**KEEPING, **row.changes, "seed": seed, "data.path": path}
     config.update_from_flattened_dict(changes)
-    return run_folder.flatten(config.to_dict())
+    return run_directory.flatten(config.to_dict())
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """Twelve letters for all settings that matter to a run's numbers but the seed.
 
     Args:
-      settings: a config, flat; of a run folder or of `settings_of`.
+      settings: a config, flat; of a run directory or of `settings_of`.
     """
     # Keys that are gone are part of older fingerprints.
-    settings = {**run_folder.REMOVED, **settings}
+    settings = {**run_directory.REMOVED, **settings}
     skipped = _INDIFFERENT
     if settings["model.kind"] == "baseline":
         skipped += _OF_ATTENTION

@@ -28,7 +28,7 @@ from benchmarks.study import rows as rows_module
 from benchmarks.study.results import Line, Lines, to_hex
 from benchmarks.study.rows import BY_NAME, GROUPS, KEEPING, Row, settings_of
 from cra_jax.reports import run_summary
-from cra_jax.runtime import provenance, run_folder
+from cra_jax.runtime import provenance, run_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = "center"
@@ -45,7 +45,7 @@ class Job(NamedTuple):
     Attributes:
       row: which.
       seed: of the run.
-      workdir: its run folder, named by its settings, too.
+      workdir: its run directory, named by its settings, too.
       fingerprint: of its settings.
       command: that trains it, or goes on.
     """
@@ -68,7 +68,7 @@ def job_of(row: Row, seed: int, root: Path, path: str = "") -> Job:
     Args:
       row: which.
       seed: of the run.
-      root: the folder of the run folders.
+      root: the folder of the run directorys.
       path: of the data set, for photographs.
     """
     fingerprint = rows_module.fingerprint(settings_of(row, seed=seed, path=path))
@@ -104,14 +104,14 @@ def jobs_in_order(
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether a run folder's run has been scored at its last epoch, and saved.
+    """Whether a run directory's run has been scored at its last epoch, and saved.
 
     How its last start ended says less: one that is stopped in its last step is whole.
     """
     if not (workdir / "config.json").is_file():
         return False
-    epochs = run_folder.read_config(workdir)["train"]["epochs"]
-    scored = run_summary.newest(run_folder.read_metrics(workdir))
+    epochs = run_directory.read_config(workdir)["train"]["epochs"]
+    scored = run_summary.newest(run_directory.read_metrics(workdir))
     return bool(scored) and all(
         line["epoch"] == epochs
         and (workdir / "checkpoints" / str(line["step"])).is_dir()
@@ -125,14 +125,14 @@ def line_of(job: Job) -> Line:
     Returns:
       ``row``, ``seed``, ``fingerprint``; ``commit``, ``machine``, ``jax`` and
       ``seconds`` of training; ``train``, the last numbers of training; and for each
-      test split its scores, with ``names``, a digest of its pictures, and ``right``,
-      a bit a picture in hexadecimal digits, the first picture's bit the highest.
+      test split its scores, with ``names``, a digest of its images, and ``right``,
+      a bit an image in hexadecimal digits, the first image's bit the highest.
 
     Raises:
       ValueError: the run is not finished, or its settings are not the row's.
     """
     workdir = job.workdir
-    settings = run_folder.flatten(run_folder.read_config(workdir))
+    settings = run_directory.flatten(run_directory.read_config(workdir))
     found = rows_module.fingerprint(settings)
     if found != job.fingerprint or settings["seed"] != job.seed:
         raise ValueError(
@@ -141,7 +141,7 @@ def line_of(job: Job) -> Line:
         )
     if not is_finished(workdir):
         raise ValueError(f"{workdir} is not finished: the same command goes on")
-    lines = run_folder.read_metrics(workdir)
+    lines = run_directory.read_metrics(workdir)
     start = provenance.read(workdir)[-1]
     seconds, _ = run_summary.time_trained(lines, settings["train.batch_size"])
     trained = [x for x in lines if x["split"] == "train"][-1]
@@ -158,7 +158,7 @@ def line_of(job: Job) -> Line:
     for scores in run_summary.newest(lines):
         if scores["protocol"] == PROTOCOL:
             split = scores["split"]
-            results = run_folder.read_results(workdir, split, PROTOCOL)
+            results = run_directory.read_results(workdir, split, PROTOCOL)
             right = [r.predicted == r.label for r in results]
             names = json.dumps([(r.name, r.label) for r in results])
             line[split] = {

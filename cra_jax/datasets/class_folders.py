@@ -125,7 +125,7 @@ def _classes(folder: Path, skipped: collections.Counter) -> dict[str, list[Path]
                 f"{folder}: two folders have the name {name!r} in different Unicode"
                 " forms; merge them"
             )
-        classes[name] = listing.picture_files(class_folder, skipped)
+        classes[name] = listing.image_files(class_folder, skipped)
     for file in folder.iterdir():
         if file.is_file():
             skipped["outside the class folders"] += 1

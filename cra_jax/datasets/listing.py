@@ -46,7 +46,7 @@ class Listing:
     """Rows at the bottom of every image to be cropped."""
 
 
-def picture_files(folder: Path, skipped: collections.Counter) -> list[Path]:
+def image_files(folder: Path, skipped: collections.Counter) -> list[Path]:
     """All images below a folder in natural order; counts the other files by suffix.
 
     Links are followed; a folder that contains a link to itself is visited once.
@@ -73,7 +73,7 @@ def picture_files(folder: Path, skipped: collections.Counter) -> list[Path]:
 def unlisted(folder: Path, splits: Splits) -> tuple[str, ...]:
     """A note on images below a folder that are not in the lists."""
     listed = {str(entry.file) for entries in splits.values() for entry in entries}
-    found = map(str, picture_files(folder, collections.Counter()))
+    found = map(str, image_files(folder, collections.Counter()))
     extra = [file for file in found if file not in listed]
     return (f"{len(extra)} images not listed: {some(extra)}",) if extra else ()
 

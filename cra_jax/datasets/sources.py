@@ -29,7 +29,7 @@ from cra_jax.datasets import (
     tfds_read,
 )
 from cra_jax.datasets.listing import Corners, Listing, name_below, some
-from cra_jax.input import pictures, store
+from cra_jax.input import decoding, image_cache
 from cra_jax.input.records import Box, Dataset, Record
 from cra_jax.input.splits import DataOptions
 
@@ -190,7 +190,7 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
                 missing.append(str(file))
                 continue
             stamp = f"{status.st_size} bytes, mtime {status.st_mtime_ns // 10**6} ms"
-            read = functools.partial(pictures.read, str(file))
+            read = functools.partial(decoding.read, str(file))
             if cut_px:
                 stamp += f", {cut_px} px cut off"
                 read = functools.partial(_read_cut, str(file), cut_px)
@@ -237,23 +237,23 @@ def _from_tfds(path: str | os.PathLike[str] | None, *, name: str = "") -> Datase
 
 
 def _read_content(content: Callable[[], bytes], name: str, short_side_px: int):
-    return pictures.read(content(), short_side_px, name=name)
+    return decoding.read(content(), short_side_px, name=name)
 
 
 def _content_box(content: Callable[[], bytes], box: Box) -> Box:
-    header = pictures.read_header(content())
+    header = decoding.read_header(content())
     return _upright_box(header, np.array(box[::2]), np.array(box[1::2]))
 
 
 def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
     """Reads an image without its lowest rows, a banner."""
-    image = pictures.decode(file)
+    image = decoding.decode(file)
     if len(image) <= cut_px:
-        raise pictures.PictureError(
+        raise decoding.ImageError(
             f"{file}: {len(image)} rows, of which the lowest {cut_px} are a banner;"
             " get it again"
         )
-    return pictures.resize_short_side(image[:-cut_px], short_side_px)
+    return decoding.resize_short_side(image[:-cut_px], short_side_px)
 
 
 def _fraction_box(
@@ -262,14 +262,14 @@ def _fraction_box(
     """Converts corners in stored pixels to fractions of the image as it is read."""
     if callable(corners):
         corners = corners()
-    header = pictures.read_header(file)
+    header = decoding.read_header(file)
     x = np.array(corners[::2]) / header.width_px
     y = np.array(corners[1::2]) / header.height_px
     return _upright_box(header, x, y, cut_px)
 
 
 def _upright_box(
-    header: pictures.Header, x: np.ndarray, y: np.ndarray, cut_px: int = 0
+    header: decoding.Header, x: np.ndarray, y: np.ndarray, cut_px: int = 0
 ) -> Box:
     """Converts fractions of the stored image to those of the image as it is read."""
     width, height = header.width_px, header.height_px
@@ -280,7 +280,7 @@ def _upright_box(
     if header.orientation >= 5:
         x, y, width, height = y, x, height, width
     x, y = np.sort(x) * width, np.sort(y) * height
-    left, top, right, bottom = pictures.kept_region(width, height - cut_px)
+    left, top, right, bottom = decoding.kept_region(width, height - cut_px)
     x = np.clip((x - left) / (right - left), 0, 1)
     y = np.clip((y - top) / (bottom - top), 0, 1)
     return float(x[0]), float(y[0]), float(x[1]), float(y[1])
@@ -326,5 +326,5 @@ def load_dataset(options: DataOptions) -> Dataset:
     """
     path = options.path
     if options.source == "cub" and not path:
-        path = archives.cub_200_2011(store.default_cache_dir(None) / "datasets")
+        path = archives.cub_200_2011(image_cache.default_cache_dir(None) / "datasets")
     return load(options.source, path, seed=options.seed, **options.source_options)

@@ -38,8 +38,8 @@ def dogs(path: Path) -> Listing:
     root = listing.first_below(
         path, lambda folder: bool(listing.find_below(folder, _IMAGES))
     )
-    pictures = root and listing.find_below(root, _IMAGES)
-    if root is None or pictures is None:
+    images = root and listing.find_below(root, _IMAGES)
+    if root is None or images is None:
         raise ValueError(f"{path}: no Images/ here; {LAYOUT}")
     breeds: dict[int, str] = {}
     splits: Splits = {}
@@ -58,7 +58,7 @@ def dogs(path: Path) -> Listing:
                     f"{file}: {name!r} has class {label}, which is"
                     f" {breeds.get(label)!r} elsewhere; get the file again"
                 )
-            splits[split].append(Entry(pictures / name, label, None))
+            splits[split].append(Entry(images / name, label, None))
     position = {label: i for i, label in enumerate(sorted(breeds))}
     boxes = listing.find_below(root, _BOXES)
     splits = {
@@ -69,7 +69,7 @@ def dogs(path: Path) -> Listing:
         for split, entries in splits.items()
     }
     names = tuple(breeds[label] for label in position)
-    notes = listing.unlisted(pictures, splits)
+    notes = listing.unlisted(images, splits)
     if boxes is None:
         notes += (f"no boxes: {root / _BOXES[0]} is missing",)
     return Listing(root, names, splits, notes)

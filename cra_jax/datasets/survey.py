@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cra_jax.datasets.listing import some
-from cra_jax.input import pictures
+from cra_jax.input import decoding
 from cra_jax.input.records import Dataset, Record
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.runtime.progress import Progress
@@ -123,8 +123,8 @@ def _look(item: tuple[str, Record]) -> _Look:
     assert record.content is not None, "only stored images are examined"
     try:
         content = record.content()
-        pixels = pictures.decode(content, name=record.name)
-        header = pictures.read_header(content)
+        pixels = decoding.decode(content, name=record.name)
+        header = decoding.read_header(content)
         with Image.open(io.BytesIO(content)) as image:
             kind = f"{image.format} {image.mode}"
             if getattr(image, "is_animated", False):
@@ -191,7 +191,7 @@ def _sizes(looks: Sequence[_Look]) -> list[str]:
         f" median {np.median(short):g}",
         f"  smallest {first}, largest {last}",
     ]
-    bound = pictures.MAX_ASPECT
+    bound = decoding.MAX_ASPECT
     long = [
         look.record.name
         for look in looks

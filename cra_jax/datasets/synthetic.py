@@ -5,10 +5,10 @@ crown, beak, wing bars, breast patch, eye ring, tail band. No part belongs to a 
 species, and now and then a part is worn and hardly shows, so several must be looked
 at. The colour of the body, the pose, the size, the place and the light are nuisance.
 Behind the bird lies one of as many habitats as there are species, and in training the
-habitat gives the species away in a set share of the pictures: a large, easy clue that
+habitat gives the species away in a set share of the images: a large, easy clue that
 fails on the split `test_shifted`.
 
-A picture is a function of (seed, split, index) alone, the same on every machine, and a
+An image is a function of (seed, split, index) alone, the same on every machine, and a
 bird at 32 px and at 448 px is the same bird: see `datasets/synthetic_drawing.py`.
 
 A bird is drawn in a frame of its own, about 1 long, facing +x with y down, and is then
@@ -38,18 +38,18 @@ from cra_jax.datasets.synthetic_drawing import (
 
 SPLITS = ("train", "test", "test_shifted")
 
-_MARGIN = 0.07  # of the picture: outlives most 64-of-72 crops
+_MARGIN = 0.07  # of the image: outlives most 64-of-72 crops
 _WORN = 0.12  # share of the parts that are worn
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One picture and the truth about it.
+    """One image and the truth about it.
 
     Attributes:
         image: uint8 `[size, size, 3]`, RGB.
         label: the species, an index into `class_names`.
-        box: (x_min, y_min, x_max, y_max) of the bird, as fractions of the picture.
+        box: (x_min, y_min, x_max, y_max) of the bird, as fractions of the image.
         habitat: index of the habitat; habitat k goes with species k.
         mask: uint8 `[size, size]`, how much of a pixel the bird covers, 255 for all.
     """
@@ -122,7 +122,7 @@ class _Pose:
     x: float = 0.0
     y: float = 0.0
 
-    def to_picture(self, x: float, y: float) -> tuple[float, float]:
+    def to_image(self, x: float, y: float) -> tuple[float, float]:
         x *= self.facing
         return (
             self.x + self.scale * (self.cos * x - self.sin * y),
@@ -142,7 +142,7 @@ class _Pose:
         return ((0.35, -0.25), (0.37 + self.beak, -0.195), (0.35, -0.155))
 
     def box(self) -> tuple[float, float, float, float]:
-        """(x_min, y_min, x_max, y_max) of all that is bird, in the picture's frame."""
+        """(x_min, y_min, x_max, y_max) of all that is bird, in the image's frame."""
         points = [(*p, 0.0) for p in (*self.tail_corners(), *self.beak_corners())]
         discs = [*points, _HEAD, *((*foot, 0.012) for foot in _FEET)]
         low, high = [], []
@@ -178,7 +178,7 @@ def _pose(stream: Stream, species: _Species) -> _Pose:
 
 def _twig(stream: Stream, c: Canvas, pose: _Pose) -> None:
     """The twig under the bird's feet; no part of the bird."""
-    x, y = pose.to_picture(0.07, 0.325)
+    x, y = pose.to_image(0.07, 0.325)
     slope, bend = stream.uniform(-0.25, 0.25), stream.uniform(-0.3, 0.3)
     reach, toward = 0.25 * pose.scale, 1.0 if stream.below(2) else -1.0
     along = c.x - x
@@ -193,7 +193,7 @@ def _twig(stream: Stream, c: Canvas, pose: _Pose) -> None:
 
 
 def _bird(stream: Stream, canvas: Canvas, pose: _Pose) -> Array:
-    """Paints the bird; returns its coverage `[h, w]` of the whole picture."""
+    """Paints the bird; returns its coverage `[h, w]` of the whole image."""
     kind, box = pose.species, pose.box()
     c = canvas.window(box)
     x, y = pose.to_bird(c.x, c.y)
@@ -272,7 +272,7 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 def _plan(
     stream: Stream, split: str, index: int, num_species: int, habitat_share: float
 ) -> tuple[int, int]:
-    """(label, habitat) of a picture."""
+    """(label, habitat) of an image."""
     label = index % num_species
     other = (label + 1 + stream.below(num_species - 1)) % num_species
     at_home = stream.uniform() < habitat_share and split != "test_shifted"
@@ -298,18 +298,18 @@ def draw(
     num_species: int = 8,
     habitat_share: float = 0.7,
 ) -> Drawing:
-    """Draws picture `index` of a split.
+    """Draws image `index` of a split.
 
-    The label is `index % num_species`, so any run of pictures is balanced. In `train`
-    and `test` the habitat goes with the species in `habitat_share` of the pictures and
+    The label is `index % num_species`, so any run of images is balanced. In `train`
+    and `test` the habitat goes with the species in `habitat_share` of the images and
     is otherwise one of the others, all equally likely. In `test_shifted` it is always
     one of the others: whoever goes by the habitat is always wrong.
 
     Args:
-        split: one of `SPLITS`; the splits share no picture.
-        index: which picture, from 0 on; a split has no end.
-        seed: another seed, other pictures of the same species.
-        size_px: side of the picture; the scene does not depend on it.
+        split: one of `SPLITS`; the splits share no image.
+        index: which image, from 0 on; a split has no end.
+        seed: another seed, other images of the same species.
+        size_px: side of the image; the scene does not depend on it.
         num_species: the first so many species (and habitats), 2 to 8.
         habitat_share: from 0 to 1; the bird does not depend on it.
 
@@ -361,7 +361,7 @@ def contact_sheet(
     """A sheet of examples: one row a species, in the order of `class_names`.
 
     Returns:
-        uint8 `[height, width, 3]`, white between the pictures. The first `columns`
+        uint8 `[height, width, 3]`, white between the images. The first `columns`
         columns are of `train`, then, after a wider gap, as many of `test_shifted`.
     """
     step = size_px + gap_px

@@ -6,7 +6,7 @@ made with + - * / and square roots only, which IEEE 754 rounds in one way: no li
 BLAS, no reductions. Shapes are signed distances, negative inside, and become analytic
 coverage, so that a scene does not depend on the size at which it is drawn.
 
-Frame: pictures span [0, 1] x [0, 1], x to the right, y down.
+Frame: images span [0, 1] x [0, 1], x to the right, y down.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Array = np.ndarray
 
 
 class Stream:
-    """Uniform numbers from the raw output of Philox, keyed by the picture."""
+    """Uniform numbers from the raw output of Philox, keyed by the image."""
 
     def __init__(self, seed: int, split: int, index: int):
         key = np.array([seed, split << 48 | index], np.uint64)
@@ -48,7 +48,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """A picture being painted, or a window of one: `rgb [3, h, w]` is a view."""
+    """An image being painted, or a window of one: `rgb [3, h, w]` is a view."""
 
     rgb: Array
     x: Array  # [1, w], centres of the pixels

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cra_jax.datasets import tfds_archives
-from cra_jax.input import pictures
+from cra_jax.input import decoding
 from cra_jax.runtime.progress import Progress
 
 FORMAT = "array_record"
@@ -275,7 +275,7 @@ def _content(root: Path, split: str, version: str, image: str, index: int) -> by
         return _source(root, split, version)[index][image]
     # array_record and tfds may raise any error.
     except Exception as error:
-        raise pictures.PictureError(
+        raise decoding.ImageError(
             f"{root}: image {index} of {split!r} cannot be read"
             f" ({type(error).__name__}: {error}); build the dataset again"
         ) from error

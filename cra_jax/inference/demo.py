@@ -24,7 +24,7 @@ from PIL import Image
 from cra_jax.inference import overlay, predict
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
-from cra_jax.input import pictures
+from cra_jax.input import decoding
 from cra_jax.runtime.progress import say
 
 LARGEST_BYTES = 20_000_000
@@ -179,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
         predictor = self.server.predictor
         with self.server.working:
             try:
-                pixels = pictures.decode(data, name=_NAME, max_pixels=LARGEST_PIXELS)
+                pixels = decoding.decode(data, name=_NAME, max_pixels=LARGEST_PIXELS)
                 (answer,) = predictor.each([pixels], keep=True)
             except ValueError as error:
                 text = str(error).removeprefix(f"{_NAME}: ")
@@ -250,9 +250,9 @@ def describe(answer: Prediction) -> dict[str, Any]:
     """JSON of a prediction for the page; positions are fractions of the image."""
     view = answer.view
     assert view is not None
-    height, width = view.picture.shape[:2]
+    height, width = view.image.shape[:2]
     size = np.array([width, height], float)
-    shown = Image.fromarray(view.picture)
+    shown = Image.fromarray(view.image)
     shown.thumbnail((_SHOWN_LONG_SIDE_PX, _SHOWN_LONG_SIDE_PX))
     colours = Image.fromarray(overlay.heat(view.activation))
     corners = view.attention_px
@@ -265,7 +265,7 @@ def describe(answer: Prediction) -> dict[str, Any]:
         ],
         "size_px": answer.size_px,
         "shown_px": shown.size,
-        "picture": _data_url(shown, "JPEG"),
+        "image": _data_url(shown, "JPEG"),
         "heat": _data_url(colours, "PNG"),
         "crop": (np.reshape(view.crop_box_px, (2, 2)) / size).ravel().tolist(),
         "corners": None if corners is None else (corners / size).tolist(),

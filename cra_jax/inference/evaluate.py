@@ -27,7 +27,7 @@ from cra_jax.inference.restore import restore
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input.batches import Batches, center_batches, full_batches
 from cra_jax.input.splits import Split, describe_data, open_split
-from cra_jax.runtime import devices, hosts, prefetch, run_folder, training_log
+from cra_jax.runtime import devices, hosts, prefetch, run_directory, training_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Evaluator:
     ) -> Predictions:
         """Predicts with the protocol "center"; with a head, attention matrices too."""
         batches = center_batches(
-            split.pictures,
+            split.images,
             split.labels,
             batch_size=self._batch_size,
             crop_px=self._crop_px,
@@ -159,7 +159,7 @@ class Evaluator:
     def full(self, variables: Any, split: Split) -> Predictions:
         """Predicts with the protocol "full"."""
         batches = full_batches(
-            split.pictures,
+            split.images,
             split.labels,
             batch_size=self._batch_size,
             bucket_px=self._bucket_px,
@@ -236,12 +236,14 @@ class Evaluator:
         return means | {"box_count": len(boxes)}
 
 
-def results(found: Predictions, split: Split, *, step: int) -> list[run_folder.Result]:
-    """The prediction of each image, for `run_folder.write_results`."""
+def results(
+    found: Predictions, split: Split, *, step: int
+) -> list[run_directory.Result]:
+    """The prediction of each image, for `run_directory.write_results`."""
     confidence = softmax(found.logits, axis=1).max(1)
     predicted = found.logits.argmax(1)
     return [
-        run_folder.Result(
+        run_directory.Result(
             index=i,
             name=record.name,
             label=int(found.labels[i]),
@@ -289,15 +291,15 @@ def run(options: RunOptions, workdir: Path) -> None:
             if not hosts.is_first():
                 continue
             scores = evaluator.scores(found, split, protocol)
-            run_folder.write_results(
+            run_directory.write_results(
                 workdir, name, protocol, results(found, split, step=step)
             )
             print(f"{name}, {protocol}: {training_log.describe_scores(scores)}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
             # A line of the training may have these numbers and the attention's.
-            known = run_folder.read_metrics(workdir)
+            known = run_directory.read_metrics(workdir)
             if not any(line.items() <= other.items() for other in known):
-                run_folder.append_metrics(workdir, line)
+                run_directory.append_metrics(workdir, line)
 
 
 def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> None:

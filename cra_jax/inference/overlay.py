@@ -49,7 +49,7 @@ def heat(activation: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    picture: np.ndarray,
+    image: np.ndarray,
     *,
     activation: np.ndarray,
     crop_box_px: Box,
@@ -59,18 +59,18 @@ def draw(
     """Draws activation, crop and attention on an image, and the prediction below it.
 
     Args:
-      picture: uint8 ``[h, w, 3]``, the image.
+      image: uint8 ``[h, w, 3]``, the image.
       activation: ``[crop, crop]``, at each pixel of the crop.
       crop_box_px: box of the crop in the image.
       attention_px: ``[4, 2]``, corners of the attention in the image; None: no
         attention.
       answer: class names and probabilities, best first.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     short, long = _SHORT_SIDE_PX
     scale = np.clip(min(height, width), short, long) / min(height, width)
     size = round(width * scale), round(height * scale)
-    shown = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+    shown = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     left, top, right, bottom = (round(x * scale) for x in crop_box_px)
     colours = Image.fromarray(heat(activation)).resize((right - left, bottom - top))
     shown.paste(colours, (left, top), colours)

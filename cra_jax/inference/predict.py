@@ -74,7 +74,7 @@ def run(
       ValueError: there is no such network, there are no images, none of them can be
         read, or the directory cannot be written.
     """
-    paths = find_pictures(images)
+    paths = find_images(images)
     predictor = open_predictor(options, workdir)
     say(f"{predictor.network.about}: {_count_images(len(paths))}")
     folder = trained.home(workdir)
@@ -125,7 +125,7 @@ def draw(answer: Prediction) -> Image.Image:
     view = answer.view
     assert view is not None, "predict with `each(..., keep=True)`"
     return overlay.draw(
-        view.picture,
+        view.image,
         activation=view.activation,
         crop_box_px=view.crop_box_px,
         attention_px=view.attention_px,
@@ -133,7 +133,7 @@ def draw(answer: Prediction) -> Image.Image:
     )
 
 
-def find_pictures(images: Sequence[str]) -> list[str]:
+def find_images(images: Sequence[str]) -> list[str]:
     """Finds paths of images, in natural order within each directory or pattern.
 
     Paths of files are returned without checking that the files exist.
@@ -152,7 +152,7 @@ def find_pictures(images: Sequence[str]) -> list[str]:
             some, what = [os.fsdecode(x) for x in listed if x], "standard input"
         elif path.is_dir():
             skipped: collections.Counter[str] = collections.Counter()
-            some, what = map(str, listing.picture_files(path, skipped)), "directory"
+            some, what = map(str, listing.image_files(path, skipped)), "directory"
             if skipped:
                 kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
                 say(f"{name}: {skipped.total()} other files skipped ({kinds})")

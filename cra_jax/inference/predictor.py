@@ -20,14 +20,14 @@ from cra_jax import art_module
 from cra_jax.backbones import class_activation
 from cra_jax.inference import trained
 from cra_jax.inference.protocols import make_center_step
-from cra_jax.input import batches, center_crop, pictures
+from cra_jax.input import batches, center_crop, decoding
 from cra_jax.runtime import devices
 from cra_jax.runtime.prefetch import prefetch
 
 TOP = 5
 """Number of classes in a prediction."""
 
-Picture = str | os.PathLike[str] | bytes | np.ndarray
+Image = str | os.PathLike[str] | bytes | np.ndarray
 """An image: a file, the content of a file, or uint8 `[h, w, 3]`, RGB and upright."""
 
 
@@ -36,14 +36,14 @@ class View:
     """Data for an overlay, in pixels of the resized image.
 
     Attributes:
-      picture: uint8 ``[h, w, 3]``, the resized image; the ends of very long images are
-        cut off, see `pictures.kept_region`.
+      image: uint8 ``[h, w, 3]``, the resized image; the ends of very long images are
+        cut off, see `decoding.kept_region`.
       activation: ``[crop, crop]``, class activation map of the best class in the crop.
       crop_box_px: ``(x_min, y_min, x_max, y_max)``, box of the crop.
       attention_px: ``[4, 2]``, corners of the attention, or None.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     activation: np.ndarray
     crop_box_px: tuple[float, float, float, float]
     attention_px: np.ndarray | None
@@ -139,16 +139,16 @@ class Predictor:
         self._variables = jax.tree.map(jnp.asarray, variables)
         self._max_batch = devices.round_up(network.batch_size)
 
-    def __call__(self, picture: Picture | Sequence[Picture]) -> Any:
+    def __call__(self, image: Image | Sequence[Image]) -> Any:
         """Returns the `Prediction` of an image, or a list for a sequence of images.
 
         Raises:
-          PictureError: an image cannot be read; `each` continues with the others.
+          ImageError: an image cannot be read; `each` continues with the others.
         """
-        if isinstance(picture, (str, os.PathLike, bytes, np.ndarray)):
-            return self([picture])[0]
+        if isinstance(image, (str, os.PathLike, bytes, np.ndarray)):
+            return self([image])[0]
         answers = []
-        for answer in self.each(picture):
+        for answer in self.each(image):
             if isinstance(answer, Exception):
                 raise answer
             answers.append(answer)
@@ -156,11 +156,11 @@ class Predictor:
 
     def each(
         self,
-        several: Sequence[Picture],
+        several: Sequence[Image],
         *,
         keep: bool = False,
         workers: int | None = None,
-    ) -> Iterator[Prediction | pictures.PictureError]:
+    ) -> Iterator[Prediction | decoding.ImageError]:
         """Yields predictions in order; threads read at most a few batches ahead.
 
         Args:
@@ -186,8 +186,8 @@ class Predictor:
             depth=2 * size + workers,
         )
         with contextlib.closing(read):
-            names = (_name(picture) for picture in several)
-            waiting: list[tuple[str, _Sample | pictures.PictureError]] = []
+            names = (_name(image) for image in several)
+            waiting: list[tuple[str, _Sample | decoding.ImageError]] = []
             for item in zip(names, read, strict=True):
                 waiting.append(item)
                 if len(waiting) == size:
@@ -201,27 +201,27 @@ class Predictor:
         side = self.network.crop_px
         self(np.zeros((side, side, 3), np.uint8))
 
-    def _read(self, picture: Picture, keep: bool) -> _Sample | pictures.PictureError:
+    def _read(self, image: Image, keep: bool) -> _Sample | decoding.ImageError:
         try:
-            if not isinstance(picture, np.ndarray):
-                picture = pictures.decode(picture, name=_name(picture) or None)
-        except pictures.PictureError as error:
+            if not isinstance(image, np.ndarray):
+                image = decoding.decode(image, name=_name(image) or None)
+        except decoding.ImageError as error:
             return error
-        resized = pictures.resize_short_side(picture, self.network.short_side_px)
+        resized = decoding.resize_short_side(image, self.network.short_side_px)
         # The same crop as in the evaluation.
         (batch,) = batches.center_batches(
             [resized], [0], batch_size=1, crop_px=self.network.crop_px
         )
         return _Sample(
             batch["image"][0],
-            (picture.shape[1], picture.shape[0]),
+            (image.shape[1], image.shape[0]),
             (resized.shape[1], resized.shape[0]),
             resized if keep else None,
         )
 
     def _answers(
-        self, items: Sequence[tuple[str, _Sample | pictures.PictureError]], size: int
-    ) -> Iterator[Prediction | pictures.PictureError]:
+        self, items: Sequence[tuple[str, _Sample | decoding.ImageError]], size: int
+    ) -> Iterator[Prediction | decoding.ImageError]:
         side = self.network.crop_px
         images = np.zeros((size, side, side, 3), np.uint8)
         for row, (_, sample) in enumerate(items):
@@ -246,14 +246,14 @@ class Predictor:
         probabilities = softmax(scores)
         labels = np.argsort(-scores, kind="stable")[:TOP]
         side = self.network.crop_px
-        kept = np.array(pictures.kept_region(*sample.size_px))
+        kept = np.array(decoding.kept_region(*sample.size_px))
         outline = np.array([[-0.5, -0.5], [side - 0.5, side - 0.5]])
         matrix = found.get("matrices")
         corners = None if matrix is None else art_module.corners_px(matrix, side)
 
         def place(points: np.ndarray) -> np.ndarray:
             """Pixels of the crop -> pixels of the image."""
-            share = center_crop.in_picture(points, sample.resized_px, side)
+            share = center_crop.in_image(points, sample.resized_px, side)
             return kept[:2] + share * (kept[2:] - kept[:2])
 
         return Prediction(
@@ -281,16 +281,16 @@ class Predictor:
         shift = center_crop.centre_offset_px(sample.resized_px, side) + 0.5
         places = class_activation.places_px(self.network.backbone, cells.shape, side)
         return View(
-            picture=sample.resized,
+            image=sample.resized,
             activation=class_activation.enlarge(cells, *places, side),
             crop_box_px=_box(outline + shift),
             attention_px=None if corners is None else corners + shift,
         )
 
 
-def _name(picture: Picture) -> str:
+def _name(image: Image) -> str:
     """Path of an image in predictions; "" for bytes or pixels."""
-    return "" if isinstance(picture, (bytes, np.ndarray)) else os.fspath(picture)
+    return "" if isinstance(image, (bytes, np.ndarray)) else os.fspath(image)
 
 
 def _box(points: np.ndarray) -> tuple[float, float, float, float]:

@@ -14,7 +14,7 @@ from cra_jax import art_module
 from cra_jax.art_module import ATTENTION_HEAD, CLASSIFICATION_STREAM, TrainedHead
 from cra_jax.backbones import families
 from cra_jax.inference.run_options import RunOptions, art_of
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 
 
@@ -133,7 +133,7 @@ def restore_attention(options: RunOptions, workdir: Path) -> TrainedHead | None:
         wanted = {k: v for k, v in shapes.items() if k == ATTENTION_HEAD}
         if not wanted:
             return None
-        config = run_folder.upgraded(checkpoints.meta(step)["config"])
+        config = run_directory.upgraded(checkpoints.meta(step)["config"])
         part = {"params": wanted}
         found = restore_part(checkpoints, step, part, averaged=options.averaged)
     return art_module.trained_head(

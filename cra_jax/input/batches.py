@@ -1,6 +1,6 @@
 """Makes batches of images, in an order that is a function of (seed, epoch, index).
 
-Images are any object with a length whose `pictures[i]` is a uint8 `[h, w, 3]` array. If
+Images are any object with a length whose `images[i]` is a uint8 `[h, w, 3]` array. If
 it also has `.shapes`, `[n, 2]` of (height, width), no image is read only for its size.
 A batch depends only on its number, not on the number of workers, prefetched batches or
 devices, so training can resume at any step.
@@ -21,8 +21,8 @@ from cra_jax.runtime.prefetch import prefetch
 Batch = dict[str, np.ndarray]
 
 
-class Pictures(Protocol):
-    """The interface of images: `len(pictures)` and `pictures[i]`."""
+class Images(Protocol):
+    """The interface of images: `len(images)` and `images[i]`."""
 
     def __len__(self) -> int: ...
 
@@ -42,7 +42,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         labels: Sequence[int] | np.ndarray,
         *,
         batch_size: int,
@@ -54,7 +54,7 @@ class TrainBatches:
         """Checks the arguments without reading an image.
 
         Args:
-          pictures: the split's images.
+          images: the split's images.
           labels: one class number per image.
           batch_size: images in a batch, of all hosts together.
           crop_px: height and width of the crop.
@@ -67,22 +67,22 @@ class TrainBatches:
             labels that do not match the images, a seed out of range, or a batch
             that the hosts cannot share evenly.
         """
-        self._pictures = pictures
-        self._labels = _check(pictures, labels, batch_size)
-        if len(pictures) < batch_size:
+        self._images = images
+        self._labels = _check(images, labels, batch_size)
+        if len(images) < batch_size:
             raise ValueError(
-                f"{len(pictures)} training images do not fill one batch of "
-                f"{batch_size}: set train.batch_size to {len(pictures)} or less"
+                f"{len(images)} training images do not fill one batch of "
+                f"{batch_size}: set train.batch_size to {len(images)} or less"
             )
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: set it between 0 and 2^64 - 1")
-        _check_crop(pictures, crop_px)
+        _check_crop(images, crop_px)
         self._mine = _rows_of(shard, batch_size)
         self._batch_size = batch_size
         self._crop_px = crop_px
         self._seed = seed
         self._flip = flip
-        self.steps_per_epoch, self.dropped_per_epoch = divmod(len(pictures), batch_size)
+        self.steps_per_epoch, self.dropped_per_epoch = divmod(len(images), batch_size)
 
     def batch(self, step: int) -> Batch:
         """Computes the batch of one step; safe to call from several threads.
@@ -104,7 +104,7 @@ class TrainBatches:
         index = batch["index"]
         image = np.empty((len(index), self._crop_px, self._crop_px, 3), np.uint8)
         for row, i in enumerate(index.tolist()):
-            pixels = _read_image(self._pictures, i)
+            pixels = _read_image(self._images, i)
             margin = _margin(pixels.shape, self._crop_px, i)
             top, left = _corners(draws[row], np.array(margin)).tolist()
             image[row] = _window(pixels, top, left, self._crop_px)
@@ -131,14 +131,14 @@ class TrainBatches:
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
-        return _shapes(self._pictures)
+        return _shapes(self._images)
 
     def _drawn(self, step: int) -> tuple[Batch, np.ndarray]:
         """The batch without pixels, and the random draws of its crops, `[b, 2]`."""
         if step < 0:
             raise ValueError(f"step is {step}: steps count from 0")
         epoch, place = divmod(step, self.steps_per_epoch)
-        order, draws = _epoch_draws(self._seed, epoch, len(self._pictures))
+        order, draws = _epoch_draws(self._seed, epoch, len(self._images))
         index = order[place * self._batch_size :][: self._batch_size][self._mine]
         flip = (draws[index, 2] >> np.uint64(63)).astype(bool) & self._flip
         batch = {"flip": flip, "label": self._labels[index], "index": index}
@@ -160,7 +160,7 @@ class Batches(Sequence[Batch]):
 
 
 def center_batches(
-    pictures: Pictures,
+    images: Images,
     labels: Sequence[int] | np.ndarray,
     *,
     batch_size: int,
@@ -182,15 +182,15 @@ def center_batches(
       ValueError: no images, an image smaller than the crop, labels that do not
         match the images, or a batch that the hosts cannot share evenly.
     """
-    checked = _check(pictures, labels, batch_size)
-    _check_crop(pictures, crop_px)
+    checked = _check(images, labels, batch_size)
+    _check_crop(images, crop_px)
 
     def cut(i: int) -> np.ndarray:
-        image = _read_image(pictures, i)
+        image = _read_image(images, i)
         top, left = (r // 2 for r in _margin(image.shape, crop_px, i))
         return _window(image, top, left, crop_px)
 
-    order = np.arange(len(pictures))
+    order = np.arange(len(images))
     plan = [
         ((crop_px, crop_px), order[start : start + batch_size])
         for start in range(0, len(order), batch_size)
@@ -199,7 +199,7 @@ def center_batches(
 
 
 def full_batches(
-    pictures: Pictures,
+    images: Images,
     labels: Sequence[int] | np.ndarray,
     *,
     batch_size: int,
@@ -211,7 +211,7 @@ def full_batches(
     Images whose height and width round up to the same multiples of `bucket_px` form a
     group, padded with zeros at the right and at the bottom. With `bucket_px` 0, a group
     has images of exactly one size, and no padding. Groups are in the order of (height,
-    width), images within a group in the order of the split. If `pictures` has no
+    width), images within a group in the order of the split. If `images` has no
     `.shapes`, this call reads every image once. With a `shard`, only its rows of each
     batch are made: all hosts make as many batches.
 
@@ -225,12 +225,12 @@ def full_batches(
       ValueError: no images, a negative `bucket_px`, labels that do not match, or a
         batch that the hosts cannot share evenly.
     """
-    checked = _check(pictures, labels, batch_size)
+    checked = _check(images, labels, batch_size)
     if bucket_px < 0:
         raise ValueError(
             f"bucket_px is {bucket_px}: set it to 0 (exact sizes) or to 1 or more"
         )
-    extents = _shapes(pictures)
+    extents = _shapes(images)
     step = max(bucket_px, 1)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (height, width) in enumerate((-(-extents // step) * step).tolist()):
@@ -241,7 +241,7 @@ def full_batches(
         for start in range(0, len(members), batch_size)
     ]
     mine = _rows_of(shard, batch_size)
-    cut = functools.partial(_read_image, pictures)
+    cut = functools.partial(_read_image, images)
     return _evaluation_batches(checked, plan, cut, mine, extents)
 
 
@@ -315,27 +315,27 @@ def _rows_of(shard: tuple[int, int], batch_size: int) -> slice:
 
 
 def _check(
-    pictures: Pictures, labels: Sequence[int] | np.ndarray, batch_size: int
+    images: Images, labels: Sequence[int] | np.ndarray, batch_size: int
 ) -> np.ndarray:
     """Checks the arguments, and returns the labels as int32 `[n]`."""
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}: set it to 1 or more")
-    if not len(pictures):
+    if not len(images):
         raise ValueError("the split has no images: check data.source and data.path")
     array = np.asarray(labels)
-    if array.shape != (len(pictures),) or array.dtype.kind not in "iu":
+    if array.shape != (len(images),) or array.dtype.kind not in "iu":
         raise ValueError(
-            f"labels are {array.dtype} {list(array.shape)} for {len(pictures)} "
+            f"labels are {array.dtype} {list(array.shape)} for {len(images)} "
             "images: give one integer per image"
         )
     return array.astype(np.int32)
 
 
-def _check_crop(pictures: Pictures, crop_px: int) -> None:
+def _check_crop(images: Images, crop_px: int) -> None:
     """Checks that the crop fits into all images, if their sizes are known."""
     if crop_px < 1:
         raise ValueError(f"data.crop_px is {crop_px}: set it to 1 or more")
-    shapes = getattr(pictures, "shapes", None)
+    shapes = getattr(images, "shapes", None)
     if shapes is not None:
         smallest = int(np.argmin(np.min(shapes, axis=1)))
         _margin(tuple(shapes[smallest]), crop_px, smallest)
@@ -353,9 +353,9 @@ def _margin(shape: tuple[int, ...], crop_px: int, index: int) -> tuple[int, int]
     return height - crop_px, width - crop_px
 
 
-def _read_image(pictures: Pictures, index: int) -> np.ndarray:
+def _read_image(images: Images, index: int) -> np.ndarray:
     """Reads one image; checks its type, which a batch would silently convert."""
-    image = pictures[index]
+    image = images[index]
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"image {index} is {image.dtype} {list(image.shape)}: give uint8 [h, w, 3]"
@@ -376,10 +376,10 @@ def _rows(members: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
     return {"label": label, "index": index, "valid": index >= 0}
 
 
-def _shapes(pictures: Pictures) -> np.ndarray:
+def _shapes(images: Images) -> np.ndarray:
     """Sizes of all images, `[n, 2]`; reads images only if sizes are not known."""
-    shapes = getattr(pictures, "shapes", None)
+    shapes = getattr(images, "shapes", None)
     if shapes is None:
-        sizes = prefetch(lambda i: _read_image(pictures, i).shape[:2], 0, len(pictures))
+        sizes = prefetch(lambda i: _read_image(images, i).shape[:2], 0, len(images))
         shapes = list(sizes)
     return np.asarray(shapes, np.int32)

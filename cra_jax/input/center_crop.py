@@ -14,9 +14,7 @@ def centre_offset_px(size_px: Sequence[int], crop_px: int) -> np.ndarray:
     return (np.asarray(size_px) - crop_px) // 2
 
 
-def in_picture(
-    points_px: np.ndarray, size_px: Sequence[int], crop_px: int
-) -> np.ndarray:
+def in_image(points_px: np.ndarray, size_px: Sequence[int], crop_px: int) -> np.ndarray:
     """Points of the centre crop ``[..., 2]`` as fractions of the whole image.
 
     Args:

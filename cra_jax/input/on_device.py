@@ -22,7 +22,7 @@ from cra_jax.runtime.progress import Progress
 
 
 class Sized(Protocol):
-    """Images of known sizes, such as a `store.Store`."""
+    """Images of known sizes, such as a `image_cache.ImageCache`."""
 
     shapes: np.ndarray
 
@@ -38,26 +38,26 @@ class DeviceImages:
       about: one line for the log: the memory that they take, and the free memory.
     """
 
-    def __init__(self, pictures: Sized, *, crop_px: int, progress: bool = True):
+    def __init__(self, images: Sized, *, crop_px: int, progress: bool = True):
         """Copies all images to every device.
 
         The host holds one more copy while this runs.
 
         Args:
-          pictures: uint8 `[h, w, 3]` each, none smaller than the crop.
+          images: uint8 `[h, w, 3]` each, none smaller than the crop.
           crop_px: height and width of a crop.
           progress: report on standard error.
 
         Raises:
           ValueError: they need more memory than a device has free.
         """
-        shapes = np.asarray(pictures.shapes, np.int64)
+        shapes = np.asarray(images.shapes, np.int64)
         lengths, self._turned = shapes.max(1), shapes[:, 1] > shapes[:, 0]
         width_px = int(shapes.min(1).max())
         need = int(lengths.sum()) * width_px * 3
         free = devices.free_bytes()
         self.about = (
-            f"{len(pictures):,} training images take {need / 1e6:,.1f} MB of "
+            f"{len(images):,} training images take {need / 1e6:,.1f} MB of "
             f"{free / 1e6:,.1f} MB free on each of {devices.describe_devices()}"
         )
         if need > free:
@@ -66,7 +66,7 @@ class DeviceImages:
                 "data.short_side_px smaller"
             )
         self._starts = np.cumsum(lengths) - lengths
-        lines = self._lay_out(pictures, int(lengths.sum()), width_px, show=progress)
+        lines = self._lay_out(images, int(lengths.sum()), width_px, show=progress)
         self._lines = devices.on_each_device(lines)
         self._cut = devices.batch_step(functools.partial(cut, crop_px=crop_px))
 
@@ -91,19 +91,19 @@ class DeviceImages:
         }
 
     def _lay_out(
-        self, pictures: Sized, count: int, width_px: int, *, show: bool
+        self, images: Sized, count: int, width_px: int, *, show: bool
     ) -> np.ndarray:
         """The array that the module docstring describes, in host memory."""
         lines = np.zeros((count, width_px, 3), np.uint8)
 
         def put(i: int) -> None:
-            image = pictures[i].swapaxes(0, 1) if self._turned[i] else pictures[i]
+            image = images[i].swapaxes(0, 1) if self._turned[i] else images[i]
             length, width = image.shape[:2]
             lines[self._starts[i] :][:length, :width] = image
 
         title = "copying to the device"
-        with Progress(len(pictures), title, unit="images", show=show) as bar:
-            for _ in prefetch(put, 0, len(pictures), workers=os.cpu_count() or 1):
+        with Progress(len(images), title, unit="images", show=show) as bar:
+            for _ in prefetch(put, 0, len(images), workers=os.cpu_count() or 1):
                 bar.advance()
         return lines.reshape(count, 3 * width_px)
 

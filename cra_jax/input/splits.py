@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cra_jax.input import center_crop, store
+from cra_jax.input import center_crop, image_cache
 from cra_jax.input.records import Box, Dataset, Record
 
 
@@ -66,12 +66,12 @@ class Split:
     """An opened split.
 
     Attributes:
-      pictures: the images, of `store`.
+      images: the images, cached or decoded at each access.
       labels: ``[n]``.
       records: of `sources`, one per image.
     """
 
-    pictures: store.Store | store.Streamed
+    images: image_cache.ImageCache | image_cache.StreamedImages
     labels: np.ndarray
     records: tuple[Record, ...]
 
@@ -83,11 +83,11 @@ class Split:
     @functools.cached_property
     def _sizes_px(self) -> list[tuple[int, int]]:
         """Width and height of each image, computed at first use."""
-        pictures = self.pictures
+        images = self.images
         shapes = (
-            pictures.shapes[:, :2].tolist()
-            if isinstance(pictures, store.Store)
-            else [image.shape[:2] for image in pictures]
+            images.shapes[:, :2].tolist()
+            if isinstance(images, image_cache.ImageCache)
+            else [image.shape[:2] for image in images]
         )
         return [(width, height) for height, width in shapes]
 
@@ -113,7 +113,7 @@ class Split:
     def take(self, indices: Sequence[int]) -> "Split":
         """Some of its images, in the order of `indices`."""
         return Split(
-            [self.pictures[i] for i in indices],  # pyright: ignore[reportArgumentType]
+            [self.images[i] for i in indices],  # pyright: ignore[reportArgumentType]
             self.labels[list(indices)],
             tuple(self.records[i] for i in indices),
         )
@@ -147,16 +147,16 @@ def open_split(options: DataOptions, dataset: Dataset, name: str) -> Split:
     """Opens a split, with its images in the image cache if `options.prepare` is set."""
     records = dataset.splits[name]
     if options.prepare:
-        images = store.prepare(
+        images = image_cache.prepare(
             records,
             short_side_px=options.short_side_px,
             cache_dir=Path(options.cache_dir).expanduser()
             if options.cache_dir
-            else store.default_cache_dir(dataset.root),
+            else image_cache.default_cache_dir(dataset.root),
             name=f"{dataset.name}-{name}",
             skip_unreadable=options.skip_unreadable,
         )
     else:
-        images = store.Streamed(records, options.short_side_px)
+        images = image_cache.StreamedImages(records, options.short_side_px)
     labels = np.array([record.label for record in images.records], np.int32)
     return Split(images, labels, images.records)

@@ -23,7 +23,7 @@ def run(_: Any, workdir: Path, *, runs: Sequence[Path]) -> None:
     Args:
       _: a config; the runs bring their own.
       workdir: the folder for the two files, made where it is missing.
-      runs: run folders.
+      runs: run directorys.
 
     Raises:
       ValueError: there are no runs, or one of them has no scores.
@@ -87,7 +87,7 @@ def _scores(found: Comparison) -> Iterator[str]:
             )
     if any(row.spread.count == 1 for rows in found.tables.values() for row in rows):
         yield (
-            "(1) One seed: Wilson's interval, over test pictures. The others are "
+            "(1) One seed: Wilson's interval, over test images. The others are "
             "Student's t, over seeds."
         )
 
@@ -114,7 +114,7 @@ def _differences(differences: Sequence[Difference]) -> Iterator[str]:
 def _pairs(pairs: Sequence[Pair]) -> Iterator[str]:
     if not pairs:
         return
-    yield "## The same pictures: exact McNemar tests of two networks"
+    yield "## The same images: exact McNemar tests of two networks"
     yield html_page.markdown_table(
         (
             *("test", "first", "second", "only first right", "only second right"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cra_jax.reports import html_page, paper_results, run_summary, uncertainty
-from cra_jax.runtime import provenance, run_folder
+from cra_jax.runtime import provenance, run_directory
 
 # What cannot change a score: where things lie, how much is done at once, what is kept.
 _INDIFFERENT = (
@@ -24,7 +24,7 @@ _INDIFFERENT = (
     "train.log_every_steps",
     "train.report",
 )
-# What tells the paper's cells apart, and where their pictures and weights lie.
+# What tells the paper's cells apart, and where their images and weights lie.
 _CELL = ("data.path", "data.source", "data.name", "model.backbone", "model.kind")
 _CELL += ("model.pretrained", "data.manual_dir")
 METRICS = {
@@ -40,11 +40,11 @@ Test = tuple[str, str]
 """A split and a protocol."""
 
 Answers = dict[str, tuple[int, bool]]
-"""By picture: its label, and whether the run is right."""
+"""By image: its label, and whether the run is right."""
 
 
 class Run(NamedTuple):
-    """A run folder that was read.
+    """A run directory that was read.
 
     Attributes:
       workdir: the folder.
@@ -102,7 +102,7 @@ class Row(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two runs' answers to the same pictures.
+    """Two runs' answers to the same images.
 
     Attributes:
       test: split and protocol.
@@ -186,8 +186,8 @@ def compare(workdirs: Sequence[Path]) -> Comparison:
 
 
 def _read(workdir: Path) -> Run:
-    settings = run_folder.read_config(workdir)
-    lines = run_summary.newest(run_folder.read_metrics(workdir))
+    settings = run_directory.read_config(workdir)
+    lines = run_summary.newest(run_directory.read_metrics(workdir))
     if not lines:
         raise ValueError(
             f"{workdir} has no scores yet: train it to its first evaluation, or leave "
@@ -195,7 +195,7 @@ def _read(workdir: Path) -> Run:
         )
     scores = {(line["split"], line["protocol"]): line for line in lines}
     # What an older run does not know of had its default.
-    flat = (run_summary.recipe() or {}) | run_folder.flatten(settings)
+    flat = (run_summary.recipe() or {}) | run_directory.flatten(settings)
     return Run(workdir, flat, scores, run_summary.title(settings))
 
 
@@ -285,17 +285,17 @@ def _differences(
         for a, b in itertools.combinations(groups, 2):
             first, second = a.values(test, "top1"), b.values(test, "top1")
             common = [seed for seed in first if seed in second]
-            if len(common) > 1 and _same_pictures(a, b, test):
+            if len(common) > 1 and _same_images(a, b, test):
                 changes = [second[seed] - first[seed] for seed in common]
                 letters = a.letter, b.letter
                 yield Difference(test, letters, uncertainty.spread(changes))
 
 
-def _same_pictures(a: Group, b: Group, test: Test) -> bool:
+def _same_images(a: Group, b: Group, test: Test) -> bool:
     first, second = (_answers(group.runs[0], test) for group in (a, b))
     if first is not None and second is not None:
         return _labels(first) == _labels(second)
-    # Without each picture's result: the same data, cut in the same way.
+    # Without each image's result: the same data, cut in the same way.
     return not any(k.startswith("data.") for k in _differing([a.runs[0], b.runs[0]]))
 
 
@@ -304,9 +304,9 @@ def _labels(answers: Answers) -> dict[str, int]:
 
 
 def _answers(run: Run, test: Test) -> Answers | None:
-    """Label by picture, and whether the run is right; None where it is not known."""
+    """Label by image, and whether the run is right; None where it is not known."""
     try:
-        results = run_folder.read_results(run.workdir, *test)
+        results = run_directory.read_results(run.workdir, *test)
     except ValueError:
         return None
     line = run.scores.get(test, {})
@@ -332,7 +332,7 @@ def _pairs(
                 if _labels(one) != _labels(other):
                     notes.append(
                         f"{first.workdir.name} and {second.workdir.name} saw different "
-                        f"pictures or labels under {', '.join(test)}: no paired test"
+                        f"images or labels under {', '.join(test)}: no paired test"
                     )
                     continue
                 counts = uncertainty.mcnemar(
@@ -343,7 +343,7 @@ def _pairs(
                 found.append(Pair(test, first, second, letters, counts, counts.p))
     for name, split, protocol in sorted(unknown):
         notes.append(
-            f"what {name} says of each picture is not known for {split}, {protocol}: "
+            f"what {name} says of each image is not known for {split}, {protocol}: "
             "no paired test (--mode eval on it writes that)"
         )
     adjusted = uncertainty.holm([pair.counts.p for pair in found])

@@ -1,10 +1,10 @@
-"""What of a test split is classified wrongly: pairs of classes, pictures put right."""
+"""What of a test split is classified wrongly: pairs of classes, images put right."""
 
 import collections
 import dataclasses
 from collections.abc import Sequence
 
-from cra_jax.runtime.run_folder import Result
+from cra_jax.runtime.run_directory import Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,9 +13,9 @@ class Pair:
 
     Attributes:
       labels: of both.
-      wrong: how many pictures of each are taken for the other.
-      count: how many pictures of each there are.
-      examples: index of the picture of each that is most surely taken for the other,
+      wrong: how many images of each are taken for the other.
+      count: how many images of each there are.
+      examples: index of the image of each that is most surely taken for the other,
         or of its first where none is.
     """
 
@@ -28,7 +28,7 @@ class Pair:
 def confused_pairs(results: Sequence[Result], *, most: int) -> list[Pair]:
     """The pairs that are confused most often, either way; of equals the lower first.
 
-    A class without test pictures has none to show: its pairs are left out.
+    A class without test images has none to show: its pairs are left out.
     """
     wrong = collections.Counter(
         (x.label, x.predicted) for x in results if x.label != x.predicted
@@ -56,7 +56,7 @@ def _example(results: Sequence[Result], label: int, other: int) -> int:
 
 
 def put_right(before: Sequence[Result], after: Sequence[Result]) -> list[int]:
-    """Pictures that `before` has wrong and `after` right, of the same split."""
+    """Images that `before` has wrong and `after` right, of the same split."""
     return [
         y.index
         for x, y in zip(before, after, strict=True)
@@ -67,7 +67,7 @@ def put_right(before: Sequence[Result], after: Sequence[Result]) -> list[int]:
 def alike(
     label: int, *, but: int, before: Sequence[Result], after: Sequence[Result]
 ) -> int | None:
-    """Another picture of a class, if there is one that both get right, then that."""
+    """Another image of a class, if there is one that both get right, then that."""
     own = [x.index for x in after if x.label == label and x.index != but]
     sure = [i for i in own if before[i].predicted == after[i].predicted == label]
     return next(iter(sure or own), None)

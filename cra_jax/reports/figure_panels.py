@@ -1,6 +1,6 @@
-"""Pictures with what networks make of them -> figures for a paper (Fig. 1, 3, 4).
+"""Images with what networks make of them -> figures for a paper (Fig. 1, 3, 4).
 
-They know no run and no file. Sizes are in inches; a figure is as wide as its pictures
+They know no run and no file. Sizes are in inches; a figure is as wide as its images
 need, about 7 for eight of them, which is the text width of most journals.
 """
 
@@ -15,7 +15,7 @@ from cra_jax.reports import figure_style
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a network makes of a picture.
+    """What a network makes of an image.
 
     Attributes:
       activation: ``[crop, crop]``, the map of the class that it predicts.
@@ -30,10 +30,10 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Attended:
-    """A picture and its attention at some epochs.
+    """An image and its attention at some epochs.
 
     Attributes:
-      picture: uint8 ``[crop, crop, 3]``.
+      image: uint8 ``[crop, crop, 3]``.
       name: of its class.
       corners: ``[e, 4, 2]``, of the attention in pixels, an epoch each.
       attention: uint8 ``[e, s, s, 3]``.
@@ -41,7 +41,7 @@ class Attended:
       box: ``(x_min, y_min, x_max, y_max)`` of the object in pixels, where known.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     name: str
     corners: np.ndarray
     attention: np.ndarray
@@ -51,18 +51,18 @@ class Attended:
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """A test picture that one network gets wrong and another right.
+    """A test image that one network gets wrong and another right.
 
     Attributes:
-      picture: uint8 ``[crop, crop, 3]``.
+      image: uint8 ``[crop, crop, 3]``.
       truth: its class.
       taken_for: the class that the first network takes it for.
-      like_truth: another picture of its class.
-      like_taken_for: a picture of the class that it is taken for.
+      like_truth: another image of its class.
+      like_taken_for: an image of the class that it is taken for.
       activations: of both networks, ``[crop, crop]`` each.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     truth: str
     taken_for: str
     like_truth: np.ndarray
@@ -76,57 +76,57 @@ class Confusion:
 
     Attributes:
       names: of both.
-      pictures: one of each, wrongly classified where there is such a one.
+      images: one of each, wrongly classified where there is such a one.
       wrong: how many of each are taken for the other.
       count: how many there are of each.
     """
 
     names: tuple[str, str]
-    pictures: tuple[np.ndarray, np.ndarray]
+    images: tuple[np.ndarray, np.ndarray]
     wrong: tuple[int, int]
     count: tuple[int, int]
 
 
 @figure_style.styled
 def activation_maps(
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     truths: Sequence[str],
     answers: Mapping[str, Sequence[Answer]],
     *,
     boxes: Sequence[Sequence[float] | None],
 ) -> Figure:
-    """Class activation maps of one or more networks for the same pictures (Fig. 3).
+    """Class activation maps of one or more networks for the same images (Fig. 3).
 
     Args:
-      pictures: uint8 ``[crop, crop, 3]`` each; a column each.
+      images: uint8 ``[crop, crop, 3]`` each; a column each.
       truths: names of their classes.
-      answers: network -> an answer a picture; a row each, below the pictures.
+      answers: network -> an answer an image; a row each, below the images.
       boxes: of the objects in pixels, or None.
     """
     rows = 1 + len(answers)
     figure, axes = figure_style.grid(
         rows,
-        len(pictures),
+        len(images),
         cell_in=0.8,
         top_in=0.3,
         left_in=0.8,
         gap_in=0.29,
         first_gap_in=0.06,
     )
-    for column, (picture, truth, box) in enumerate(
-        zip(pictures, truths, boxes, strict=True)
+    for column, (image, truth, box) in enumerate(
+        zip(images, truths, boxes, strict=True)
     ):
-        figure_style.show(axes[0][column], picture)
+        figure_style.show(axes[0][column], image)
         figure_style.title_above(axes[0][column], figure_style.tidy(truth))
         figure_style.draw_box(axes[0][column], box)
         for row, answered in enumerate(answers.values(), start=1):
             answer, ax = answered[column], axes[row][column]
             figure_style.show(
-                ax, figure_style.overlay_activation(picture, answer.activation)
+                ax, figure_style.overlay_activation(image, answer.activation)
             )
             figure_style.draw_box(ax, box)
             figure_style.verdict(ax, answer.predicted, right=answer.right)
-    for row, name in enumerate(("test picture", *answers)):
+    for row, name in enumerate(("test image", *answers)):
         figure_style.row_name(axes[row][0], name)
     return figure
 
@@ -138,12 +138,12 @@ def attention_over_epochs(
     """Where the attention is while it forms (Fig. 4): a column an epoch.
 
     Args:
-      attended: pictures, below each other.
+      attended: images, below each other.
       epochs: of the columns.
       title: of the network.
     """
     has_redundancy = attended[0].redundancy is not None
-    names = ["test picture", "attention", *(["redundancy"] if has_redundancy else [])]
+    names = ["test image", "attention", *(["redundancy"] if has_redundancy else [])]
     block = len(names)
     figure, axes = figure_style.grid(
         block * len(attended),
@@ -161,7 +161,7 @@ def attention_over_epochs(
     for number, one in enumerate(attended):
         for column, epoch in enumerate(epochs):
             ax = axes[number * block][column]
-            figure_style.show(ax, one.picture)
+            figure_style.show(ax, one.image)
             figure_style.draw_box(ax, one.box)
             figure_style.draw_attention(ax, one.corners[column])
             figure_style.show(axes[number * block + 1][column], one.attention[column])
@@ -181,7 +181,7 @@ def attention_over_epochs(
 
 @figure_style.styled
 def corrections(found: Sequence[Correction], names: tuple[str, str]) -> Figure:
-    """Test pictures that one network gets wrong and another right (Fig. 1).
+    """Test images that one network gets wrong and another right (Fig. 1).
 
     Args:
       found: a row each.
@@ -194,7 +194,7 @@ def corrections(found: Sequence[Correction], names: tuple[str, str]) -> Figure:
     for row, one in zip(axes, found, strict=True):
         figure_style.show(row[0], one.like_taken_for)
         figure_style.verdict(row[0], one.taken_for, right=False, width=18)
-        figure_style.show(row[1], one.picture)
+        figure_style.show(row[1], one.image)
         figure_style.words_below(
             row[1], figure_style.tidy(one.truth, width=18), figure_style.BLACK
         )
@@ -202,11 +202,11 @@ def corrections(found: Sequence[Correction], names: tuple[str, str]) -> Figure:
         figure_style.verdict(row[2], one.truth, right=True, width=18)
         for ax, activation in zip(row[3:], one.activations, strict=True):
             figure_style.show(
-                ax, figure_style.overlay_activation(one.picture, activation)
+                ax, figure_style.overlay_activation(one.image, activation)
             )
     titles = (
         f"{wrong} says:\nlike this one",
-        "test picture\nand its truth",
+        "test image\nand its truth",
         f"{right} says:\nlike this one",
         f"activation of\n{wrong}",
         f"activation of\n{right}",
@@ -238,7 +238,7 @@ def confusions(found: Sequence[Confusion]) -> Figure:
         lines = 1 + max(name.count("\n") for name in names)
         for side in (0, 1):
             ax = flat[2 * number + side]
-            figure_style.show(ax, one.pictures[side])
+            figure_style.show(ax, one.images[side])
             figure_style.words_below(ax, names[side], figure_style.BLACK, bold=True)
             figure_style.words_below(
                 ax,

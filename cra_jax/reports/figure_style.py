@@ -1,4 +1,4 @@
-"""What the package's figures are made of: a style, marks on pictures, a grid, a file.
+"""What the package's figures are made of: a style, marks on images, a grid, a file.
 
 Colours are those of Okabe and Ito, which people of any colour vision tell apart, never
 without a second sign (dashes, markers, words), so that a print in grey still reads.
@@ -79,18 +79,18 @@ def tidy(name: str, *, width: int = 16) -> str:
     return "\n".join(wrapped)
 
 
-def overlay_activation(picture: np.ndarray, activation: np.ndarray) -> np.ndarray:
-    """A map over its picture in grey: the stronger, the more opaque and the lighter.
+def overlay_activation(image: np.ndarray, activation: np.ndarray) -> np.ndarray:
+    """A map over its image in grey: the stronger, the more opaque and the lighter.
 
     Args:
-      picture: uint8 ``[h, w, 3]``.
+      image: uint8 ``[h, w, 3]``.
       activation: ``[h, w]``; 0 and below is clear, its maximum strongest.
 
     Returns:
       uint8 ``[h, w, 3]``.
     """
     rgb, share = overlay.activation_colors(activation)
-    grey = picture @ np.array([0.299, 0.587, 0.114]) * 0.85
+    grey = image @ np.array([0.299, 0.587, 0.114]) * 0.85
     opacity = (0.85 * share)[..., None]
     return np.round(opacity * rgb + (1 - opacity) * grey[..., None]).astype(np.uint8)
 
@@ -149,9 +149,9 @@ def grid(
     return figure, axes
 
 
-def show(ax: Axes, picture: np.ndarray) -> None:
-    """A picture that fills its cell, one unit a pixel, pixel centres at integers."""
-    ax.imshow(picture, interpolation="bicubic")
+def show(ax: Axes, image: np.ndarray) -> None:
+    """An image that fills its cell, one unit a pixel, pixel centres at integers."""
+    ax.imshow(image, interpolation="bicubic")
     ax.autoscale(False)
     for spine in ax.spines.values():
         spine.set_visible(False)

@@ -20,10 +20,10 @@ from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import batches, normalize, splits
 from cra_jax.model import KINDS
 from cra_jax.reports import confusions, figure_panels, figure_style, training_curves
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 
-_MAPS = 8  # pictures of Fig. 3
-_ATTENDED = 3  # pictures of Fig. 4
+_MAPS = 8  # images of Fig. 3
+_ATTENDED = 3  # images of Fig. 4
 _EPOCHS = 6  # and its columns
 _CORRECTIONS = 6
 _PAIRS = 6
@@ -61,8 +61,8 @@ def draw_all(
 
     Args:
       options: the run's; ``eval.checkpoint`` names the checkpoint.
-      workdir: the run folder.
-      baseline: folder of a run to compare it with, of the same test pictures.
+      workdir: the run directory.
+      baseline: folder of a run to compare it with, of the same test images.
 
     Returns:
       The figures, and for each that is not there, a line that says why.
@@ -73,7 +73,7 @@ def draw_all(
     ours = _Run(options, workdir)
     theirs = _Run(_options_of(baseline, like=options), baseline) if baseline else None
     if theirs:
-        ours.check_same_pictures(theirs)
+        ours.check_same_images(theirs)
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     drawn, notes = [], []
@@ -88,13 +88,13 @@ def draw_all(
 
 def _options_of(workdir: Path, *, like: RunOptions) -> RunOptions:
     """Another run's options."""
-    options = run_options.from_config(run_folder.read_config(workdir))
+    options = run_options.from_config(run_directory.read_config(workdir))
     chosen = like.evaluation.checkpoint  # a step of one run is none of another
     return options.at_checkpoint(chosen if chosen.isalpha() else "latest")
 
 
 class _Run:
-    """A run, restored, and the test pictures that it is shown with."""
+    """A run, restored, and the test images that it is shown with."""
 
     def __init__(self, options: RunOptions, workdir: Path):
         self.options = options
@@ -102,7 +102,7 @@ class _Run:
         self.restored: Restored = restore(options, workdir)
         self.head = restore_attention(options, workdir)
         self.crop_px: int = options.data.crop_px
-        self.lines = run_folder.read_metrics(workdir)
+        self.lines = run_directory.read_metrics(workdir)
         self.kind = KINDS[options.kind]
         dataset = sources.load_dataset(options.data)
         names = self.restored.class_names
@@ -111,11 +111,11 @@ class _Run:
         self.class_names = dataset.class_names
         self._evaluator = evaluate.Evaluator(self.restored.backbone, options)
 
-    def check_same_pictures(self, other: "_Run") -> None:
+    def check_same_images(self, other: "_Run") -> None:
         """Checks that a comparison means something.
 
         Raises:
-          ValueError: the runs were tested on other pictures, or on other crops of them.
+          ValueError: the runs were tested on other images, or on other crops of them.
         """
         mine, theirs = (
             (
@@ -128,24 +128,24 @@ class _Run:
             for run in (self, other)
         )
         few = self.split.firsts(_MAPS)  # drawings of another seed have the same names
-        if mine != theirs or (self.pictures(few) != other.pictures(few)).any():
+        if mine != theirs or (self.images(few) != other.images(few)).any():
             raise ValueError(
-                f"{other.workdir} was tested on other pictures than {self.workdir} "
+                f"{other.workdir} was tested on other images than {self.workdir} "
                 f"({len(theirs[1])} of {len(theirs[0])} classes, crop {theirs[3]} of "
                 f"{theirs[4]} px; here {len(mine[1])} of {len(mine[0])} classes, crop "
                 f"{mine[3]} of {mine[4]} px): name a baseline with the same data.*"
             )
 
-    def pictures(self, indices: Sequence[int]) -> np.ndarray:
+    def images(self, indices: Sequence[int]) -> np.ndarray:
         """Centre crops, uint8 ``[n, crop, crop, 3]``."""
         few = self.split.take(indices)
         (batch,) = batches.center_batches(
-            few.pictures, few.labels, batch_size=len(indices), crop_px=self.crop_px
+            few.images, few.labels, batch_size=len(indices), crop_px=self.crop_px
         )
         return batch["image"]
 
     def answers(self, indices: Sequence[int]) -> list[figure_panels.Answer]:
-        """What the network makes of some pictures."""
+        """What the network makes of some images."""
         found = self._evaluator.center(
             self.restored.variables, self.split.take(indices)
         )
@@ -164,11 +164,11 @@ class _Run:
             )
         ]
 
-    def results(self) -> list[run_folder.Result]:
-        """Of all test pictures: as the run folder has them, else predicted now."""
+    def results(self) -> list[run_directory.Result]:
+        """Of all test images: as the run directory has them, else predicted now."""
         step = self.restored.step
         try:
-            known = run_folder.read_results(self.workdir, "test", "center")
+            known = run_directory.read_results(self.workdir, "test", "center")
         except ValueError:
             known = []
         names = [record.name for record in self.split.records]
@@ -178,9 +178,9 @@ class _Run:
         return evaluate.results(found, self.split, step=step)
 
     def snapshots(self) -> dict[int, dict[int, np.ndarray]]:
-        """Epoch -> index -> matrix, of the watched test pictures."""
+        """Epoch -> index -> matrix, of the watched test images."""
         found: dict[int, dict[int, np.ndarray]] = collections.defaultdict(dict)
-        for line in run_folder.read_snapshots(self.workdir):
+        for line in run_directory.read_snapshots(self.workdir):
             found[line["epoch"]][line["index"]] = np.array(line["matrix"])
         return dict(found)
 
@@ -206,7 +206,7 @@ def _activation(ours: _Run, theirs: _Run | None) -> _Drawing:
     runs = [theirs, ours] if theirs else [ours]
     names = [run.kind for run in runs if run]
     figure = figure_panels.activation_maps(
-        list(ours.pictures(chosen)),
+        list(ours.images(chosen)),
         [ours.class_names[ours.split.labels[i]] for i in chosen],
         {_name(run, names): run.answers(chosen) for run in runs if run},
         boxes=[boxes.get(i) for i in chosen],
@@ -214,7 +214,7 @@ def _activation(ours: _Run, theirs: _Run | None) -> _Drawing:
     known = "; dashed: the object's box" if boxes else ""
     return figure, (
         "Class activation maps (Zhou et al., 2016) of the class that each network "
-        "predicts, each from 0 (clear) to its own maximum, for the first test picture "
+        "predicts, each from 0 (clear) to its own maximum, for the first test image "
         f"of the first {len(chosen)} classes{known}. A tick marks a right answer."
     )
 
@@ -241,35 +241,33 @@ def _attention(run: _Run) -> _Drawing:
     chosen = watched[:_ATTENDED]
     boxes = run.split.boxes_px(run.crop_px)
     attended = []
-    for index, picture in zip(chosen, run.pictures(chosen), strict=True):
+    for index, image in zip(chosen, run.images(chosen), strict=True):
         matrices = np.stack([snapshots[epoch][index] for epoch in epochs])
         attended.append(
             figure_panels.Attended(
-                picture,
+                image,
                 run.class_names[run.split.labels[index]],
                 art_module.corners_px(matrices, run.crop_px),
-                *_sampled(run.options, picture, matrices),
+                *_sampled(run.options, image, matrices),
                 box=boxes.get(index),
             )
         )
     known = ", dashed the object's box" if boxes else ""
     figure = figure_panels.attention_over_epochs(attended, epochs, title=run.kind)
     return figure, (
-        f"What the {run.kind} attends to while it trains. On the test picture the "
+        f"What the {run.kind} attends to while it trains. On the test image the "
         f"attention is outlined, a dot at its own top left{known}; below it what the "
-        "second stream is shown. Uniform colour lies outside the picture or was left "
+        "second stream is shown. Uniform colour lies outside the image or was left "
         "out."
     )
 
 
 def _sampled(
-    options: RunOptions, picture: np.ndarray, matrices: np.ndarray
+    options: RunOptions, pixels: np.ndarray, matrices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Attention and redundancy ``[e, s, s, 3]`` of an image in its own colours."""
     data = options.data
-    image = normalize.normalize(
-        jnp.asarray(picture)[None], mean=data.mean, std=data.std
-    )
+    image = normalize.normalize(jnp.asarray(pixels)[None], mean=data.mean, std=data.std)
     gamma_res = None
     if options.kind == "cra":
         gamma_res = jnp.asarray(art_module.gamma_of(matrices), jnp.float32)
@@ -306,7 +304,7 @@ def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
     shown = [trio for trio in trios if None not in trio]
     if not shown:
         return None, (
-            f"there is no test picture that {theirs.workdir.name} gets wrong and "
+            f"there is no test image that {theirs.workdir.name} gets wrong and "
             f"{ours.workdir.name} right"
         )
     chosen, truth, taken = zip(*_evenly(shown, _CORRECTIONS), strict=True)
@@ -315,18 +313,18 @@ def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
     figure = figure_panels.corrections(
         [
             figure_panels.Correction(
-                picture,
+                image,
                 ours.class_names[after[index].label],
                 ours.class_names[before[index].predicted],
                 like_truth,
                 like_taken,
                 (wrong.activation, right.activation),
             )
-            for index, picture, like_truth, like_taken, wrong, right in zip(
+            for index, image, like_truth, like_taken, wrong, right in zip(
                 chosen,
-                ours.pictures(chosen),
-                ours.pictures(truth),
-                ours.pictures(taken),
+                ours.images(chosen),
+                ours.images(truth),
+                ours.images(taken),
                 *maps,
                 strict=True,
             )
@@ -334,9 +332,9 @@ def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
         (_name(theirs, names), _name(ours, names)),
     )
     return figure, (
-        f"{len(chosen)} of {len(mended)} test pictures that {_name(theirs, names)} has "
+        f"{len(chosen)} of {len(mended)} test images that {_name(theirs, names)} has "
         f"wrong and {_name(ours, names)} right (the other way round: {len(spoilt)}), "
-        "beside other test pictures of the two classes, and both activation maps."
+        "beside other test images of the two classes, and both activation maps."
     )
 
 
@@ -344,7 +342,7 @@ def _curves(ours: _Run, theirs: _Run | None) -> _Drawing:
     names = [run.kind for run in (ours, theirs) if run]
     if not ours.lines:
         return None, f"{ours.workdir} has no numbers"
-    settings = run_folder.read_config(ours.workdir)
+    settings = run_directory.read_config(ours.workdir)
     restriction, rate = (
         {name: settings[section][name] for name in ("first_epochs", "period_epochs")}
         for section in ("restriction", "optim")
@@ -372,7 +370,7 @@ def _confused(run: _Run) -> _Drawing:
     pairs = confusions.confused_pairs(run.results(), most=_PAIRS)
     if not pairs:
         return None, "no two classes of the test split are taken for each other"
-    pictures = run.pictures([i for pair in pairs for i in pair.examples])
+    images = run.images([i for pair in pairs for i in pair.examples])
     found = [
         figure_panels.Confusion(
             (run.class_names[pair.labels[0]], run.class_names[pair.labels[1]]),
@@ -380,11 +378,11 @@ def _confused(run: _Run) -> _Drawing:
             pair.wrong,
             pair.count,
         )
-        for pair, left, right in zip(pairs, pictures[::2], pictures[1::2], strict=True)
+        for pair, left, right in zip(pairs, images[::2], images[1::2], strict=True)
     ]
     return figure_panels.confusions(found), (
         f"The {len(found)} pairs of classes that the {run.kind} confuses most often, "
-        "each with the test picture that it is most sure of and wrong about, where "
+        "each with the test image that it is most sure of and wrong about, where "
         "there is one."
     )
 

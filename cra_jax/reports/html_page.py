@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: templates, pictures inside, and scales."""
+"""Pages that need nothing but themselves: templates, images inside, and scales."""
 
 import base64
 import math

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     top1: float
 
 
-TEST_PICTURES = {"cub": 5794, "cars": 8041}
+TEST_IMAGES = {"cub": 5794, "cars": 8041}
 """In the published test splits."""
 
 NAMES = {"cub": "CUB-200-2011", "cars": "Stanford Cars"}
@@ -43,7 +43,7 @@ ROWS = (
     Row("Table 3", "cars", "resnet50", "cra", "full", 0.933),
     Row("Table 3", "cars", "resnet101", "cra", "full", 0.948),
 )
-# The same pictures under tfds's names.
+# The same images under tfds's names.
 _TFDS = {"caltech_birds2011": "cub", "cars196": "cars"}
 
 
@@ -58,10 +58,10 @@ def find(
       backbone: `model.backbone`.
       kind: `model.kind`.
       protocol: "center" or "full".
-      count: test pictures: a part of the set is another set.
+      count: test images: a part of the set is another set.
     """
     data = _TFDS.get(name, "") if source == "tfds" else source
-    if TEST_PICTURES.get(data) != count:
+    if TEST_IMAGES.get(data) != count:
         return None
     wanted = (data, backbone, kind, protocol)
     return next((row for row in ROWS if row[1:5] == wanted), None)

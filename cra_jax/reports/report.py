@@ -10,7 +10,7 @@ from PIL import Image
 
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.reports import figures, html_page, run_summary, uncertainty
-from cra_jax.runtime import files, progress, provenance, run_folder
+from cra_jax.runtime import files, progress, provenance, run_directory
 
 _PAGE = Path("report", "index.html")
 # Of the figures, in the order of the page.
@@ -32,11 +32,11 @@ class Fact(NamedTuple):
 
 
 def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> None:
-    """Writes `report/index.html` of a run folder, and prints where it is.
+    """Writes `report/index.html` of a run directory, and prints where it is.
 
     Args:
       options: the run's own; figures are drawn with it.
-      workdir: the run folder.
+      workdir: the run directory.
       baseline: folder of a run that its figures compare it with.
 
     Raises:
@@ -48,11 +48,11 @@ def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> 
 def write_after_training(options: RunOptions, workdir: Path) -> None:
     """Writes the report at the end of training; whatever fails, the run goes on.
 
-    The numbers are in the run folder by then: a page is not worth losing a run over.
+    The numbers are in the run directory by then: a page is not worth losing a run over.
 
     Args:
       options: the run's own.
-      workdir: the run folder.
+      workdir: the run directory.
     """
     path, numbers = workdir / _PAGE, workdir / "metrics.jsonl"
     try:
@@ -71,7 +71,7 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
 
     Args:
       options: the run's own.
-      workdir: the run folder.
+      workdir: the run directory.
       baseline: folder of a run that its figures compare it with.
 
     Returns:
@@ -80,8 +80,8 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
     Raises:
       ValueError: the folder holds no run, or a run without numbers.
     """
-    settings = run_folder.read_config(workdir)
-    lines = run_folder.read_metrics(workdir)
+    settings = run_directory.read_config(workdir)
+    lines = run_directory.read_metrics(workdir)
     if not lines:
         raise ValueError(
             f"{workdir} has no numbers yet (metrics.jsonl is missing or empty): train "
@@ -89,14 +89,14 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
         )
     (workdir / _PAGE).parent.mkdir(exist_ok=True)
     values = _values(settings, lines, workdir)
-    values["pictures"], values["missing"], failed = _figures(options, workdir, baseline)
+    values["images"], values["missing"], failed = _figures(options, workdir, baseline)
     values["notes"] += failed
     values["sections"] = [
         (anchor, text)
         for anchor, text, shown in (
             ("results", "Results", values["scores"]),
             ("attention", "Where it looks", values["attention"]),
-            ("figures", "Figures", values["pictures"]),
+            ("figures", "Figures", values["images"]),
             ("classes", "Hardest classes", values["classes"]),
             ("config", "Config", True),
             ("provenance", "Provenance", True),
@@ -117,7 +117,7 @@ def _values(
     scores = [_with_interval(line, settings) for line in scored]
     ends = [row[name] for row in scores for name in ("low", "high")]
     ends += [row["paper"].top1 for row in scores if row["paper"]]
-    flat, base = run_folder.flatten(settings), run_summary.recipe()
+    flat, base = run_directory.flatten(settings), run_summary.recipe()
     last = starts[-1] if starts else {}
     ended = last.get("ended")
     values = {
@@ -158,7 +158,7 @@ def _with_interval(
     """A row of the table of results."""
     count = line["count"]
     low, high = uncertainty.wilson(round(line["top1"] * count), count)
-    known = run_summary.published(run_folder.flatten(settings), line)
+    known = run_summary.published(run_directory.flatten(settings), line)
     row = {"top5": None, "mean_per_class": None, "low": low, "high": high}
     return row | {"paper": known} | dict(line)
 
@@ -225,7 +225,7 @@ def _notes(
     if training and training[-1].get("gamma_saturated", 0) > 0.5:
         share = html_page.percent(training[-1]["gamma_saturated"], 0)
         notes.append(
-            f"In {share} % of the pictures the attention sits in a corner, where tanh "
+            f"In {share} % of the images the attention sits in a corner, where tanh "
             "is flat: what it attends to means little."
         )
     codes = {provenance.describe_commit(start["code"]) for start in starts}
@@ -298,7 +298,7 @@ def _figures(
     try:
         drawn, missing = figures.draw_all(options, workdir, baseline=baseline)
     except Exception as error:
-        # Figures need the checkpoint and the pictures; the numbers need neither.
+        # Figures need the checkpoint and the images; the numbers need neither.
         text = f"The figures could not be drawn ({type(error).__name__}): {error}"
         return [], [], [text]
     order = list(_TITLES)

@@ -1,4 +1,4 @@
-"""What a run folder's numbers come to: scores, time, the hardest classes."""
+"""What a run directory's numbers come to: scores, time, the hardest classes."""
 
 import collections
 import importlib
@@ -8,7 +8,7 @@ from typing import Any
 
 from cra_jax.model import KINDS
 from cra_jax.reports import html_page, paper_results, uncertainty
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 
 _HARDEST = 10
@@ -73,13 +73,13 @@ def recipe() -> dict[str, Any] | None:
         module = importlib.import_module("configs.cub")
     except ModuleNotFoundError:
         return None
-    return run_folder.flatten(module.get_config().to_dict())
+    return run_directory.flatten(module.get_config().to_dict())
 
 
 def time_trained(
     lines: Iterable[Mapping[str, Any]], batch_size: int
 ) -> tuple[float, int]:
-    """Seconds that training steps took, and pictures that went through them.
+    """Seconds that training steps took, and images that went through them.
 
     Evaluation, and what a stopped run has lost, are not in them.
 
@@ -99,10 +99,10 @@ def time_trained(
 def classes(
     workdir: Path, scored: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """The hardest classes, where what was said of each picture is known.
+    """The hardest classes, where what was said of each image is known.
 
     Args:
-      workdir: the run folder.
+      workdir: the run directory.
       scored: of `newest`; the first one whose results are of the same checkpoint is
         taken.
 
@@ -115,7 +115,7 @@ def classes(
     for line in scored:
         split, protocol = line["split"], line["protocol"]
         try:
-            results = run_folder.read_results(workdir, split, protocol)
+            results = run_directory.read_results(workdir, split, protocol)
         except ValueError:
             continue
         results = [result for result in results if result.step == line["step"]]
@@ -130,7 +130,7 @@ def classes(
 
 
 def _hardest(
-    results: Sequence[run_folder.Result], names: Sequence[str]
+    results: Sequence[run_directory.Result], names: Sequence[str]
 ) -> dict[str, Any]:
     said = collections.defaultdict(list)
     for result in results:

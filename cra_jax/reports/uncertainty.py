@@ -35,10 +35,10 @@ class Spread(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Two networks on the same pictures.
+    """Two networks on the same images.
 
     Attributes:
-      both: pictures that both get right.
+      both: images that both get right.
       only_first: that the first alone gets right.
       only_second: that the second alone gets right.
       neither: that both get wrong.
@@ -87,24 +87,24 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
-    """Whether two networks differ on the same pictures: the exact test.
+    """Whether two networks differ on the same images: the exact test.
 
-    Pictures that both get right, or both wrong, say nothing about a difference; among
+    Images that both get right, or both wrong, say nothing about a difference; among
     the others, either is as likely to be right where there is none.
 
     Args:
       first_right: ``[n]`` of bool.
-      second_right: ``[n]`` of bool, the same pictures in the same order.
+      second_right: ``[n]`` of bool, the same images in the same order.
 
     Raises:
-      ValueError: the numbers of pictures differ, or there are none.
+      ValueError: the numbers of images differ, or there are none.
 
     Source: McNemar (1947), with the binomial in place of its approximation.
     """
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     if first.shape != second.shape or first.ndim != 1 or not first.size:
         raise ValueError(
-            f"no pairs of pictures: {first.shape} answers and {second.shape}"
+            f"no pairs of images: {first.shape} answers and {second.shape}"
         )
     only_first = int((first & ~second).sum())
     only_second = int((~first & second).sum())

@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cra_jax.runtime import files, run_folder
-from cra_jax.runtime.run_folder import METRICS, SNAPSHOTS
+from cra_jax.runtime import files, run_directory
+from cra_jax.runtime.run_directory import METRICS, SNAPSHOTS
 
 Numbers = Mapping[str, float]
 
@@ -38,11 +38,11 @@ class Log:
         for path in (workdir / METRICS, workdir / SNAPSHOTS):
             kept = [
                 x
-                for x in run_folder.read_lines(path)
+                for x in run_directory.read_lines(path)
                 if first_step and x["step"] <= first_step
             ]
             if path.exists():
-                files.write_atomically(path, run_folder.json_lines(kept))
+                files.write_atomically(path, run_directory.json_lines(kept))
         # Imported late: it loads PyTorch if that is installed, which takes seconds.
         from tensorboardX import SummaryWriter
 
@@ -122,13 +122,13 @@ class Log:
             for index, name in names.items()
         ]
         if not self._mute:
-            run_folder.append_lines(self._workdir / SNAPSHOTS, lines)
+            run_directory.append_lines(self._workdir / SNAPSHOTS, lines)
 
     def _record(self, step: int, epoch: int, split: str, numbers: Numbers) -> None:
         if self._mute:
             return
         line = {"step": step, "epoch": epoch, "split": split, **numbers}
-        run_folder.append_metrics(self._workdir, line)
+        run_directory.append_metrics(self._workdir, line)
         for name, value in numbers.items():
             if not isinstance(value, str):
                 self._board.add_scalar(f"{split}/{name}", value, step)

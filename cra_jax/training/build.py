@@ -20,7 +20,7 @@ from cra_jax.inference import run_options
 from cra_jax.input import splits
 from cra_jax.input.normalize import normalize
 from cra_jax.input.records import Dataset
-from cra_jax.runtime import devices, progress, run_folder
+from cra_jax.runtime import devices, progress, run_directory
 from cra_jax.training import mixing, step_wrappers
 from cra_jax.training.optimizer import make_optimizer
 
@@ -104,8 +104,8 @@ def config_of_run(
     Raises:
       ValueError: the directory contains no run.
     """
-    known = run_folder.flatten(defaults.to_dict())
-    flat = run_folder.flatten(run_folder.read_config(workdir))
+    known = run_directory.flatten(defaults.to_dict())
+    flat = run_directory.flatten(run_directory.read_config(workdir))
     unknown = {key: value for key, value in flat.items() if key not in known}
     if unknown:
         named = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
@@ -131,7 +131,7 @@ def loop_options(config: Config) -> LoopOptions:
     Raises:
       ValueError: a value is out of range.
     """
-    flat = run_folder.flatten(config.to_dict())
+    flat = run_directory.flatten(config.to_dict())
     fields = dataclasses.fields(LoopOptions)
     return LoopOptions(**{x.name: flat[x.metadata["key"]] for x in fields})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cra_jax.runtime import files, progress, run_folder
+from cra_jax.runtime import files, progress, run_directory
 from cra_jax.training import step_wrappers
 from cra_jax.training.step_wrappers import JUDGED_BY
 
@@ -84,7 +84,7 @@ class Monitor:
             "name": list(images.values()),
         }
         if self._write:
-            run_folder.append_lines(self._workdir / BAD_STEPS, [line])
+            run_directory.append_lines(self._workdir / BAD_STEPS, [line])
         allowed = self._settings["train.skip_bad_steps"]
         shown = ", ".join(
             f"{name} {value:.4g}"
@@ -149,4 +149,4 @@ class Monitor:
 
 def read_bad_steps(workdir: Path) -> list[dict[str, Any]]:
     """The failed steps of a run; usually none."""
-    return run_folder.read_lines(workdir / BAD_STEPS)
+    return run_directory.read_lines(workdir / BAD_STEPS)

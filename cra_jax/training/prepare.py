@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cra_jax.datasets import tfds_build
 from cra_jax.inference import run_options
-from cra_jax.input import records, splits, store
+from cra_jax.input import image_cache, records, splits
 from cra_jax.training import build, check_config, preview
 from cra_jax.training.pretrained import open_pretrained
 
@@ -83,18 +83,18 @@ def _print_dataset(dataset: records.Dataset, got: str) -> None:
 
 def _open(split: splits.Split, name: str, begun_s: float) -> bool:
     """Prints a split and its image cache; returns whether that was written now."""
-    pictures = split.pictures
-    what = f"{name}: {len(pictures):,} images of {len(set(split.labels))} classes"
-    if pictures.skipped:
-        what += f" ({len(pictures.skipped)} left out as unreadable)"
-    if not isinstance(pictures, store.Store):
+    images = split.images
+    what = f"{name}: {len(images):,} images of {len(set(split.labels))} classes"
+    if images.skipped:
+        what += f" ({len(images.skipped)} left out as unreadable)"
+    if not isinstance(images, image_cache.ImageCache):
         _print(f"{what}, decoded at each use (data.prepare=False)")
         return False
-    files = [pictures.path, pictures.path.with_suffix(".json")]
+    files = [images.path, images.path.with_suffix(".json")]
     stored = _is_new(files, begun_s)
     size = sum(file.stat().st_size for file in files)
     _print(f"{what}, {size / 1e6:,.1f} MB, {_word('stored', stored)}")
-    _print(f"    {pictures.path}")
+    _print(f"    {images.path}")
     return stored
 
 

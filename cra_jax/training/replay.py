@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, monitor, train
 
@@ -35,7 +35,7 @@ def replay(workdir: Path, step: int | None = None) -> bool:
             f"{sorted(bad)}"
         )
     wanted = max(bad) if step is None else step
-    config = ConfigDict(run_folder.read_config(workdir))
+    config = ConfigDict(run_directory.read_config(workdir))
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         first = max((s for s in checkpoints.steps() if s < wanted), default=0)
         print(

@@ -23,7 +23,7 @@ from cra_jax.runtime import (
     hosts,
     progress,
     provenance,
-    run_folder,
+    run_directory,
     signals,
     training_log,
 )
@@ -114,12 +114,12 @@ def _open_directory(
     allow_change: bool,
 ) -> Checkpoints:
     """Locks the run directory and writes the config; `stack` releases the lock."""
-    stack.enter_context(run_folder.locked(workdir))
+    stack.enter_context(run_directory.locked(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep_latest)
     stack.enter_context(checkpoints)
     # Without a checkpoint, a changed config does no harm.
     fresh = checkpoints.latest_step() is None
-    run_folder.keep_config(
+    run_directory.keep_config(
         workdir, build.config_without_hosts(config), allow_change=allow_change or fresh
     )
     checkpoints.set_damaged_aside(progress.say)
@@ -161,7 +161,7 @@ class Data:
         digest = splits.describe_data(opened)
         train = opened.pop("train")
         batches = TrainBatches(
-            train.pictures,
+            train.images,
             train.labels,
             batch_size=loop.batch_size,
             crop_px=data.crop_px,
@@ -169,7 +169,7 @@ class Data:
             flip=loop.flip,
             shard=hosts.shard(),
         )
-        images: Any = train.pictures  # in the image cache: see check_config.check
+        images: Any = train.images  # in the image cache: see check_config.check
         kept = None
         if loop.on_device:
             kept = on_device.DeviceImages(images, crop_px=data.crop_px)
@@ -240,7 +240,7 @@ class Run:
         self._notes = [*dataset.notes, *_describe(config, dataset, self._data)]
         self._monitor = monitor.Monitor(
             workdir,
-            run_folder.flatten(config.to_dict()),
+            run_directory.flatten(config.to_dict()),
             first_step=self._first_step,
             images=self._data.image_names,
             write=checkpoints is not None and not repeats,
@@ -397,7 +397,7 @@ class Run:
                 matrices = found.matrices[self._snapshot_indices]
                 self._record_attention(log, step, epoch, matrices)
             if step == self._total_steps and hosts.is_first():
-                run_folder.write_results(
+                run_directory.write_results(
                     self._workdir, name, "center", results(found, split, step=step)
                 )
         return top1["test"]
@@ -438,7 +438,7 @@ class Run:
 
     def _scores(self) -> dict[str, dict[str, Any]]:
         """The newest scores of each test split."""
-        lines = run_folder.read_metrics(self._workdir)
+        lines = run_directory.read_metrics(self._workdir)
         # `--mode eval` adds lines of other protocols.
         return {x["split"]: x for x in lines if x.get("protocol") == "center"}
 

@@ -23,7 +23,7 @@ from cra_jax.backbones import (
     weights,
 )
 from cra_jax.backbones.efficientnet import Architecture, Stage
-from cra_jax.input import pictures
+from cra_jax.input import decoding
 from cra_jax.training import pretrained
 from tests.helpers.torch_parity import (
     assert_stages_equal,
@@ -499,7 +499,7 @@ def albatrosses(shared_data):
     assert len(paths) == 88
     crops = []
     for path in paths:
-        image = pictures.read(path, short_side_px=record.resize_px)
+        image = decoding.read(path, short_side_px=record.resize_px)
         h, w = ((side - record.crop_px) // 2 for side in image.shape[:2])
         crops.append(image[h : h + record.crop_px, w : w + record.crop_px])
     return ((np.stack(crops) / 255 - record.mean) / record.std).astype(np.float32)

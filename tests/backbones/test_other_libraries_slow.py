@@ -21,7 +21,7 @@ from configs import cub
 from cra_jax.backbones import resnet, weights
 from cra_jax.inference import run_options
 from cra_jax.inference.restore import restore
-from cra_jax.input import batches, normalize, pictures
+from cra_jax.input import batches, decoding, normalize
 from tests.helpers import photographs
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 
@@ -102,7 +102,7 @@ def assert_close(actual, expected, what):
 def crops(shared_data):
     """Photographs, uint8 `[4, 224, 224, 3]`."""
     paths = photographs.paths(shared_data, 4)
-    decoded = [pictures.read(path, short_side_px=256) for path in paths]
+    decoded = [decoding.read(path, short_side_px=256) for path in paths]
     labels = np.zeros(len(paths), np.int32)
     (batch,) = batches.center_batches(decoded, labels, batch_size=4, crop_px=224)
     return batch["image"]

@@ -825,7 +825,7 @@ def test_an_export_without_its_description_is_refused(about, tmp_path):
 
 
 @pytest.mark.parametrize("save_as", [save_run, save_export])
-def test_how_pictures_were_normalized_is_known_before_any_work(save_as, tmp_path):
+def test_how_images_were_normalized_is_known_before_any_work(save_as, tmp_path):
     folder = save_as(tmp_path / "first", trained_state(pretrained.STREAMS[:1]))
     about = tuple(ABOUT["mean"]), tuple(ABOUT["std"])
     assert pretrained.normalization(folder) == about
@@ -842,7 +842,7 @@ def test_how_pictures_were_normalized_is_known_before_any_work(save_as, tmp_path
     check_config.check(config)
 
 
-def test_how_pictures_were_normalized_may_be_unknown(tmp_path, monkeypatch):
+def test_how_images_were_normalized_may_be_unknown(tmp_path, monkeypatch):
     record = resnet.PUBLISHED["timm/resnet50.tv2_in1k"]
     for name in ("timm/resnet50.tv2_in1k", tmp_path / record.file):
         assert pretrained.normalization(name) == (record.mean, record.std)

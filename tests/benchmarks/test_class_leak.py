@@ -20,20 +20,20 @@ def _matrix(x, y, scale):
 
 
 def _split() -> splits.Split:
-    """Grey pictures, the darker the lower the class, sorted by class as CUB is."""
+    """Grey images, the darker the lower the class, sorted by class as CUB is."""
     labels = np.repeat(np.arange(CLASSES), COUNT // CLASSES).astype(np.int32)
     rng = np.random.default_rng(0)
-    pictures: Any = [
+    images: Any = [
         np.clip(rng.normal(40 + 50 * label, 4, (SIDE, SIDE, 3)), 0, 255).astype(
             np.uint8
         )
         for label in labels
     ]
     records = tuple(
-        Record(str(i), int(label), lambda _, i=i: pictures[i], "")
+        Record(str(i), int(label), lambda _, i=i: images[i], "")
         for i, label in enumerate(labels)
     )
-    return splits.Split(pictures, labels, records)
+    return splits.Split(images, labels, records)
 
 
 def _asked(reads: str, tmp_path: Path) -> class_leak._Asked:
@@ -62,7 +62,7 @@ def _asked(reads: str, tmp_path: Path) -> class_leak._Asked:
 def test_a_network_that_reads_gamma_needs_no_pixels(tmp_path):
     asked, split = _asked("gamma", tmp_path), _split()
     found = asked.about(split, asked.matrices(split))
-    full = ("picture", "noise", "own_noise", "swapped", "gamma")
+    full = ("image", "noise", "own_noise", "swapped", "gamma")
     assert {name: found[name] for name in full} == dict.fromkeys(full, 1)
     # The mean of all places lies between two classes: one of them is named.
     assert (found["pixels"], found["still"], found["chance"]) == (0, 0.25, 0.25)
@@ -73,9 +73,9 @@ def test_a_network_that_reads_gamma_needs_no_pixels(tmp_path):
 def test_a_network_that_reads_pixels_knows_nothing_of_gamma(tmp_path):
     asked, split = _asked("pixels", tmp_path), _split()
     found = asked.about(split, asked.matrices(split))
-    full = ("picture", "still", "own_noise", "pixels", "gamma")
+    full = ("image", "still", "own_noise", "pixels", "gamma")
     assert {name: found[name] for name in full} == dict.fromkeys(full, 1)
-    # Noise alike for all pictures is of one shade.
+    # Noise alike for all images is of one shade.
     assert found["noise"] < 0.4
     assert found["swapped"] == 0
 
@@ -96,7 +96,7 @@ def test_the_discriminant_measures_in_spreads_within_classes():
     assert (shuffled == labels[1::2] // 4).mean() < 0.6
 
 
-def test_padding_is_what_lies_outside_the_picture():
+def test_padding_is_what_lies_outside_the_image():
     places = {0.0: 0.0, 0.75: 0.25, 1.0: 0.5, -1.0: 0.5, 1.6: 1.0}
     for x, share in places.items():
         matrices = _matrix(x, 0, 0.5)[None]
@@ -116,7 +116,7 @@ def test_a_run_is_measured_on_any_of_its_splits(folder, kind, capsys):
     found = class_leak.measure(workdir)
     assert list(found) == list(class_leak.COLUMNS)
     assert all(0 <= value <= 1 for value in found.values())
-    assert found == class_leak.measure(workdir, "test")  # the same pictures and noise
+    assert found == class_leak.measure(workdir, "test")  # the same images and noise
     assert found != class_leak.measure(workdir, "test_shifted")
     class_leak.main([str(workdir), "--splits", "test"])
     shown = capsys.readouterr().out.splitlines()[2]

@@ -18,7 +18,7 @@ AT = [0, 2]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A config, a probe of one batch, and a state whose Gamma differs by picture."""
+    """A config, a probe of one batch, and a state whose Gamma differs by image."""
     config = tiny_config.config(tmp_path_factory.mktemp("gamma"))
     config.train.batch_size = 32
     dataset = build.load_dataset(config)
@@ -125,7 +125,7 @@ def test_a_training_is_asked_before_the_steps_that_are_named(tmp_path):
     assert f"{found[-1]['into N_cls']:.2g} times L_cls1's own" in text
     assert (tmp_path / "docs" / "study" / "gamma.png").stat().st_size > 1000
     config.data.test_size = 8
-    with pytest.raises(ValueError, match="8 test pictures do not fill one batch of 16"):
+    with pytest.raises(ValueError, match="8 test images do not fill one batch of 16"):
         gamma_drift.watch(config, AT)
 
 

@@ -94,7 +94,7 @@ def test_the_table_counts_what_is_finished_alone(tmp_path):
         ],
     }
     assert {key: cells[key] for key in ours} == ours
-    assert "* cub-resnet101-cra-seed0: 10 test pictures of cub, 2 epochs" in text
+    assert "* cub-resnet101-cra-seed0: 10 test images of cub, 2 epochs" in text
     assert "arithmetic, not a measurement" in text
 
 

@@ -99,7 +99,7 @@ def test_hours_of_a_cell_by_hand():
 
 
 def test_what_fits():
-    """0.6 GB and 16.8 / 6.0 GB of 64 pictures, in four fifths of the memory."""
+    """0.6 GB and 16.8 / 6.0 GB of 64 images, in four fifths of the memory."""
 
     def found(gigabytes, devices=1, extra_gb=0.0):
         machine = A100._replace(memory_gb=gigabytes, devices=devices)
@@ -142,7 +142,7 @@ def test_rates_and_sizes_are_those_of_the_readme():
     for data in scale.STORE_GB:
         sizes = f"| {scale.STORE_GB[data]} | {scale.TRAIN_GB[data]} |"
         (line,) = [line for line in readme.splitlines() if line.endswith(sizes)]
-        assert f"| {scale.PICTURE_MB[data]} " in line
+        assert f"| {scale.IMAGE_MB[data]} " in line
 
 
 def test_what_the_page_says_in_words(monkeypatch):

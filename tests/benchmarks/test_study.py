@@ -29,14 +29,14 @@ from benchmarks.study.rows import (
 from cra_jax.datasets import sources, synthetic
 from cra_jax.input import center_crop
 from cra_jax.reports import uncertainty
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from tests.helpers.fake_runs import make, write_start
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def _line(row, seed, *, test=0.9, shifted=0.8, count=40, **more):
-    """A run's line; it gets the first pictures right."""
+    """A run's line; it gets the first images right."""
 
     def scores(top1):
         right = [i < round(top1 * count) for i in range(count)]
@@ -170,17 +170,17 @@ def test_differences_are_paired_by_seed():
     assert one.spread.count == 2
     assert one.p == 0.5
     # Of 80 answers, CRA-CNN alone gets 8 + 4 right, the baseline alone none.
-    assert one.pictures == uncertainty.Paired(48, 0, 12, 20, 2 / 2**12)
+    assert one.images == uncertainty.Paired(48, 0, 12, 20, 2 / 2**12)
     assert results.difference(found, "stn", "baseline", key) is None
 
 
-def test_other_pictures_are_not_paired():
+def test_other_images_are_not_paired():
     other = _line("cra", 0)
     other["test"]["names"] = "xyz"
     found, _ = results.collect([_line("baseline", 0), other])
     one = results.difference(found, "cra", "baseline", ("test", "top1"))
     assert one is not None
-    assert one.pictures is None
+    assert one.images is None
 
 
 def test_lines_of_other_settings_are_named_and_not_counted(tmp_path):
@@ -293,9 +293,9 @@ def test_the_page_has_the_numbers_and_figures(tmp_path):
     (leaks,) = [r for r in cells if r[:1] == ["CRA-CNN"] and len(r) == 2]
     assert leaks[1] == "25.0 ± 0.0"
     assert "19 of 25 runs are missing" in text
-    picture = matplotlib.image.imread(tmp_path / "study" / "main.png")
-    assert picture.shape[1] > 800
-    assert picture[..., :3].std() > 0.05
+    image = matplotlib.image.imread(tmp_path / "study" / "main.png")
+    assert image.shape[1] > 800
+    assert image[..., :3].std() > 0.05
     again = (tmp_path / "study" / "main.png").read_bytes()
     write(lines, tmp_path)
     assert (tmp_path / "study" / "main.png").read_bytes() == again
@@ -335,13 +335,13 @@ def test_the_start_of_the_attention_is_its_own():
 
 
 def _finished(root, *, row="baseline", seed=0):
-    """A run folder of a row, made by hand, and its job."""
+    """A run directory of a row, made by hand, and its job."""
     job = run.job_of(BY_NAME[row], seed, root)
     changes = settings_of(BY_NAME[row], seed=seed)
     make(job.workdir, right=7, seed=seed, changes=changes)
     write_start(job.workdir, outcome="stopped", versions={"jax": "0.0.1"})
     # `make` scores epoch 2; this run has more.
-    metrics = job.workdir / run_folder.METRICS
+    metrics = job.workdir / run_directory.METRICS
     text = metrics.read_text()
     metrics.write_text(
         text.replace('"epoch": 2', f'"epoch": {changes["train.epochs"]}')
@@ -350,14 +350,14 @@ def _finished(root, *, row="baseline", seed=0):
     return job
 
 
-def test_a_line_is_what_the_run_folder_says(tmp_path):
+def test_a_line_is_what_the_run_directory_says(tmp_path):
     job = _finished(tmp_path, seed=3)
     line = run.line_of(job)
     assert (line["row"], line["seed"]) == ("baseline", 3)
     assert line["fingerprint"] == job.fingerprint
     assert line["commit"] == "a" * 7
     assert line["jax"] == "0.0.1"
-    # 20 steps of so many pictures, at 64 pictures a second.
+    # 20 steps of so many images, at 64 images a second.
     batch = settings_of(BY_NAME["baseline"], seed=0)["train.batch_size"]
     assert line["seconds"] == pytest.approx(20 * batch / 64, abs=0.05)
     assert line["test"]["top1"] == 0.7
@@ -368,13 +368,13 @@ def test_a_line_is_what_the_run_folder_says(tmp_path):
 
 def test_runs_of_other_settings_and_unfinished_ones_are_refused(tmp_path):
     job = _finished(tmp_path)
-    config = run_folder.read_config(job.workdir)
+    config = run_directory.read_config(job.workdir)
     config["optim"]["base_lr"] = 1.0
-    run_folder.keep_config(job.workdir, config, allow_change=True)
+    run_directory.keep_config(job.workdir, config, allow_change=True)
     with pytest.raises(ValueError, match="trained with other settings"):
         run.line_of(job)
     unscored, unsaved = (_finished(tmp_path, seed=seed) for seed in (1, 2))
-    metrics = unscored.workdir / run_folder.METRICS
+    metrics = unscored.workdir / run_directory.METRICS
     metrics.write_text(metrics.read_text().replace('"epoch": ', '"epoch": 1'))
     (unsaved.workdir / "checkpoints" / "20").rmdir()
     for other in (unscored, unsaved):
@@ -455,7 +455,7 @@ def test_what_n_ar_makes_of_noise_is_added_once(tmp_path, monkeypatch):
     assert kept["leak_top1"] == 0.5
 
 
-def test_half_of_the_pictures_of_the_first_cars_are_for_testing(tmp_path):
+def test_half_of_the_images_of_the_first_cars_are_for_testing(tmp_path):
     """With their boxes, in pixels; from a folder with another around it."""
     boxes = []
     for i in range(9):
@@ -508,10 +508,10 @@ def test_commands_give_the_settings_that_they_are_named_by(tmp_path):
     """As launch.py reads them: words, numbers, switches, and what is empty."""
     code = (
         "import json, sys; from absl import app, flags; import launch\n"
-        "from cra_jax.runtime import run_folder\n"
+        "from cra_jax.runtime import run_directory\n"
         "def main(_):\n"
         "  config = flags.FLAGS.config\n"
-        "  print(json.dumps(run_folder.flatten(config.to_dict())))\n"
+        "  print(json.dumps(run_directory.flatten(config.to_dict())))\n"
         "app.run(main, flags_parser=launch.parse_flags)"
     )
     row = BY_NAME["cub-scratch-cra-soft"]

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from cra_jax.datasets import sources
-from tests.helpers.dataset_folders import aircraft_tree, labels, names, save_picture
+from tests.helpers.dataset_folders import aircraft_tree, labels, names, save_image
 
 
 def test_aircraft_without_its_banner(tmp_path):
@@ -18,10 +18,10 @@ def test_aircraft_without_its_banner(tmp_path):
         (note,) = dataset.notes
         assert note.startswith("the lowest 20 rows")
     record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
-    picture = record.read(50)
-    assert picture.shape == (50, 100, 3)
-    assert picture[..., 0].min() > 200  # red to its last row
-    assert picture[..., 2].max() < 50
+    image = record.read(50)
+    assert image.shape == (50, 100, 3)
+    assert image[..., 0].min() > 200  # red to its last row
+    assert image[..., 2].max() < 50
     # 11 to 60 and 6 to 70, counted from 1, of 100 x 50 pixels
     assert record.box == pytest.approx((0.1, 0.1, 0.6, 1))
     assert "20 px cut off" in record.stamp
@@ -61,7 +61,7 @@ def test_mistakes_in_aircraft(mistake, tmp_path):
 def test_aircraft_that_is_all_banner(tmp_path):
     aircraft_tree(tmp_path)
     file = tmp_path / "fgvc-aircraft-2013b" / "data" / "images" / "0000001.jpg"
-    save_picture(file, size=(100, 20))
+    save_image(file, size=(100, 20))
     record = sources.load("aircraft", tmp_path).splits["train"][0]
     with pytest.raises(ValueError, match=r"0000001\.jpg: 20 rows, of which"):
         record.read(50)

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from cra_jax.datasets import listing, sources
-from tests.helpers.dataset_folders import labels, names, save_picture, tree
+from tests.helpers.dataset_folders import labels, names, save_image, tree
 
 
 def test_train_and_test_folders(tmp_path):
@@ -120,8 +120,8 @@ FOLDER_MISTAKES = {
         ["train/a/1.png", "train/b/x.txt", "test/a/1.png"],
         "1 classes have no training image: b",
     ),
-    "no test pictures": (["a/1.png", "b/1.png"], "split 'test' has no images"),
-    "loose pictures": (["1.png", "2.png"], "no images in folders"),
+    "no test images": (["a/1.png", "b/1.png"], "split 'test' has no images"),
+    "loose images": (["1.png", "2.png"], "no images in folders"),
 }
 
 
@@ -177,10 +177,10 @@ def test_stamp_follows_the_file(tmp_path):
     first = stamp()
     assert stamp() == first
     file = tmp_path / files[0]
-    save_picture(file, seed=99)
+    save_image(file, seed=99)
     os.utime(file, ns=(10**15, 10**15))
     second = stamp()
     assert second != first
-    save_picture(file, size=(20, 20))
+    save_image(file, size=(20, 20))
     os.utime(file, ns=(10**15, 10**15))
     assert stamp() != second

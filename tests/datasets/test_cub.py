@@ -11,7 +11,7 @@ from tests.helpers.dataset_folders import (
     labels,
     nabirds_tree,
     names,
-    save_picture,
+    save_image,
 )
 
 
@@ -29,9 +29,9 @@ def test_cub(tmp_path):
     assert record.read(25).shape == (25, 50, 3)
 
 
-def test_cub_without_boxes_and_with_a_picture_too_many(tmp_path):
+def test_cub_without_boxes_and_with_an_image_too_many(tmp_path):
     cub_tree(tmp_path, boxes=False)
-    save_picture(tmp_path / "images/001.Wren/w3.jpg")
+    save_image(tmp_path / "images/001.Wren/w3.jpg")
     dataset = sources.load("cub", tmp_path)
     assert dataset.splits["train"][0].box is None
     assert len(dataset.notes) == 1
@@ -82,7 +82,7 @@ CUB_MISTAKES = {
         r"classes\.txt, line 2: '2' is not",
     ),
     "doubled class": ({"classes": "1 Tit\n2 Tit\n"}, "class names listed .*: Tit"),
-    "doubled picture": (
+    "doubled image": (
         {"images": "".join(f"{i} {CUB_FILES[i // 3]}\n" for i in range(1, 5))},
         r"images listed more than once: images/001\.Wren/w1\.jpg",
     ),
@@ -102,7 +102,7 @@ def test_mistakes_in_cub(mistake, tmp_path):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_missing_pictures_are_counted_and_named(tmp_path):
+def test_missing_images_are_counted_and_named(tmp_path):
     cub_tree(tmp_path)
     for file in (CUB_FILES[0], CUB_FILES[2]):
         (tmp_path / "images" / file).unlink()
@@ -112,19 +112,19 @@ def test_missing_pictures_are_counted_and_named(tmp_path):
         sources.load("cub", tmp_path)
 
 
-def test_loading_opens_no_picture(tmp_path):
+def test_loading_opens_no_image(tmp_path):
     cub_tree(tmp_path)
     for file in CUB_FILES:
-        (tmp_path / "images" / file).write_bytes(b"not a picture")
+        (tmp_path / "images" / file).write_bytes(b"not an image")
     record = sources.load("cub", tmp_path).splits["train"][0]
     for use in (lambda: record.box, lambda: record.read(32)):
         with pytest.raises(ValueError, match=r"w1\.jpg: not an image"):
             use()
 
 
-# Where a mark in the stored picture's top left quarter goes once it is upright.
+# Where a mark in the stored image's top left quarter goes once it is upright.
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_turn_with_the_picture(orientation, tmp_path):
+def test_boxes_turn_with_the_image(orientation, tmp_path):
     cub_tree(tmp_path, bounding_boxes="".join(f"{i} 8 8 24 8\n" for i in range(1, 5)))
     pixels = np.zeros((48, 80, 3), np.uint8)
     pixels[8:16, 8:32] = 255
@@ -147,13 +147,13 @@ def test_boxes_turn_with_the_picture(orientation, tmp_path):
     )
 
 
-def test_boxes_follow_the_cut_of_long_pictures_and_stay_inside(tmp_path):
+def test_boxes_follow_the_cut_of_long_images_and_stay_inside(tmp_path):
     cub_tree(
         tmp_path,
         bounding_boxes="1 950 0 100 5\n2 0 0 10 5\n3 -5 -5 20 20\n4 90 40 99 99\n",
     )
     for file in CUB_FILES[:2]:
-        save_picture(tmp_path / "images" / file, size=(2000, 10))
+        save_image(tmp_path / "images" / file, size=(2000, 10))
     dataset = sources.load("cub", tmp_path)
     long, corner = dataset.splits["train"]
     outside, edge = dataset.splits["test"]
@@ -163,7 +163,7 @@ def test_boxes_follow_the_cut_of_long_pictures_and_stay_inside(tmp_path):
     assert edge.box == pytest.approx((0, 0, 0.15, 0.3))
 
 
-def test_nabirds_counts_only_classes_with_pictures(tmp_path):
+def test_nabirds_counts_only_classes_with_images(tmp_path):
     dataset = sources.load("nabirds", nabirds_tree(tmp_path / "nabirds").parent)
     assert dataset.name == "nabirds"
     assert dataset.class_names == ("Titmouse", "Junco (Red-backed/Grey)")

@@ -356,7 +356,7 @@ def test_damaged_archives(tmp_path):
 def test_what_a_kill_has_left_is_cleared(tmp_path):
     archive = make_tar(tmp_path / "a.tgz", member("good"))
     (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "half").write_text("of a picture")
+    (tmp_path / ".out.partial" / "half").write_text("of an image")
     assert left(unpack(archive, tmp_path / "out")) == ["good"]
 
 
@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def cub_archive(folder: Path) -> bytes:
-    """An archive with the layout of CUB_200_2011.tgz: two birds, four pictures."""
+    """An archive with the layout of CUB_200_2011.tgz: two birds, four images."""
     files = [f"00{c}.B{c}/{s}.jpg" for c in (1, 2) for s in ("train", "test")]
     lists = {
         "images": files,

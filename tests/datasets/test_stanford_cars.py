@@ -10,8 +10,8 @@ from tests.helpers.dataset_folders import (
     devkit_tree,
     labels,
     names,
+    save_image,
     save_mat,
-    save_picture,
 )
 
 
@@ -82,9 +82,9 @@ def test_cars_label_out_of_range(tmp_path):
         sources.load("cars", tmp_path)
 
 
-def test_cars_pictures_missing_or_too_many(tmp_path):
+def test_cars_images_missing_or_too_many(tmp_path):
     devkit_tree(tmp_path)
-    save_picture(tmp_path / "cars_test" / "00009.jpg")
+    save_image(tmp_path / "cars_test" / "00009.jpg")
     (note,) = sources.load("cars", tmp_path).notes
     assert note.startswith("1 images not listed: ")
     (tmp_path / "cars_test" / "00002.jpg").unlink()
@@ -98,7 +98,7 @@ def test_cars_one_folder(tmp_path):
     rows = [{**row, "test": 0} for row in train] + [{**row, "test": 1} for row in test]
     save_mat(tmp_path / "cars_annos.mat", "annotations", rows)
     for row in rows:
-        save_picture(tmp_path / row["relative_im_path"], size=(100, 50))
+        save_image(tmp_path / row["relative_im_path"], size=(100, 50))
 
     dataset = sources.load("cars", tmp_path)
     assert dataset.class_names == CARS
@@ -117,7 +117,7 @@ def test_cars_class_folders(tmp_path):
     for split, numbers in CAR_LABELS.items():
         for i, number in enumerate(numbers, 1):
             folder = tmp_path / "car_data" / "car_data" / split / safe[number - 1]
-            save_picture(folder / f"{i:05d}.jpg", size=(100, 50))
+            save_image(folder / f"{i:05d}.jpg", size=(100, 50))
         with (tmp_path / f"anno_{split}.csv").open("w", newline="") as file:
             for i, number in enumerate(numbers, 1):
                 csv.writer(file).writerow([f"{i:05d}.jpg", 10 + i, 1, 60, 25, number])

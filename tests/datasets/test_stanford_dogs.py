@@ -14,7 +14,7 @@ from tests.helpers.dataset_folders import DOGS, dogs_tree, labels, names
         {},
         {"lists": ""},
         {
-            "pictures": "images/Images",
+            "images": "images/Images",
             "lists": "",
             "boxes": "annotations/Annotation",
         },
@@ -28,7 +28,7 @@ def test_dogs(layout, tmp_path):
         assert dataset.class_names == DOGS
         assert labels(dataset, "train") == [0, 1, 0]
         assert labels(dataset, "test") == [1, 0]
-        folder = layout.get("pictures", "Images")
+        folder = layout.get("images", "Images")
         assert names(dataset, "test")[0] == f"{folder}/{DOGS[1]}/test_1.jpg"
         assert dataset.notes == ()
     record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))

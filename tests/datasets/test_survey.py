@@ -41,7 +41,7 @@ def dirty(tmp_path) -> Path:
     exif[0x0112] = 6
     save(noise(14), root / "test/Tit/turned.jpg", exif=exif)
     save(noise(15), root / "test/Wren/plain.jpg")
-    (root / "test/Wren/page.jpg").write_text("<html>not a picture</html>")
+    (root / "test/Wren/page.jpg").write_text("<html>not an image</html>")
     return root
 
 
@@ -138,7 +138,7 @@ def test_many_names_are_cut_short(tmp_path):
     assert line.endswith("and 3 more")
 
 
-def test_nothing_but_unreadable_pictures(tmp_path):
+def test_nothing_but_unreadable_images(tmp_path):
     for name in ("train/a", "train/b", "test/a"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").write_bytes(b"")
@@ -213,7 +213,7 @@ def test_the_contact_sheet(tmp_path):
         assert (tile[56, 0] == survey._FRAME).all()  # 25 of 100 is the square's edge
         assert (sheet[row * step :, : survey._NAME_PX][:112] < 100).any()  # its name
     rest = sheet[:, survey._NAME_PX + step :]
-    assert (rest == 255).all()  # one training picture each; none of the tests
+    assert (rest == 255).all()  # one training image each; none of the tests
 
 
 def test_the_sheet_takes_few_of_many(tmp_path):

@@ -26,7 +26,7 @@ def _plan(split, index, num_species=8, habitat_share=0.85):
 
 
 def _sha256(size_px: int) -> str:
-    """Of two pictures of each habitat, over all splits."""
+    """Of two images of each habitat, over all splits."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(16):
@@ -42,7 +42,7 @@ def test_pixels_are_pinned(size_px):
     assert _sha256(size_px) == PINNED[size_px]
 
 
-def test_a_picture_is_a_function_of_its_arguments_alone():
+def test_an_image_is_a_function_of_its_arguments_alone():
     first = draw("train", 5)
     draw("test", 9)
     numbers: Any = np.array([5, 64, 8])  # NumPy's integers, as an index array gives
@@ -56,8 +56,8 @@ def test_a_picture_is_a_function_of_its_arguments_alone():
     )
 
 
-def test_seed_split_and_index_each_make_another_picture():
-    pictures = [
+def test_seed_split_and_index_each_make_another_image():
+    images = [
         draw("train", 8),
         draw("train", 16),
         draw("test", 8),
@@ -65,8 +65,8 @@ def test_seed_split_and_index_each_make_another_picture():
         draw("train", 8, seed=1),
         draw("train", 8, seed=2**64 - 1),
     ]
-    boxes = {drawing.box for drawing in pictures}
-    assert len(boxes) == len(pictures)
+    boxes = {drawing.box for drawing in images}
+    assert len(boxes) == len(images)
 
 
 def test_shapes_types_and_names():
@@ -83,7 +83,7 @@ def test_shapes_types_and_names():
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_scene_does_not_depend_on_the_size(split):
     for index in range(8):
-        # At home, so that the eight pictures show the eight habitats.
+        # At home, so that the eight images show the eight habitats.
         large, small = (
             draw(split, index, size_px=n, habitat_share=1.0) for n in (128, 64)
         )
@@ -91,7 +91,7 @@ def test_the_scene_does_not_depend_on_the_size(split):
         assert large.habitat == small.habitat
         pooled = large.image.astype(float).reshape(64, 2, 64, 2, 3).mean((1, 3))
         gap = np.abs(pooled - small.image)
-        assert gap.mean() < 1.8, f"picture {index}: {gap.mean():.2f} of 255"
+        assert gap.mean() < 1.8, f"image {index}: {gap.mean():.2f} of 255"
         assert np.quantile(gap, 0.99) < 20
         cover = large.mask.astype(float).reshape(64, 2, 64, 2).mean((1, 3))
         assert np.abs(cover - small.mask).mean() < 1
@@ -213,7 +213,7 @@ def test_some_parts_are_worn_most_are_not():
         pose = synthetic._pose(stream, synthetic._SPECIES[0])
         canvas = Canvas.blank(size)
         synthetic._bird(stream, canvas, pose)
-        x, y = pose.to_picture(0.23, -0.28)
+        x, y = pose.to_image(0.23, -0.28)
         r, g, b = canvas.rgb[:, int(y * size), int(x * size)]
         red.append(r - max(g, b) > 0.35)
     assert 0.78 < np.mean(red) < 0.96
@@ -244,7 +244,7 @@ def test_class_names_checks_its_argument():
         class_names(9)
 
 
-def test_contact_sheet_holds_the_pictures_by_place():
+def test_contact_sheet_holds_the_images_by_place():
     sheet = contact_sheet(size_px=40, num_species=3, columns=2, gap_px=2)
     assert sheet.shape == (3 * 42 + 2, 4 * 42 + 8, 3)
     home = draw("train", 4, size_px=40, num_species=3).image
@@ -257,8 +257,8 @@ def test_contact_sheet_holds_the_pictures_by_place():
 def test_command_line_saves_the_sheet(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert synthetic._main([str(out)]) == 0
-    with Image.open(out) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), contact_sheet())
+    with Image.open(out) as image:
+        np.testing.assert_array_equal(np.asarray(image), contact_sheet())
     assert synthetic._main([]) == 2
     assert (
         "usage: python -m cra_jax.datasets.synthetic OUT.png" in capsys.readouterr().err
@@ -266,10 +266,10 @@ def test_command_line_saves_the_sheet(tmp_path, capsys):
 
 
 def test_speed(capsys):
-    """Prints how long a picture takes; machines differ: nothing is asserted."""
+    """Prints how long an image takes; machines differ: nothing is asserted."""
     start = time.perf_counter()
     drawings = [draw("train", index) for index in range(64)]
     spent = (time.perf_counter() - start) / len(drawings)
     assert all(drawing.image.any() for drawing in drawings)
     with capsys.disabled():
-        print(f"\nsynthetic.draw: {1e3 * spent:.2f} ms a picture at 64 px")
+        print(f"\nsynthetic.draw: {1e3 * spent:.2f} ms an image at 64 px")

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
 from cra_jax.datasets import sources, tfds_read
-from cra_jax.input import pictures, store
+from cra_jax.input import decoding, image_cache
 from cra_jax.input.records import Record
 from tests.helpers.tiny_tfds import build, jpeg, labelled, plain, rows
 
@@ -36,7 +36,7 @@ def test_features_like_those_of_caltech_birds2011(tmp_path):
             "label": i % 3,
             "label_name": species[i % 3],
             "bbox": tfds.features.BBox(*((0.0,) * 4 if i == 5 else BOX)),
-            "segmentation_mask": b"no picture, so decoding it would fail",
+            "segmentation_mask": b"no image, so decoding it would fail",
         }
         for split, numbers in (("train", range(6)), ("test", range(6, 9)))
         for i in numbers
@@ -74,7 +74,7 @@ def test_features_like_those_of_caltech_birds2011(tmp_path):
             row = stored[record.name]
             assert record.label == row["label"]
             assert content(record) == row["image"]
-            assert np.array_equal(record.read(8), pictures.read(row["image"], 8))
+            assert np.array_equal(record.read(8), decoding.read(row["image"], 8))
             if record.name == "train/4.jpg":  # rotated clockwise: y became 1 - x
                 assert record.read(8).shape == (16, 8, 3)
                 assert record.box == pytest.approx((0.5, 0.25, 0.875, 0.75))
@@ -84,7 +84,7 @@ def test_features_like_those_of_caltech_birds2011(tmp_path):
                 assert record.box == pytest.approx((0.25, 0.125, 0.75, 0.5))
 
 
-def test_names_of_classes_and_numbers_for_pictures(tmp_path):
+def test_names_of_classes_and_numbers_for_images(tmp_path):
     features = {
         "image": tfds.features.Image(),
         "label": tfds.features.ClassLabel(names=["wren", "tit"]),
@@ -153,24 +153,24 @@ def test_a_set_built_anew_has_other_stamps_and_is_read_anew(tmp_path):
     assert {content(r) for r in after}.isdisjoint(old)
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
-    both = [*rows(2), {"image": b"no picture", "label": 0}]
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    both = [*rows(2), {"image": b"no image", "label": 0}]
     plain(tmp_path, train=both, test=both)
     records = sources.load("tfds", tmp_path, name="plain").splits["train"]
-    (junk,) = [record for record in records if content(record) == b"no picture"]
-    with pytest.raises(pictures.PictureError, match=f"^{junk.name}: not an image"):
+    (junk,) = [record for record in records if content(record) == b"no image"]
+    with pytest.raises(decoding.ImageError, match=f"^{junk.name}: not an image"):
         junk.read(8)
 
 
-def test_pictures_are_prepared(tmp_path):
+def test_images_are_prepared(tmp_path):
     plain(tmp_path)
     records = sources.load("tfds", tmp_path, name="plain").splits["train"]
-    prepared = store.prepare(
+    prepared = image_cache.prepare(
         records, short_side_px=8, cache_dir=tmp_path / "cache", name="plain", workers=2
     )
     assert len(prepared) == len(records)
     for i, record in enumerate(records):
-        assert np.array_equal(prepared[i], pictures.read(content(record), 8))
+        assert np.array_equal(prepared[i], decoding.read(content(record), 8))
 
 
 def test_progress_can_be_silenced(tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_damaged_sets(tmp_path):
     damaged[300] ^= 255
     shard.write_bytes(damaged)
     tfds_read._source.cache_clear()  # what an open file holds may be read still
-    with pytest.raises(pictures.PictureError, match=r"image \d of 'train' cannot be"):
+    with pytest.raises(decoding.ImageError, match=r"image \d of 'train' cannot be"):
         _ = [record.read(8) for record in records]
     with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
         tfds_read.read_set("plain", tmp_path)
@@ -302,7 +302,7 @@ def test_damaged_sets(tmp_path):
         tfds_read.read_set("plain", tmp_path)
 
 
-def test_pictures_without_a_class(tmp_path):
+def test_images_without_a_class(tmp_path):
     unlabelled = [{**row, "label": -1} for row in rows(2)]
     plain(tmp_path, train=rows(2), test=unlabelled)
     with pytest.raises(ValueError, match=r"2 of 2 images of 'test' have no class .*-1"):

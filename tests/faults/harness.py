@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from numpy.testing import assert_array_equal
 
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.runtime.run_folder import flatten
+from cra_jax.runtime.run_directory import flatten
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +24,8 @@ SECONDS = {"images_per_second", "eta_seconds"}
 
 
 def options(home: Path, **changes: Any) -> list[str]:
-    """The tiny config, as flags over the quickstart's; its pictures in `home`."""
-    values = flatten(tiny_config.config(home / "pictures", **changes).to_dict())
+    """The tiny config, as flags over the quickstart's; its images in `home`."""
+    values = flatten(tiny_config.config(home / "images", **changes).to_dict())
     plain = flatten(tiny_config.get_config().to_dict())
     return [
         f"--config={ROOT}/configs/quickstart.py",
@@ -89,7 +89,7 @@ def at_start(run: Run, folder: Path, rng: random.Random) -> None:
 
 
 def while_preparing(run: Run, folder: Path, rng: random.Random) -> None:
-    run.wait_for(lambda: list(folder.glob("home/pictures/*.partial")))
+    run.wait_for(lambda: list(folder.glob("home/images/*.partial")))
     time.sleep(rng.uniform(0, 0.1))
 
 
@@ -110,7 +110,7 @@ def in_a_save(run: Run, folder: Path, rng: random.Random) -> None:
 
 
 MOMENTS = {
-    "while pictures are prepared": while_preparing,
+    "while images are prepared": while_preparing,
     "before the first step": at_start,
     "in mid-epoch": in_an_epoch,
     "in an evaluation": in_an_evaluation,
@@ -128,7 +128,7 @@ def numbers(workdir: Path) -> list[str]:
     """The lines of metrics.jsonl but for what a clock gave."""
     return [
         json.dumps({k: v for k, v in line.items() if k not in SECONDS})
-        for line in run_folder.read_metrics(workdir)
+        for line in run_directory.read_metrics(workdir)
     ]
 
 
@@ -138,8 +138,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert step == other_step
     jax.tree.map(assert_array_equal, arrays, others)
     assert numbers(one) == numbers(other)
-    assert run_folder.read_snapshots(one) == run_folder.read_snapshots(other)
+    assert run_directory.read_snapshots(one) == run_directory.read_snapshots(other)
     for split in ("test", "test_shifted"):
-        assert run_folder.read_results(one, split, "center") == (
-            run_folder.read_results(other, split, "center")
+        assert run_directory.read_results(one, split, "center") == (
+            run_directory.read_results(other, split, "center")
         )

@@ -3,7 +3,7 @@
     python tests/faults/soak.py --minutes 60 --table docs/faults.md
 
 A run is killed and started again, over and over; when it is done, another begins in its
-place, with the same pictures. Prints a line a minute, and fails where the last third
+place, with the same images. Prints a line a minute, and fails where the last third
 needs more than the first: memory by a fifth, open files or disk by a tenth. Where all
 stays flat, the figures become the last section of the table's page.
 """
@@ -32,7 +32,7 @@ _SECTION = """
 Written by `make soak`: {minutes:.0f} minutes of training on {date}, code of commit
 {commit}, with {kills} kills at random moments and {done} whole runs.
 
-| of the process that trains, or its run folder | first third | last third |
+| of the process that trains, or its run directory | first third | last third |
 |---|---:|---:|
 {rows}"""
 
@@ -40,7 +40,7 @@ ALLOWED = {"memory_mb": 1.2, "open_files": 1.1, "disk_mb": 1.1}
 
 
 def measure(pid: int, folder: Path) -> dict[str, float]:
-    """What a process and its run folder take."""
+    """What a process and its run directory take."""
     status = Path(f"/proc/{pid}/status").read_text()
     (resident_kb,) = (x.split()[1] for x in status.splitlines() if "VmRSS" in x)
     files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]

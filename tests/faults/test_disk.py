@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, train
 from tests.helpers import tiny_config
@@ -38,7 +38,7 @@ def mounted(folder: Path, options: str):
 
 def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
     config = tiny_config.config(
-        tmp_path / "pictures",
+        tmp_path / "images",
         **{"model.kind": "baseline", "train.epochs": 2, "checkpoint.every_steps": 1},
     )
     whole = tmp_path / "whole"
@@ -68,10 +68,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, note):
     with (
         mounted(tmp_path / "disk", "ro") as disk,
         pytest.raises(ValueError, match=r"Read-only file system: .*fix it"),
-        run_folder.locked(disk / "run"),
+        run_directory.locked(disk / "run"),
     ):
         pytest.fail("it was locked")
-    note("the run folder is read-only", "an error before any work")
+    note("the run directory is read-only", "an error before any work")
 
 
 def test_a_clock_that_goes_backwards(tmp_path, monkeypatch, note):
@@ -91,7 +91,7 @@ def test_a_clock_that_goes_backwards(tmp_path, monkeypatch, note):
     note("the clock goes back a day at each save", "the same steps are kept and found")
 
 
-def test_the_pictures_are_gone(tmp_path, note):
+def test_the_images_are_gone(tmp_path, note):
     from PIL import Image
 
     for split, name, count in (("train", "a", 8), ("train", "b", 8), ("test", "a", 2)):
@@ -108,5 +108,5 @@ def test_the_pictures_are_gone(tmp_path, note):
         train.run(config, tmp_path / "run")
     streamed = build.open_split(config, listed, "train")
     with pytest.raises(ValueError, match=r"unreadable image: .*0.png"):
-        streamed.pictures[0]
-    note("the data folder is gone", "an error that names the folder, or the picture")
+        streamed.images[0]
+    note("the data folder is gone", "an error that names the folder, or the image")

@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from cra_jax.backbones import torch_files
 from cra_jax.datasets import archives, csv_file, sources
 from cra_jax.inference import trained
-from cra_jax.input import pictures
-from cra_jax.runtime import provenance, run_folder
+from cra_jax.input import decoding
+from cra_jax.runtime import provenance, run_directory
 from cra_jax.training import monitor
 from tests.helpers import dataset_folders
-from tests.input import test_store
+from tests.input import test_image_cache
 from tests.oracles.torch_resnet import TorchResNet
 
 _NASTY = [b"\x00", b"\xff", b"\n", b'"', b"{", b"[", b"-1", b"1e999", b"NaN", b"null"]
@@ -79,7 +79,7 @@ def _tar(path: Path) -> None:
             archive.addfile(member, io.BytesIO(bytes(range(100)) * 3))
 
 
-def _picture(path: Path) -> None:
+def _image(path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(path)
 
@@ -120,14 +120,14 @@ def _export(path: Path) -> None:
 
 
 def _lines(path: Path) -> None:
-    run_folder.append_lines(
+    run_directory.append_lines(
         path, [{"step": i, "epoch": 1, "split": "train", "loss": 0.5} for i in range(9)]
     )
 
 
 def _results(path: Path) -> None:
-    rows = [run_folder.Result(i, f"{i}.jpg", 1, 0, 0.5, 6) for i in range(9)]
-    run_folder.write_results(path.parent.parent, "test", "center", rows)
+    rows = [run_directory.Result(i, f"{i}.jpg", 1, 0, 0.5, 6) for i in range(9)]
+    run_directory.write_results(path.parent.parent, "test", "center", rows)
 
 
 def _config(path: Path) -> None:
@@ -174,16 +174,16 @@ READERS = {
     "list.csv": (_csv, csv_file.csv_list),
     "set.tgz": (_tar, _unpack),
     **{
-        f"picture.{x}": (_picture, lambda p: pictures.read(p, 16))
+        f"image.{x}": (_image, lambda p: decoding.read(p, 16))
         for x in ("jpg", "png", "gif")
     },
-    "metrics.jsonl": (_lines, lambda p: run_folder.read_metrics(p.parent)),
+    "metrics.jsonl": (_lines, lambda p: run_directory.read_metrics(p.parent)),
     "bad_steps.jsonl": (_lines, lambda p: monitor.read_bad_steps(p.parent)),
     "results/test-center.csv": (
         _results,
-        lambda p: run_folder.read_results(p.parent.parent, "test", "center"),
+        lambda p: run_directory.read_results(p.parent.parent, "test", "center"),
     ),
-    "run/config.json": (_config, lambda p: run_folder.read_config(p.parent)),
+    "run/config.json": (_config, lambda p: run_directory.read_config(p.parent)),
     "provenance.json": (_provenance, lambda p: provenance.read(p.parent)),
     "export/config.json": (_export, lambda p: trained.of_export(p.parent)),
     **_within(
@@ -274,27 +274,27 @@ def test_photographs_that_were_changed(shared_data, tmp_path, note):
     for _ in range(1000):
         changed.write_bytes(mutate(rng.choice(photographs).read_bytes(), rng))
         try:
-            pictures.read(changed, 16)
+            decoding.read(changed, 16)
         except ValueError as error:
             refused += str(changed) in str(error)
     assert refused
     note("a photograph changed at random, and read", "a ValueError", refused)
-    note("a photograph changed at random, and read", "a picture", 1000 - refused)
+    note("a photograph changed at random, and read", "an image", 1000 - refused)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [".pixels", ".json"])
-def test_pictures_that_were_prepared_and_changed(kind, tmp_path, capsys, note):
-    """Whatever was done to the store, the pictures are those of the originals."""
+def test_images_that_were_prepared_and_changed(kind, tmp_path, capsys, note):
+    """Whatever was done to the image cache, the images are those of the originals."""
     rng = random.Random(3)
     for _ in range(40):
-        path = test_store.prepare(tmp_path).path.with_suffix(kind)
+        path = test_image_cache.prepare(tmp_path).path.with_suffix(kind)
         whole = path.read_bytes()
         path.write_bytes(changed := mutate(whole, rng))
         capsys.readouterr()
-        test_store.assert_holds(test_store.prepare(tmp_path))
+        test_image_cache.assert_holds(test_image_cache.prepare(tmp_path))
         if changed != whole:
             said = capsys.readouterr().err
             assert kind == ".json" or len(changed) != len(whole) or "warning" in said
-    what = "pictures" if kind == ".pixels" else "store's index"
+    what = "images" if kind == ".pixels" else "index of the image cache"
     note(f"the prepared {what} changed at random", "the originals are read", 40)

@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from cra_jax.input.batches import TrainBatches
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.training import build, monitor, replay, step_wrappers, train
 from tests.helpers import tiny_config
 
@@ -64,7 +64,7 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     dataset = build.load_dataset(config)
     split = build.open_split(config, dataset, "train")
     batches = TrainBatches(
-        split.pictures, split.labels, batch_size=16, crop_px=32, seed=0
+        split.images, split.labels, batch_size=16, crop_px=32, seed=0
     )
     expected = batches.batch(BAD - 1)["index"].tolist()
     assert line["index"] == expected
@@ -83,7 +83,7 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
     note(
         "the loss of a step is not finite",
-        "stops with step, terms and pictures; one command computes the same numbers",
+        "stops with step, terms and images; one command computes the same numbers",
     )
 
 
@@ -94,7 +94,7 @@ def test_a_few_may_be_left_out(cache_dir, tmp_path, poisoned, capsys, note):
         "(1 of train.skip_bad_steps=1; its images are listed in"
         in capsys.readouterr().err
     )
-    lines = run_folder.read_metrics(tmp_path)
+    lines = run_directory.read_metrics(tmp_path)
     assert all(math.isfinite(x["loss"]) for x in lines)
     assert [x["step"] for x in lines if x["split"] == "train"] == [4, 6]
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
@@ -143,7 +143,7 @@ SIGNS = {
 @pytest.mark.parametrize("name", SIGNS)
 def test_signs_are_warned_of_once_with_the_cure(tmp_path, capsys, name, note):
     bad, good, cure = SIGNS[name]
-    settings = run_folder.flatten(tiny_config.config(tmp_path).to_dict())
+    settings = run_directory.flatten(tiny_config.config(tmp_path).to_dict())
     watched = monitor.Monitor(tmp_path, settings, first_step=0, images=lambda step: {})
     watched.warn(10, {name: good}, begun=True)
     assert not capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_signs_are_warned_of_once_with_the_cure(tmp_path, capsys, name, note):
 def test_numbers_of_steps_that_a_crash_lost_are_taken_out(tmp_path):
     for step in (3, 9):
         line = {"step": step, "terms": {}, "index": [], "name": []}
-        run_folder.append_lines(tmp_path / monitor.BAD_STEPS, [line])
+        run_directory.append_lines(tmp_path / monitor.BAD_STEPS, [line])
     monitor.Monitor(tmp_path, {}, first_step=5, images=lambda step: {})
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [3]
 
@@ -173,6 +173,6 @@ def test_replay_says_what_is_missing(tmp_path, capsys):
 def test_a_line_that_a_crash_cut_short_costs_no_other(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    run_folder.append_lines(path, [{"step": 3}])
-    assert run_folder.read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+    run_directory.append_lines(path, [{"step": 3}])
+    assert run_directory.read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from tests.faults import harness
 from tests.faults.harness import Run, options
@@ -15,7 +15,7 @@ from tests.helpers import one_of_two_hosts
 pytestmark = pytest.mark.slow
 
 
-def test_of_two_processes_on_one_run_folder_the_second_is_refused(tmp_path, note):
+def test_of_two_processes_on_one_run_directory_the_second_is_refused(tmp_path, note):
     long = {"train.epochs": 1000, "checkpoint.every_steps": 4}
     more = [f"--workdir={tmp_path}/run", *options(tmp_path / "home", **long)]
     first = Run(tmp_path, *more)
@@ -33,7 +33,7 @@ def test_of_two_processes_on_one_run_folder_the_second_is_refused(tmp_path, note
     step, _ = harness.newest_arrays(tmp_path / "run")
     assert step > 0
     note(
-        "a second process on the same run folder",
+        "a second process on the same run directory",
         "refused with the process that has it, which goes on; killed, it blocks nobody",
     )
 
@@ -43,7 +43,7 @@ def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by, note):
     """Clusters tell all hosts to end; who stops one by hand tells one."""
     both = one_of_two_hosts.begin("stop", tmp_path)
     try:
-        while not run_folder.read_metrics(tmp_path / "run") and not any(
+        while not run_directory.read_metrics(tmp_path / "run") and not any(
             process.poll() for process in both
         ):
             time.sleep(0.01)
@@ -64,7 +64,7 @@ def test_sigterm_to_any_host_stops_both_at_one_step(tmp_path, heard_by, note):
         checkpoints.verify(int(said))
     (*_, error), _ = one_of_two_hosts.start("stop", tmp_path)
     assert f"resumes from step {said}\n" in error
-    lines = run_folder.read_metrics(tmp_path / "run")
+    lines = run_directory.read_metrics(tmp_path / "run")
     assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 25))
     note(
         "SIGTERM to one of two hosts, or to both",

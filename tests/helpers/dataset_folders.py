@@ -12,20 +12,20 @@ from cra_jax.datasets import listing
 from cra_jax.input.records import Dataset
 
 
-def save_picture(file: Path, seed: int = 0, size=(12, 10), **options) -> None:
+def save_image(file: Path, seed: int = 0, size=(12, 10), **options) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3))
     Image.fromarray(pixels.astype(np.uint8)).save(file, **options)
 
 
 def tree(root: Path, *files: str) -> Path:
-    """Makes files in a scrambled order; pictures are real, other files are text."""
+    """Makes files in a scrambled order; images are real, other files are text."""
     for i, name in enumerate(random.Random(0).sample(files, len(files))):
         if Path(name).suffix.lower() in listing.SUFFIXES:
-            save_picture(root / name, i)
+            save_image(root / name, i)
         else:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text("no picture")
+            (root / name).write_text("no image")
     return root
 
 
@@ -43,7 +43,7 @@ CUB_FILES = ("001.Wren/w1.jpg", "001.Wren/w2.jpg", "002.Tit/t1.jpg", "002.Tit/t2
 def cub_tree(root: Path, *, boxes: Any = True, **changes) -> Path:
     """A small CUB; `changes` replace whole lists, "" removes one."""
     for i, file in enumerate(CUB_FILES):
-        save_picture(root / "images" / file, i, size=(100, 50))
+        save_image(root / "images" / file, i, size=(100, 50))
     lists = {
         "images": "".join(f"{i} {file}\n" for i, file in enumerate(CUB_FILES, 1)),
         "image_class_labels": "1 1\n2 1\n3 2\n4 2\n",
@@ -89,7 +89,7 @@ def devkit_tree(
     for split, numbers in CAR_LABELS.items():
         folder = root / f"cars_{split}" / (f"cars_{split}" if nested else "")
         for i in range(1, len(numbers) + 1):
-            save_picture(folder / f"{i:05d}.jpg", i, size=(100, 50))
+            save_image(folder / f"{i:05d}.jpg", i, size=(100, 50))
     save_mat(root / kit / "cars_meta.mat", "unused", [{"a": 1}])
     save_mat(root / kit / "cars_train_annos.mat", "annotations", car_rows("train"))
     unlabelled = [
@@ -103,7 +103,7 @@ def devkit_tree(
 
 
 def nabirds_tree(root: Path, **changes) -> Path:
-    """CUB's lists, but for ids that are words and names of groups without pictures."""
+    """CUB's lists, but for ids that are words and names of groups without images."""
     lists = {
         "images": "".join(f"a-{i} {file}\n" for i, file in enumerate(CUB_FILES)),
         "image_class_labels": "a-0 817\na-1 817\na-2 1010\na-3 1010\n",
@@ -115,7 +115,7 @@ def nabirds_tree(root: Path, **changes) -> Path:
 
 
 def aircraft_tree(root: Path, **changes) -> Path:
-    """Three pictures of 100 x 70 pixels, of which the lowest 20 rows are a banner."""
+    """Three images of 100 x 70 pixels, of which the lowest 20 rows are a banner."""
     data = root / "fgvc-aircraft-2013b" / "data"
     lists = {
         "variants": "An-12\nF/A-18\n",
@@ -139,14 +139,14 @@ DOGS = ("n01-Chihuahua", "n02-Afghan_hound")
 
 
 def dogs_tree(
-    root: Path, *, pictures="Images", lists="lists", boxes: str | None = "Annotation"
+    root: Path, *, images="Images", lists="lists", boxes: str | None = "Annotation"
 ) -> Path:
     for split, numbers in {"train": (1, 2, 1), "test": (2, 1)}.items():
         files = [
             f"{DOGS[n - 1]}/{split}_{i}.jpg" for i, n in enumerate(numbers, start=1)
         ]
         for name in files:
-            save_picture(root / pictures / name, size=(100, 50))
+            save_image(root / images / name, size=(100, 50))
             if boxes:
                 xml = root / boxes / name.removesuffix(".jpg")
                 xml.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +167,9 @@ def dogs_tree(
 
 
 def csv_tree(root: Path, text: str, *, encoding="utf-8") -> Path:
-    """Pictures 1 to 8 of 100 x 50 pixels, and a CSV beside them."""
+    """Images 1 to 8 of 100 x 50 pixels, and a CSV beside them."""
     for i in range(1, 9):
-        save_picture(root / "photos" / f"{i}.png", i, size=(100, 50))
+        save_image(root / "photos" / f"{i}.png", i, size=(100, 50))
     file = root / "list.csv"
     file.write_bytes(text.encode(encoding))
     return file

@@ -33,7 +33,7 @@ def run(network, head=None, train=False):
 
 
 def constant_head(gamma):
-    """A head that gives every picture the same Gamma."""
+    """A head that gives every image the same Gamma."""
     gamma = jnp.asarray(gamma, jnp.float32)
     return {"kernel": jnp.zeros((3, len(gamma))), "bias": gamma}
 

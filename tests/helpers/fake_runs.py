@@ -1,11 +1,11 @@
-"""Run folders that were never trained: what pages are tested with."""
+"""Run directorys that were never trained: what pages are tested with."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from configs.cub import get_config
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 
 
 def make(
@@ -18,13 +18,13 @@ def make(
     scores: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a run folder whose network got the first `right` pictures right.
+    """Writes a run directory whose network got the first `right` images right.
 
     Args:
       workdir: the folder.
       variant: of `configs/cub.py`.
-      right: of the pictures.
-      labels: of all pictures, of 2 classes.
+      right: of the images.
+      labels: of all images, of 2 classes.
       seed: of the run.
       scores: more of the line of scores.
       changes: of settings, as {"train.epochs": 3}.
@@ -34,16 +34,16 @@ def make(
     config.update_from_flattened_dict(
         {"train.epochs": 2, "seed": seed, **(changes or {})}
     )
-    run_folder.keep_config(workdir, config.to_dict())
+    run_directory.keep_config(workdir, config.to_dict())
     for step in (10, 20):
         train = {"step": step, "epoch": step // 10, "split": "train", "loss": 1.0}
-        run_folder.append_metrics(workdir, train | {"images_per_second": 64.0})
+        run_directory.append_metrics(workdir, train | {"images_per_second": 64.0})
     line = {"step": 20, "epoch": 2, "split": "test", "protocol": "center"}
     top1 = right / len(labels)
     line |= {"top1": top1, "top5": 1.0, "mean_per_class": top1, "count": len(labels)}
-    run_folder.append_metrics(workdir, line | (scores or {}))
+    run_directory.append_metrics(workdir, line | (scores or {}))
     results = [
-        run_folder.Result(
+        run_directory.Result(
             index=i,
             name=f"test/{i:03}.jpg",
             label=label,
@@ -53,7 +53,7 @@ def make(
         )
         for i, label in enumerate(labels)
     ]
-    run_folder.write_results(workdir, "test", "center", results)
+    run_directory.write_results(workdir, "test", "center", results)
     return workdir
 
 

@@ -111,11 +111,11 @@ def talk(index, port, folder):
         return jax.device_get(state)["x"].tolist(), float(metrics["mean"])
 
     def scores():
-        pictures = np.arange(13, dtype=np.uint8)[:, None, None, None] * np.ones(
+        images = np.arange(13, dtype=np.uint8)[:, None, None, None] * np.ones(
             (1, 4, 4, 3), np.uint8
         )
         batches = center_batches(
-            pictures,  # pyright: ignore[reportArgumentType]
+            images,  # pyright: ignore[reportArgumentType]
             np.arange(13),
             batch_size=devices.round_up(5, hosts=2),
             crop_px=2,
@@ -157,7 +157,7 @@ def learn(index, port, folder):
     """Trains, goes on, evaluates; then three mistakes, of which one host makes two."""
     together = _together(index, port)
     run = folder / "run"
-    # Only the first host's run folder counts, where hosts share no disk.
+    # Only the first host's run directory counts, where hosts share no disk.
     mine = folder / "nowhere" if index else run
     two_epochs = {**together, "train.epochs": 2}
     more = {**together, "data.test_size": 20 + index}

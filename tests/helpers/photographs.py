@@ -31,13 +31,13 @@ def crop(path: Path, about: dict[str, Any]) -> np.ndarray:
     assert about["interpolation"] == "bicubic, antialiased"
     assert about["crop"] == "centre, from (side - crop_px) // 2"
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGB")
+        image = ImageOps.exif_transpose(file).convert("RGB")
     short, side = about["resize_short_side_px"], about["crop_px"]
-    scale = short / min(picture.size)
-    width, height = (round(n * scale) for n in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    scale = short / min(image.size)
+    width, height = (round(n * scale) for n in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
-    return np.asarray(picture)[top : top + side, left : left + side]
+    return np.asarray(image)[top : top + side, left : left + side]
 
 
 def normalize(crops: np.ndarray, about: dict[str, Any]) -> np.ndarray:

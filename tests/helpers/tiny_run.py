@@ -1,4 +1,4 @@
-"""A run folder as training leaves it, without training: a tiny kind, random weights."""
+"""A run directory of random weights, as a tiny training leaves it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 from tests.helpers import tiny_config
@@ -20,7 +20,7 @@ CLASSES = ("auk", "boobook", HOSTILE, "dotterel", "egret", "fulmar")
 def save(folder: Path, kind: str = "cra", *, seed: int = 0, **changes: Any) -> Any:
     """Saves steps 6 and 7 of a run with `CLASSES`; returns its config.
 
-    Scores differ from picture to picture and from step to step, and Gamma does, too.
+    Scores differ from image to image and from step to step, and Gamma does, too.
     """
     config = tiny_config.config(folder / "cache", **{"model.kind": kind, **changes})
     network = build.build_network(config, len(CLASSES))
@@ -35,7 +35,7 @@ def save(folder: Path, kind: str = "cra", *, seed: int = 0, **changes: Any) -> A
         return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
 
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.keep_config(folder, config.to_dict())
+    run_directory.keep_config(folder, config.to_dict())
     meta = {"class_names": CLASSES, "epoch": 1, "config": config.to_dict()}
     with Checkpoints(folder / "checkpoints") as checkpoints:
         for step, top1 in ((6, 0.9), (7, 0.1)):

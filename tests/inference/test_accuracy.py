@@ -6,7 +6,7 @@ import pytest
 from cra_jax.inference import accuracy
 
 
-def test_scores_are_counted_picture_by_picture():
+def test_scores_are_counted_image_by_image():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(37, 9)), rng.integers(0, 8, 37)
     top1 = top5 = loss = 0

@@ -92,12 +92,12 @@ def test_an_answer_is_the_predictors(server, predictor):
     assert_allclose(shares, expected.probabilities, rtol=1e-4)
     assert answer["size_px"] == [60, 45]
     assert answer["shown_px"] == [48, 36]
-    # Fractions of the shown picture, whatever its size.
+    # Fractions of the shown image, whatever its size.
     corners = expected.attention_px / [60, 45]
     assert_allclose(answer["corners"], corners, atol=1e-4)
     crop = np.divide(expected.crop_box_px, [60, 45, 60, 45])
     assert_allclose(answer["crop"], crop, atol=1e-6)
-    for key, size in (("picture", (48, 36)), ("heat", (32, 32))):
+    for key, size in (("image", (48, 36)), ("heat", (32, 32))):
         head, _, text = answer[key].partition(",")
         assert head.startswith("data:image/")
         with Image.open(io.BytesIO(base64.b64decode(text))) as image:
@@ -364,7 +364,7 @@ def opened(browser, server):
     _wait(browser, lambda: "6 classes" in _text(browser, "about"))
     yield browser
     problems = [x["message"] for x in browser.get_log("browser")]
-    # A refused picture is a 422, which the browser notes; nothing else may be there.
+    # A refused image is a 422, which the browser notes; nothing else may be there.
     assert [x for x in problems if "422" not in x] == []
 
 
@@ -404,7 +404,7 @@ def _rows(browser):
     return [item.text.splitlines() for item in items]
 
 
-def test_a_picture_is_answered_and_hostile_names_are_text(opened, predictor, tmp_path):
+def test_an_image_is_answered_and_hostile_names_are_text(opened, predictor, tmp_path):
     file = tmp_path / "<img src=x onerror=alert(1)>.png"
     file.write_bytes(_png(200, 120, seed=3))
     _choose(opened, file)
@@ -416,21 +416,21 @@ def test_a_picture_is_answered_and_hostile_names_are_text(opened, predictor, tmp
     assert _rows(opened)[0][1] == first
     said = f"{expected.classes[0]}, {first}: {file.name} (200 × 120 pixels)"
     assert _text(opened, "status") == said
-    pictures = opened.find_elements("tag name", "img")
-    assert [one.get_attribute("id") for one in pictures] == ["picture", "heat"]
+    images = opened.find_elements("tag name", "img")
+    assert [one.get_attribute("id") for one in images] == ["image", "heat"]
     assert opened.title == "What is it? - cra_jax"
-    assert opened.execute_script("return document.getElementById('picture').alt") == (
+    assert opened.execute_script("return document.getElementById('image').alt") == (
         f"{file.name}: {expected.classes[0]}"
     )
     _screenshot(opened, "desktop")
 
 
 def _places(browser):
-    """Where the layers stand, in fractions of the shown picture."""
+    """Where the layers stand, in fractions of the shown image."""
     return browser.execute_script(
         """
         const box = (id) => document.getElementById(id).getBoundingClientRect();
-        const whole = box("picture");
+        const whole = box("image");
         const share = (r) => [(r.left - whole.left) / whole.width,
           (r.top - whole.top) / whole.height, (r.right - whole.left) / whole.width,
           (r.bottom - whole.top) / whole.height];
@@ -468,7 +468,7 @@ def test_layers_can_be_taken_off_by_keyboard(opened, tmp_path):
     opened.find_element("tag name", "body").send_keys(Keys.TAB)
     first = opened.switch_to.active_element
     assert first.get_attribute("id") == "file"
-    assert first.accessible_name == "Choose a picture"
+    assert first.accessible_name == "Choose an image"
     file = tmp_path / "a.png"
     file.write_bytes(_png())
     _choose(opened, file)
@@ -479,7 +479,7 @@ def test_layers_can_be_taken_off_by_keyboard(opened, tmp_path):
         assert not element.is_displayed()
 
 
-def test_a_file_that_is_no_picture_is_said_and_the_next_one_works(opened, tmp_path):
+def test_a_file_that_is_no_image_is_said_and_the_next_one_works(opened, tmp_path):
     bad, good = tmp_path / "<img src=x>.jpg", tmp_path / "good.png"
     bad.write_text("<html>404</html>")
     good.write_bytes(_png())
@@ -502,7 +502,7 @@ def test_a_file_that_is_too_large_is_not_sent(opened, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
-def test_a_picture_can_be_dropped_or_pasted(opened, how):
+def test_an_image_can_be_dropped_or_pasted(opened, how):
     opened.execute_script(
         """
         const bytes = Uint8Array.from(arguments[0]);

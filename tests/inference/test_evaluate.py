@@ -1,4 +1,4 @@
-"""Both protocols, picture by picture, on any batch size; the strongest activation."""
+"""Both protocols, image by image, on any batch size; the strongest activation."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = 32
 
 
-def _pictures(shapes, seed=0):
+def _images(shapes, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in shapes]
 
@@ -46,63 +46,63 @@ def network():
 SHAPES = [(36, 36), (36, 47), (61, 36), (36, 40), (36, 63), (37, 50), (36, 36)]
 
 
-def _full(network, pictures, *, bucket_px, batch_size=8):
+def _full(network, images, *, bucket_px, batch_size=8):
     backbone, variables = network
     step = protocols.make_full_step(
         backbone, mean=MEAN, std=STD, crop_px=CROP, masked=bucket_px > 0
     )
     batches = full_batches(
-        pictures,
-        np.zeros(len(pictures), int),
+        images,
+        np.zeros(len(images), int),
         batch_size=batch_size,
         bucket_px=bucket_px,
     )
-    return evaluate.predict_split(step, variables, batches, len(pictures)).logits
+    return evaluate.predict_split(step, variables, batches, len(images)).logits
 
 
 def test_full_is_the_sliding_window_of_the_oracle(network):
     backbone, variables = network
-    pictures = _pictures(SHAPES[1:4])
-    found = _full(network, pictures, bucket_px=32)
+    images = _images(SHAPES[1:4])
+    found = _full(network, images, bucket_px=32)
     fc = variables["params"]["fc"]
-    for picture, scores in zip(pictures, found, strict=True):
-        image = normalize.normalize(jnp.asarray(picture[None]), mean=MEAN, std=STD)
-        features = backbone.apply(variables, image, method="extract")[0]
+    for image, scores in zip(images, found, strict=True):
+        batch = normalize.normalize(jnp.asarray(image[None]), mean=MEAN, std=STD)
+        features = backbone.apply(variables, batch, method="extract")[0]
         expected = equations.full_protocol(features, 4, fc["kernel"], fc["bias"])
         assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_buckets_score_as_exact_shapes_do(network):
-    pictures = _pictures(SHAPES)
-    exact = _full(network, pictures, bucket_px=0)
+    images = _images(SHAPES)
+    exact = _full(network, images, bucket_px=0)
     for bucket_px in (8, 64):
         assert_allclose(
-            _full(network, pictures, bucket_px=bucket_px), exact, rtol=1e-4, atol=1e-5
+            _full(network, images, bucket_px=bucket_px), exact, rtol=1e-4, atol=1e-5
         )
 
 
-def test_of_a_picture_as_large_as_the_crop_both_protocols_agree(network):
+def test_of_an_image_as_large_as_the_crop_both_protocols_agree(network):
     backbone, variables = network
-    pictures = _pictures([(CROP, CROP)] * 3)
+    images = _images([(CROP, CROP)] * 3)
     center = protocols.make_center_step(backbone, mean=MEAN, std=STD)
-    batches = center_batches(pictures, np.zeros(3, int), batch_size=8, crop_px=CROP)
+    batches = center_batches(images, np.zeros(3, int), batch_size=8, crop_px=CROP)
     found = evaluate.predict_split(center, variables, batches, 3)
-    assert_allclose(found.logits, _full(network, pictures, bucket_px=0), atol=1e-5)
+    assert_allclose(found.logits, _full(network, images, bucket_px=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [8, 16])
-def test_every_picture_counts_once_and_in_order(network, batch_size):
+def test_every_image_counts_once_and_in_order(network, batch_size):
     backbone, variables = network
-    pictures = _pictures([(36, 40)] * 13)
+    images = _images([(36, 40)] * 13)
     labels = np.arange(13) % 5
     center = protocols.make_center_step(backbone, mean=MEAN, std=STD)
-    batches = center_batches(pictures, labels, batch_size=batch_size, crop_px=CROP)
+    batches = center_batches(images, labels, batch_size=batch_size, crop_px=CROP)
     found = evaluate.predict_split(center, variables, batches, 13)
     assert_array_equal(found.labels, labels)
-    for picture, scores in zip(pictures, found.logits, strict=True):
-        crop = picture[2 : 2 + CROP, 4 : 4 + CROP]
-        image = normalize.normalize(jnp.asarray(crop[None]), mean=MEAN, std=STD)
-        alone = backbone.apply(variables, image).logits[0]
+    for image, scores in zip(images, found.logits, strict=True):
+        crop = image[2 : 2 + CROP, 4 : 4 + CROP]
+        batch = normalize.normalize(jnp.asarray(crop[None]), mean=MEAN, std=STD)
+        alone = backbone.apply(variables, batch).logits[0]
         assert_allclose(scores, alone, rtol=1e-4, atol=1e-5)
     scores = accuracy.classification_scores(found.logits, found.labels)
     assert scores["count"] == 13
@@ -128,23 +128,23 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
         def feature_place_px(self, cells, extent_px):
             return cells
 
-    pictures, boxes = [], []
-    points = [(10, 20), (30, 6), (33, 33)]  # x, y in a picture of 40 x 36
+    images, boxes = [], []
+    points = [(10, 20), (30, 6), (33, 33)]  # x, y in an image of 40 x 36
     for x, y in points:
-        picture = np.zeros((36, 40, 3), np.uint8)
-        picture[y, x, 0] = 255
-        pictures.append(picture)
+        image = np.zeros((36, 40, 3), np.uint8)
+        image[y, x, 0] = 255
+        images.append(image)
         boxes.append((x / 40, y / 36, (x + 1) / 40, (y + 1) / 36))
     boxes[1] = (0.0, 0.0, 0.5, 1.0)  # the peak is beside this one
     records = tuple(
-        Record(str(i), 0, lambda side: pictures[0], "", locate=lambda b=box: b)
+        Record(str(i), 0, lambda side: images[0], "", locate=lambda b=box: b)
         for i, box in enumerate(boxes)
     )
     config = tiny_config.config(
         tmp_path, **{"data.mean": (0.0,) * 3, "data.std": (1.0,) * 3}
     )
     evaluator = evaluate.Evaluator(Redness(), run_options.from_config(config))
-    split = splits.Split(pictures, np.zeros(3, int), records)  # pyright: ignore
+    split = splits.Split(images, np.zeros(3, int), records)  # pyright: ignore
     found = evaluator.center({"params": {}, "batch_stats": {}}, split)
     assert found.activation is not None
     assert found.matrices is None
@@ -165,7 +165,7 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
 def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
     backbone, variables = network
     config = tiny_config.config(tmp_path, **{"data.crop_px": CROP})
-    pictures = _pictures([(CROP, CROP)] * 3)
+    images = _images([(CROP, CROP)] * 3)
     # Head and box: half the crop in each direction, once in the middle, once beside.
     params = {
         "kernel": jnp.zeros((backbone.feature_channels, 4)),
@@ -180,10 +180,10 @@ def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
         (0.0, 0.0, 1.0, 1.0),  # says nothing
     ]
     records = tuple(
-        Record(f"{i}.jpg", i, lambda side: pictures[0], "", locate=lambda b=box: b)
+        Record(f"{i}.jpg", i, lambda side: images[0], "", locate=lambda b=box: b)
         for i, box in enumerate(boxes)
     )
-    split = splits.Split(pictures, np.arange(3), records)  # pyright: ignore
+    split = splits.Split(images, np.arange(3), records)  # pyright: ignore
     evaluator = evaluate.Evaluator(backbone, run_options.from_config(config))
     found = evaluator.center(variables, split, head=head)
     scores = evaluator.scores(found, split, "center")
@@ -204,9 +204,8 @@ def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_buckets_score_as_exact_shapes_do_on_real_pictures(shared_data, arch):
+def test_buckets_score_as_exact_shapes_do_on_real_images(shared_data, arch):
     from cra_jax.datasets import sources
-    from cra_jax.input import pictures
 
     dataset = sources.load("cub", str(shared_data / "cub_10"))
     records = dataset.splits["test"][:12]
@@ -225,4 +224,3 @@ def test_buckets_score_as_exact_shapes_do_on_real_pictures(shared_data, arch):
         scores.append(evaluate.predict_split(step, variables, batches, 12).logits)
     print(f"{arch}: largest difference {np.abs(scores[0] - scores[1]).max():.1e}")
     assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-4)
-    assert pictures

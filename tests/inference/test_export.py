@@ -21,7 +21,7 @@ from cra_jax.backbones import efficientnet, resnet, weights
 from cra_jax.inference import export, run_options
 from cra_jax.inference.restore import restore
 from cra_jax.input import batches, normalize
-from cra_jax.input.pictures import read
+from cra_jax.input.decoding import read
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 from tests.helpers import photographs, tiny_config
@@ -63,13 +63,13 @@ def random_like(model, *shape) -> Any:
     return jax.tree.map_with_path(draw, dict(shapes))
 
 
-def pictures(count, side):
+def random_images(count, side):
     shape = (count, side, side, 3)
     return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
 
 
 def serve(files, images, folder):
-    """What a process without this package makes of the pictures."""
+    """What a process without this package makes of the images."""
     np.save(folder / "images.npy", images)
     paths = [folder / "images.npy", folder / "scores.npz", *files]
     done = subprocess.run(
@@ -100,7 +100,7 @@ def tiny_lite0(monkeypatch):
 
 @pytest.mark.usefixtures("tiny_lite0")
 def test_a_program_runs_where_this_package_is_not(tmp_path):
-    images = pictures(5, 33)
+    images = random_images(5, 33)
     models = [
         resnet.create("resnet10", 4, width=8, stem="imagenet"),
         resnet.create("resnet10", 4, width=8, stem="medium"),
@@ -128,7 +128,7 @@ def test_a_program_of_a_whole_network_scores_as_it_does(arch):
     family = efficientnet if arch in efficientnet.ARCHITECTURES else resnet
     model = family.create(arch, 200)
     variables = random_like(model, 1, 65, 65, 3)
-    images = pictures(5, 65)
+    images = random_images(5, 65)
     data = export.serialize(model, variables, crop_px=65, mean=MEAN, std=STD)
     program = jax.export.deserialize(bytearray(data))
     expected = backbone_scores(model, variables, images)
@@ -205,7 +205,7 @@ def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
     assert [str(x) for x in program.in_avals] == ["uint8[batch,32,32,3]"]
     assert [str(x) for x in program.out_avals] == ["float32[batch,4]"]
     restored = restore(run_options.from_config(config), folder.parent)
-    images = pictures(3, 32)
+    images = random_images(3, 32)
     np.testing.assert_allclose(
         program.call(images),
         backbone_scores(restored.backbone, restored.variables, images),
@@ -216,7 +216,7 @@ def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
 def test_an_export_scores_photographs_as_an_independent_network_does(
     shared_data, tmp_path
 ):
-    """Pictures and weights both go their own way, from the file to the scores."""
+    """Images and weights both go their own way, from the file to the scores."""
     net = randomize(TorchResNet("resnet18", photographs.SPECIES), seed=0).eval()
     variables = to_linen(net.state_dict().items())
     config = cub.get_config("resnet18")
@@ -230,7 +230,7 @@ def test_an_export_scores_photographs_as_an_independent_network_does(
     net.load_state_dict(state, strict=True)
     with torch.no_grad():
         theirs = net(torch.from_numpy(photographs.normalize(crops, about))).numpy()
-    assert np.ptp(theirs, 0).min() > 1e-2  # the pictures are told apart
+    assert np.ptp(theirs, 0).min() > 1e-2  # the images are told apart
 
     decoded = [read(path, short_side_px=160) for path in paths]
     labels = np.zeros(6, np.int32)

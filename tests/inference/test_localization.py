@@ -163,10 +163,10 @@ def test_overlaps_that_can_be_worked_out_by_hand():
 
 
 def test_a_box_in_pixels_of_the_centre_crop_and_back():
-    # A picture of 100 x 80, its crop of 64 from (18, 8) on.
+    # An image of 100 x 80, its crop of 64 from (18, 8) on.
     box = center_crop.box_in_crop_px((0.2, 0.2, 0.5, 0.5), (100, 80), 64)
     assert_allclose(box, (20 - 18 - 0.5, 16 - 8 - 0.5, 50 - 18 - 0.5, 40 - 8 - 0.5))
-    back = center_crop.in_picture(np.reshape(box, (2, 2)), (100, 80), 64)
+    back = center_crop.in_image(np.reshape(box, (2, 2)), (100, 80), 64)
     assert_allclose(back, [[0.2, 0.2], [0.5, 0.5]])
     cut = center_crop.box_in_crop_px((0.0, 0.0, 0.5, 1.0), (100, 80), 64)
     assert_allclose(cut, (-0.5, -0.5, 31.5, 63.5))

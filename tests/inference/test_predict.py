@@ -1,4 +1,4 @@
-"""Prediction: evaluation's scores, places in the picture, and every way to name one."""
+"""Prediction: evaluation's scores, places in the image, and every way to name one."""
 
 import dataclasses
 import io
@@ -18,7 +18,7 @@ from cra_jax import art_module
 from cra_jax.inference import evaluate, export, overlay, predict, run_options, trained
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.restore import restore
-from cra_jax.input import pictures
+from cra_jax.input import decoding
 from cra_jax.training import build
 from tests.helpers import tiny_run
 
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _TURNED = 0x0112, 6  # EXIF: the camera was held upright
 
 
-def _picture(width, height, seed=0):
-    """A smooth picture, so that a JPEG of it decodes to much the same everywhere."""
+def _image(width, height, seed=0):
+    """A smooth image, so that a JPEG of it decodes to much the same everywhere."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
@@ -47,7 +47,7 @@ def predictor(run):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data set of class folders whose test pictures are of all sizes and kinds."""
+    """A data set of class folders whose test images are of all sizes and kinds."""
     root = tmp_path_factory.mktemp("data")
     for split in ("train", "test"):
         for name in tiny_run.CLASSES:
@@ -58,9 +58,9 @@ def data(tmp_path_factory):
         if i % 2:
             exif[_TURNED[0]] = _TURNED[1]
         file = folders[i % len(folders)] / f"{i}.jpg"
-        _picture(*size, seed=i).save(file, exif=exif)
+        _image(*size, seed=i).save(file, exif=exif)
     for folder in (root / "train").iterdir():
-        _picture(40, 40).save(folder / "0.png")
+        _image(40, 40).save(folder / "0.png")
     return root
 
 
@@ -90,13 +90,13 @@ def test_scores_are_those_of_evaluation(run, predictor, data):
     assert len({answer.classes for answer in found}) > 1  # else anything would do
 
 
-def test_one_picture_is_the_same_alone_as_bytes_and_as_pixels(predictor, data):
+def test_one_image_is_the_same_alone_as_bytes_and_as_pixels(predictor, data):
     files = sorted(data.rglob("test/**/*.jpg"))
     together = predictor(files)
     for file, expected in zip(files, together, strict=True):
-        kinds = [str(file), file.read_bytes(), pictures.decode(str(file))]
-        for picture in kinds:
-            found = predictor(picture)
+        kinds = [str(file), file.read_bytes(), decoding.decode(str(file))]
+        for image in kinds:
+            found = predictor(image)
             assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
             assert found.size_px == expected.size_px
     assert predictor(kinds[1]).path == ""
@@ -105,7 +105,7 @@ def test_one_picture_is_the_same_alone_as_bytes_and_as_pixels(predictor, data):
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("size", [(72, 144), (144, 72), (45, 36), (36 * 20, 36)])
-def test_places_are_pixels_of_the_upright_picture(run, size, turned, tmp_path):
+def test_places_are_pixels_of_the_upright_image(run, size, turned, tmp_path):
     """By hand: an attention of half the crop, right of and above its centre."""
     network = trained.of_run(run_options.from_config(run[0]), run[1])
     head = network.head
@@ -124,10 +124,10 @@ def test_places_are_pixels_of_the_upright_picture(run, size, turned, tmp_path):
     exif = Image.Exif()
     exif[_TURNED[0]] = _TURNED[1] if turned else 1
     stored = size[::-1] if turned else size
-    _picture(*stored).save(tmp_path / "a.png", exif=exif)
+    _image(*stored).save(tmp_path / "a.png", exif=exif)
     answer = fixed(tmp_path / "a.png")
     assert answer.size_px == size
-    # 36 pixels of the resized picture, 32 of which are the crop, are so many here.
+    # 36 pixels of the resized image, 32 of which are the crop, are so many here.
     unit = min(size) / 36
     shift = [(side / unit - 32) / 2 for side in size]
     if size[0] == 45:
@@ -145,7 +145,7 @@ def test_places_are_pixels_of_the_upright_picture(run, size, turned, tmp_path):
     assert_allclose(answer.attention_box_px, expected, atol=1e-4)
 
 
-def test_a_box_ends_where_the_picture_does(predictor):
+def test_a_box_ends_where_the_image_does(predictor):
     answer = predictor(np.zeros((36, 36, 3), np.uint8))
     far = np.array([[-9.0, 5.0], [20.0, -3.0], [50.0, 20.0], [18.0, 40.0]])
     moved = dataclasses.replace(answer, attention_px=far)
@@ -198,15 +198,15 @@ def test_reading_stays_a_few_batches_ahead(predictor):
     answers.close()
 
 
-def test_an_unreadable_picture_stops_a_call_and_not_the_others(predictor, tmp_path):
+def test_an_unreadable_image_stops_a_call_and_not_the_others(predictor, tmp_path):
     good = tmp_path / "good.png"
-    _picture(40, 40).save(good)
+    _image(40, 40).save(good)
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(good.read_bytes()[:100])
-    with pytest.raises(pictures.PictureError, match=r"bad\.jpg"):
+    with pytest.raises(decoding.ImageError, match=r"bad\.jpg"):
         predictor([good, bad])
     kinds = [type(a) for a in predictor.each([bad, good, b"junk", good])]
-    broken = pictures.PictureError
+    broken = decoding.ImageError
     assert kinds == [broken, Prediction, broken, Prediction]
     assert predictor([]) == []
 
@@ -276,13 +276,13 @@ def test_an_export_that_lies_is_refused(run, tmp_path, change, capsys):
 
 @pytest.fixture
 def album(tmp_path):
-    """Two good pictures, one in a folder of its own, a bad one, and a text."""
+    """Two good images, one in a folder of its own, a bad one, and a text."""
     folder = tmp_path / "album"
     (folder / "more").mkdir(parents=True)
-    _picture(50, 40, seed=1).save(folder / "b2.png")
-    _picture(40, 50, seed=2).save(folder / "more" / "b2.jpg")
+    _image(50, 40, seed=1).save(folder / "b2.png")
+    _image(40, 50, seed=2).save(folder / "more" / "b2.jpg")
     (folder / "b10.jpg").write_text("<html>404</html>")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -320,21 +320,21 @@ def test_a_folder_is_predicted_and_what_is_unreadable_reported(
             assert min(image.size) >= 320
 
 
-def test_every_way_to_name_pictures(album, monkeypatch, capsys):
+def test_every_way_to_name_images(album, monkeypatch, capsys):
     b2, b10 = str(album / "b2.png"), str(album / "b10.jpg")
     inner = str(album / "more" / "b2.jpg")
-    assert predict.find_pictures([b10, "nowhere.jpg"]) == [b10, "nowhere.jpg"]
-    assert predict.find_pictures([str(album)]) == [b2, b10, inner]
-    assert predict.find_pictures([f"{album}/b*"]) == [b2, b10]
-    assert predict.find_pictures([f"{album}/**/*.jpg"]) == [b10, inner]
+    assert predict.find_images([b10, "nowhere.jpg"]) == [b10, "nowhere.jpg"]
+    assert predict.find_images([str(album)]) == [b2, b10, inner]
+    assert predict.find_images([f"{album}/b*"]) == [b2, b10]
+    assert predict.find_images([f"{album}/**/*.jpg"]) == [b10, inner]
     listed = io.TextIOWrapper(io.BytesIO(f"{b2}\n\n{inner}\n".encode() + b"\xff.jpg\n"))
     monkeypatch.setattr(sys, "stdin", listed)
-    found = predict.find_pictures(["-", b10])
+    found = predict.find_images(["-", b10])
     assert found == [b2, inner, os.fsdecode(b"\xff.jpg"), b10]
     # A file whose name looks like a pattern is that file.
     odd = album / "[1].png"
     odd.write_bytes(b"")
-    assert predict.find_pictures([str(odd)]) == [str(odd)]
+    assert predict.find_images([str(odd)]) == [str(odd)]
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_a_folder_that_cannot_be_written_is_said(run, album):
         blocked.rmdir()
 
 
-# --- pictures of pictures -----------------------------------------------------------
+# --- images with overlays -----------------------------------------------------------
 
 
 def test_heat_is_clear_where_nothing_speaks_for_the_class():

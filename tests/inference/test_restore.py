@@ -1,4 +1,4 @@
-"""What prediction reads of a checkpoint, and what only pictures need."""
+"""What prediction reads of a checkpoint, and what only images need."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from cra_jax.inference.restore import (
     restore,
     restore_attention,
 )
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, pretrained
 from tests.helpers import tiny_config
@@ -24,7 +24,7 @@ NAMES = tuple("abcde")
 
 
 def _saved(folder, kind, **changes: Any):
-    """A run folder with the first state of a run, as step 3; its config and state."""
+    """A run directory with a first state as step 3; its config and state."""
     config = tiny_config.config(folder, **{"model.kind": kind, **changes})
     training = build.build_training(config, len(NAMES), steps_per_epoch=2)
     state = train_step.create_state(
@@ -44,7 +44,7 @@ def _saved(folder, kind, **changes: Any):
 
 
 @pytest.mark.parametrize("kind", ["cra", "stn", "baseline"])
-def test_prediction_restores_the_plain_backbone_and_pictures_the_head(tmp_path, kind):
+def test_prediction_restores_the_plain_backbone_and_images_the_head(tmp_path, kind):
     changes = {"art.alpha_p": 0.9, "art.normalize_head": False}
     config, state = _saved(tmp_path, kind, **changes)
     restored = restore(run_options.from_config(config), tmp_path)
@@ -108,6 +108,6 @@ def test_averages_that_are_not_there_are_named_with_the_cure(tmp_path):
     # A run that is older than the setting took no averages.
     old = config.to_dict()
     del old["optim"]["ema_decay"]
-    restored = restore(run_options.from_config(run_folder.upgraded(old)), tmp_path)
+    restored = restore(run_options.from_config(run_directory.upgraded(old)), tmp_path)
     wanted = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], wanted)

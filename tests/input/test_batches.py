@@ -1,4 +1,4 @@
-"""The order is a function of (seed, epoch, index), and every picture counts once."""
+"""The order is a function of (seed, epoch, index), and every image counts once."""
 
 import hashlib
 import itertools
@@ -16,18 +16,18 @@ from cra_jax.runtime.prefetch import prefetch
 CROP = 8
 
 
-def tell(picture: np.ndarray) -> int:
+def tell(image: np.ndarray) -> int:
     """The index that `numbered` wrote into the third channel of every pixel."""
-    return int(picture[0, 0, 2])
+    return int(image[0, 0, 2])
 
 
 def numbered(*sizes: tuple[int, int]) -> list[np.ndarray]:
-    """Pictures whose pixel at (y, x) is (y, x, index): a window tells where it was."""
-    pictures = []
+    """Images whose pixel at (y, x) is (y, x, index): a window tells where it was."""
+    images = []
     for i, (height, width) in enumerate(sizes):
         y, x = np.mgrid[:height, :width]
-        pictures.append(np.stack([y, x, np.full_like(y, i)], -1).astype(np.uint8))
-    return pictures
+        images.append(np.stack([y, x, np.full_like(y, i)], -1).astype(np.uint8))
+    return images
 
 
 def train(
@@ -68,7 +68,7 @@ def test_batch_holds_what_its_index_says():
         np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
 
 
-def test_crops_are_windows_of_the_picture_as_it_stands():
+def test_crops_are_windows_of_the_image_as_it_stands():
     y, x = np.mgrid[:CROP, :CROP]
     for image in train().batch(0)["image"]:
         np.testing.assert_array_equal(image[..., 0], y + image[0, 0, 0])
@@ -105,7 +105,7 @@ def test_the_stream_is_pinned():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**64 - 1))
-def test_every_picture_at_most_once_an_epoch(count, batch_size, seed):
+def test_every_image_at_most_once_an_epoch(count, batch_size, seed):
     batch_size = min(batch_size, count)
     batches = train(count, seed=seed, batch_size=batch_size)
     steps = batches.steps_per_epoch
@@ -117,7 +117,7 @@ def test_every_picture_at_most_once_an_epoch(count, batch_size, seed):
         assert len(set(index.tolist())) == len(index) == steps * batch_size
 
 
-def test_other_pictures_are_dropped_each_epoch():
+def test_other_images_are_dropped_each_epoch():
     batches = train(7, batch_size=4)
     assert (batches.steps_per_epoch, batches.dropped_per_epoch) == (1, 3)
     seen = [frozenset(batches.batch(step)["index"].tolist()) for step in range(30)]
@@ -127,7 +127,7 @@ def test_other_pictures_are_dropped_each_epoch():
 
 def test_seed_and_epoch_both_change_order_crop_and_flip():
     def drawn(seed, epoch):
-        """Per picture, so that the order and the crops are told apart."""
+        """Per image, so that the order and the crops are told apart."""
         batches = train(20, sizes=[(30, 30)] * 20, seed=seed, batch_size=20)
         batch = batches.batch(epoch)
         sort = np.argsort(batch["index"])
@@ -140,7 +140,7 @@ def test_seed_and_epoch_both_change_order_crop_and_flip():
             assert not np.array_equal(one, two)
 
 
-def test_a_picture_keeps_its_crop_whatever_the_batch_size():
+def test_an_image_keeps_its_crop_whatever_the_batch_size():
     def drawn(batch_size):
         batches = train(20, batch_size=batch_size)
         rows = {}
@@ -155,7 +155,7 @@ def test_a_picture_keeps_its_crop_whatever_the_batch_size():
     assert drawn(4) == drawn(10)
 
 
-def test_crops_cover_the_picture_evenly_and_independently():
+def test_crops_cover_the_image_evenly_and_independently():
     """Chi-square over all places a crop can have, and flips, against uniform."""
     rooms = (4, 4)  # the crop can start in 4 rows and 4 columns
     size = (CROP + rooms[0] - 1, CROP + rooms[1] - 1)
@@ -213,11 +213,11 @@ def test_center_counts_each_once(batch_size):
 
 
 class Sized(list):
-    """Pictures that know their sizes, and count how often one is read."""
+    """Images that know their sizes, and count how often one is read."""
 
-    def __init__(self, pictures):
-        super().__init__(pictures)
-        self.shapes = np.array([picture.shape[:2] for picture in pictures])
+    def __init__(self, images):
+        super().__init__(images)
+        self.shapes = np.array([image.shape[:2] for image in images])
         self.reads = 0
 
     def __getitem__(self, index):
@@ -232,9 +232,9 @@ SIZES = [(8, 11), (8, 16), (12, 8), (8, 11), (9, 16), (8, 9), (16, 8), (8, 11)]
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 20])
 @pytest.mark.parametrize("kind", [Sized, list])
 def test_full_counts_each_once_and_keeps_every_pixel(bucket_px, batch_size, kind):
-    pictures = numbered(*SIZES)
+    images = numbered(*SIZES)
     batches = full_batches(
-        kind(pictures), range(8), batch_size=batch_size, bucket_px=bucket_px
+        kind(images), range(8), batch_size=batch_size, bucket_px=bucket_px
     )
     counted = []
     for number, batch in enumerate(batches):
@@ -252,17 +252,17 @@ def test_full_counts_each_once_and_keeps_every_pixel(bucket_px, batch_size, kind
             assert ((height, width), label) == (SIZES[i], i)
             step = max(bucket_px, 1)
             assert shape[1:3] == (-(-height // step) * step, -(-width // step) * step)
-            np.testing.assert_array_equal(image[:height, :width], pictures[i])
+            np.testing.assert_array_equal(image[:height, :width], images[i])
             assert not image[height:].any()
             assert not image[:, width:].any()
     assert sorted(counted) == list(range(8))
 
 
-def test_full_reads_no_picture_for_a_size_that_is_known():
-    pictures = Sized(numbered(*SIZES))
-    batches = full_batches(pictures, range(8), batch_size=3, bucket_px=4)
-    assert pictures.reads == 0
-    assert sum(batch["valid"].sum() for batch in batches) == pictures.reads == 8
+def test_full_reads_no_image_for_a_size_that_is_known():
+    images = Sized(numbered(*SIZES))
+    batches = full_batches(images, range(8), batch_size=3, bucket_px=4)
+    assert images.reads == 0
+    assert sum(batch["valid"].sum() for batch in batches) == images.reads == 8
 
 
 def test_groups_come_by_size_and_members_in_the_order_of_the_split():
@@ -334,15 +334,15 @@ def test_the_devices_of_all_hosts_share_the_same_batch(hosts, devices, monkeypat
         assert_same(rows, whole.batch(step))
 
 
-@pytest.mark.parametrize("kind", [list, lambda pictures: Sized(pictures)])
+@pytest.mark.parametrize("kind", [list, lambda images: Sized(images)])
 def test_a_plan_is_the_batch_without_its_pixels(kind):
     sizes = [(10 + i % 5, 9 + i % 7) for i in range(21)]
-    pictures = kind(numbered(*sizes))
+    images = kind(numbered(*sizes))
     batches = TrainBatches(
-        pictures, [0] * 21, batch_size=4, crop_px=CROP, seed=3, shard=(1, 2)
+        images, [0] * 21, batch_size=4, crop_px=CROP, seed=3, shard=(1, 2)
     )
     plans = [batches.plan(step) for step in range(12)]
-    assert getattr(pictures, "reads", 0) == 0  # sizes that are known cost nothing
+    assert getattr(images, "reads", 0) == 0  # sizes that are known cost nothing
     for step, plan in enumerate(plans):
         batch = batches.batch(step)
         corner = batch.pop("image")[:, 0, 0, :2]  # `numbered` wrote (y, x) there
@@ -356,11 +356,11 @@ def test_hosts_evaluate_disjoint_rows_in_as_many_batches(hosts):
         (center_batches, {"crop_px": CROP}),
         (full_batches, {"bucket_px": 4}),
     ):
-        pictures = numbered(*SIZES, (13, 8))
+        images = numbered(*SIZES, (13, 8))
         kwargs: Any = {"batch_size": 4, **extra}
-        whole = make(pictures, range(9), **kwargs)
+        whole = make(images, range(9), **kwargs)
         parts = [
-            make(pictures, range(9), shard=(i, hosts), **kwargs) for i in range(hosts)
+            make(images, range(9), shard=(i, hosts), **kwargs) for i in range(hosts)
         ]
         assert {len(part) for part in parts} == {len(whole)}
         for number, batch in enumerate(whole):
@@ -381,20 +381,20 @@ def test_hosts_that_cannot_share_a_batch_are_told():
             train(shard=shard)
 
 
-def test_too_few_pictures_for_a_batch():
+def test_too_few_images_for_a_batch():
     with pytest.raises(ValueError, match=r"set train.batch_size to 3 or less"):
         train(3, batch_size=4)
 
 
 @pytest.mark.parametrize("make", [Sized, list])
-def test_a_picture_smaller_than_the_crop_is_named(make):
-    pictures = make(numbered((9, 9), (12, 7), (9, 9)))
+def test_an_image_smaller_than_the_crop_is_named(make):
+    images = make(numbered((9, 9), (12, 7), (9, 9)))
     kwargs: dict[str, Any] = {"batch_size": 3, "crop_px": 8}
     match = r"image 1 is 12 x 7 .*data.crop_px to 7 or less, or data.short_side_px"
     with pytest.raises(ValueError, match=match):
-        TrainBatches(pictures, [0, 0, 0], seed=0, **kwargs).batch(0)
+        TrainBatches(images, [0, 0, 0], seed=0, **kwargs).batch(0)
     with pytest.raises(ValueError, match=match):
-        list(center_batches(pictures, [0, 0, 0], **kwargs))
+        list(center_batches(images, [0, 0, 0], **kwargs))
 
 
 def test_sizes_that_are_known_are_checked_before_training():
@@ -413,12 +413,12 @@ def test_sizes_that_are_known_are_checked_before_training():
         ({"crop_px": 0}, "data.crop_px is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "between 0 and 2"),
-        ({"pictures": []}, "the split has no images"),
+        ({"images": []}, "the split has no images"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], match: str):
     arguments: dict[str, Any] = {
-        "pictures": numbered((9, 9), (9, 9), (9, 9)),
+        "images": numbered((9, 9), (9, 9), (9, 9)),
         "labels": [0, 1, 2],
         "batch_size": 3,
         "crop_px": 8,
@@ -435,9 +435,9 @@ def test_a_negative_step_or_bucket_is_refused():
         full_batches(numbered((9, 9)), [0], batch_size=1, bucket_px=-8)
 
 
-def test_pictures_of_another_kind_are_not_cast_in_silence():
+def test_images_of_another_kind_are_not_cast_in_silence():
     grey = [np.zeros((9, 9), np.uint8)]
     floats = [np.zeros((9, 9, 3))]
-    for pictures in (grey, floats):
+    for images in (grey, floats):
         with pytest.raises(ValueError, match=r"give uint8 \[h, w, 3\]"):
-            center_batches(pictures, [0], batch_size=1, crop_px=8)[0]
+            center_batches(images, [0], batch_size=1, crop_px=8)[0]

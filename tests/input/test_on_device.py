@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cra_jax.input.batches import TrainBatches
 from cra_jax.input.on_device import DeviceImages
 from cra_jax.runtime import devices as devices_module
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.devices import (
     _available_bytes,
     all_mean,
@@ -27,8 +27,8 @@ CROP = 6
 SIDES = st.tuples(st.integers(CROP, 30), st.integers(CROP, 30))
 
 
-class Pictures(list):
-    """Noise of given sizes, which are known before a picture is read."""
+class Images(list):
+    """Noise of given sizes, which are known before an image is read."""
 
     def __init__(self, sizes):
         rng = np.random.default_rng(0)
@@ -38,11 +38,11 @@ class Pictures(list):
 
 def assert_same_batches(sizes, *, steps: int = 4, seed: int = 0) -> None:
     """Compares the two paths over `steps` batches, through prefetching's door."""
-    pictures = Pictures(sizes)
+    images = Images(sizes)
     batches = TrainBatches(
-        pictures, np.arange(len(sizes)), batch_size=8, crop_px=CROP, seed=seed
+        images, np.arange(len(sizes)), batch_size=8, crop_px=CROP, seed=seed
     )
-    kept = DeviceImages(pictures, crop_px=CROP, progress=False)
+    kept = DeviceImages(images, crop_px=CROP, progress=False)
     for step in range(steps):
         on_host = batches.batch(step)
         del on_host["index"]
@@ -60,24 +60,24 @@ def test_any_shapes_give_the_batches_of_the_host(sizes, seed):
 
 
 def test_extreme_places_are_cut_right():
-    """Crops as large as the picture, and pictures of one row or column to spare."""
+    """Crops as large as the image, and images of one row or column to spare."""
     exact = [(CROP, CROP)] * 4 + [(CROP, CROP + 1), (CROP + 1, CROP)] * 4
     assert_same_batches([*exact, (CROP, 90), (90, CROP)], steps=20)
 
 
 def test_a_store_of_one_short_side_is_not_padded():
-    pictures = Pictures([(9, 12), (20, 9), (9, 9)] * 3)
-    kept = DeviceImages(pictures, crop_px=CROP, progress=False)
-    assert kept._lines.nbytes == sum(picture.nbytes for picture in pictures)
+    images = Images([(9, 12), (20, 9), (9, 9)] * 3)
+    kept = DeviceImages(images, crop_px=CROP, progress=False)
+    assert kept._lines.nbytes == sum(image.nbytes for image in images)
 
 
 def test_a_step_takes_what_is_cut_without_a_copy():
-    """The pictures go to the devices once, and the batch stays where it was cut."""
-    pictures = Pictures([(9, 12)] * 16)
+    """The images go to the devices once, and the batch stays where it was cut."""
+    images = Images([(9, 12)] * 16)
     batches = TrainBatches(
-        pictures, np.zeros(16, int), batch_size=16, crop_px=CROP, seed=0
+        images, np.zeros(16, int), batch_size=16, crop_px=CROP, seed=0
     )
-    kept = DeviceImages(pictures, crop_px=CROP, progress=False)
+    kept = DeviceImages(images, crop_px=CROP, progress=False)
     plan = batches.plan(0)
     kept.batch(plan)  # compiles; what it holds of constants is sent then
     assert len(kept._lines.addressable_shards) == device_count() == 8
@@ -98,15 +98,15 @@ def test_a_step_takes_what_is_cut_without_a_copy():
 
 def test_too_large_for_the_devices_is_refused_with_the_figures(monkeypatch):
     monkeypatch.setattr(devices_module, "free_bytes", lambda: 2_000_000)
-    pictures = Pictures([(100, 200)] * 40)
+    images = Images([(100, 200)] * 40)
     match = (
         r"data.on_device: 40 training images take 2.4 MB of 2.0 MB free on "
         r"each of 8 x cpu: set data.on_device=False"
     )
     with pytest.raises(ValueError, match=match):
-        DeviceImages(pictures, crop_px=CROP)
+        DeviceImages(images, crop_px=CROP)
     monkeypatch.setattr(devices_module, "free_bytes", lambda: 2_400_000)
-    DeviceImages(pictures, crop_px=CROP, progress=False)
+    DeviceImages(images, crop_px=CROP, progress=False)
 
 
 class Device:
@@ -138,7 +138,7 @@ def test_free_memory_of_a_host_is_shared_by_its_devices(monkeypatch):
 
 
 def test_training_is_the_same_to_the_bit(tmp_path):
-    """Both runs log the same numbers, and say where the pictures are."""
+    """Both runs log the same numbers, and say where the images are."""
     logged = []
     for on_device in (False, True):
         config = tiny_config.config(
@@ -151,14 +151,14 @@ def test_training_is_the_same_to_the_bit(tmp_path):
         )
         workdir = tmp_path / str(on_device)
         train.run(config, workdir)
-        lines = run_folder.read_metrics(workdir)
+        lines = run_directory.read_metrics(workdir)
         timed = {"images_per_second", "eta_seconds"}
         logged.append([{k: x[k] for k in x.keys() - timed} for x in lines])
     assert logged[0] == logged[1]
     assert {x["split"] for x in logged[0]} == {"train", "test", "test_shifted"}
 
 
-def test_pictures_that_are_streamed_cannot_stay(tmp_path):
+def test_images_that_are_streamed_cannot_stay(tmp_path):
     config = tiny_config.config(
         tmp_path, **{"data.on_device": True, "data.prepare": False}
     )

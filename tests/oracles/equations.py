@@ -36,7 +36,7 @@ def affine_grid(theta, size):
 
 
 def attention_matrix(gamma_res):
-    """Returns the 2 x 3 matrix of one picture's four attention parameters. Eq. (4)."""
+    """Returns the 2 x 3 matrix of one image's four attention parameters. Eq. (4)."""
     g1, g2, g3, g4 = (float(g) for g in gamma_res)
     return np.array(
         [
@@ -217,7 +217,7 @@ def restriction_weight(epoch, first_epochs=50, period_epochs=45):
 
 
 def full_protocol(features, window, weight, bias):
-    """[h, w, c] features of one whole picture -> [k] scores, averaged over places.
+    """[h, w, c] features of one whole image -> [k] scores, averaged over places.
 
     Every `window` x `window` part of the feature map is mean-pooled and classified
     (`weight` [c, k], `bias` [k]); the mean of the outputs comes back.

@@ -41,7 +41,7 @@ def test_runs_that_differ_in_the_seed_are_a_group(tmp_path):
     assert found.notes == []
 
 
-def test_the_same_pictures_are_paired(tmp_path):
+def test_the_same_images_are_paired(tmp_path):
     runs = [
         make(tmp_path / "a", right=3, seed=0),
         make(tmp_path / "b", right=3, seed=1),
@@ -67,18 +67,18 @@ def test_one_run_of_each_is_paired_whatever_the_seed(tmp_path):
     assert len(compare_statistics.compare(runs).pairs) == 1
 
 
-def test_other_pictures_are_not_paired(tmp_path):
+def test_other_images_are_not_paired(tmp_path):
     runs = [
         make(tmp_path / "a"),
         make(tmp_path / "b", variant="baseline", labels=(1, 0) * 5),
     ]
     found = compare_statistics.compare(runs)
     assert found.pairs == []
-    assert "a and b saw different pictures or labels" in found.notes[0]
+    assert "a and b saw different images or labels" in found.notes[0]
 
 
 @pytest.mark.parametrize("how", ["none", "of another checkpoint"])
-def test_what_is_not_known_of_each_picture_is_said(tmp_path, how):
+def test_what_is_not_known_of_each_image_is_said(tmp_path, how):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", variant="baseline")]
     path = runs[1] / "results" / "test-center.csv"
     if how == "none":
@@ -88,7 +88,7 @@ def test_what_is_not_known_of_each_picture_is_said(tmp_path, how):
     found = compare_statistics.compare(runs)
     assert found.pairs == []
     assert len(found.notes) == 1
-    assert "what b says of each picture is not known" in found.notes[0]
+    assert "what b says of each image is not known" in found.notes[0]
 
 
 def test_a_run_again_is_no_second_draw(tmp_path):

@@ -20,15 +20,15 @@ from cra_jax.reports import (
     figures,
     training_curves,
 )
-from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime import run_directory, training_log
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.runtime.run_folder import Result
+from cra_jax.runtime.run_directory import Result
 from cra_jax.training import build
 from tests.helpers import tiny_config
 
 
 def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: Any):
-    """A run folder as training leaves it, without training; returns its config."""
+    """A run directory as training leaves it, without training; returns its config."""
     config = tiny_config.config(cache, **{"model.kind": kind, "seed": seed, **changes})
     dataset = build.load_dataset(config)
     names = dataset.class_names
@@ -37,7 +37,7 @@ def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: An
         jax.random.key(seed), training.network, training.optimizer, crop_px=32
     )
     folder.mkdir()
-    run_folder.keep_config(folder, config.to_dict())
+    run_directory.keep_config(folder, config.to_dict())
     meta = {"class_names": names, "epoch": 2, "config": config.to_dict()}
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(12, state, meta, metric=0.5)
@@ -62,11 +62,11 @@ def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: An
 
 
 def _size(png: Path) -> tuple[int, int]:
-    with Image.open(png) as picture:
-        colours = picture.convert("RGB").getcolors(1 << 24)
+    with Image.open(png) as image:
+        colours = image.convert("RGB").getcolors(1 << 24)
         assert colours is not None
         assert len(colours) > 50, f"{png} is empty"
-        return picture.size
+        return image.size
 
 
 def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
@@ -110,7 +110,7 @@ def test_an_stn_and_runs_that_do_not_compare(tmp_path):
     drawn, _ = figures.draw_all(run_options.from_config(config), tmp_path / "stn")
     assert "attention" in [x.name for x in drawn]
     _saved(tmp_path / "other", cache, "baseline", **{"data.seed": 5})
-    with pytest.raises(ValueError, match=r"was tested on other pictures than .*stn"):
+    with pytest.raises(ValueError, match=r"was tested on other images than .*stn"):
         figures.draw_all(
             run_options.from_config(config),
             tmp_path / "stn",
@@ -120,7 +120,7 @@ def test_an_stn_and_runs_that_do_not_compare(tmp_path):
     changed.data.num_species = 5
     with pytest.raises(ValueError, match="the data has 5 classes, the checkpoint 8"):
         figures.draw_all(run_options.from_config(changed), tmp_path / "stn")
-    (tmp_path / "stn" / run_folder.SNAPSHOTS).unlink()
+    (tmp_path / "stn" / run_directory.SNAPSHOTS).unlink()
     _, notes = figures.draw_all(run_options.from_config(config), tmp_path / "stn")
     assert any("has no snapshots" in note for note in notes)
 
@@ -143,7 +143,7 @@ def test_pairs_are_counted_both_ways_and_shown_by_the_surest_mistake():
         confusions.Pair((1, 2), wrong=(1, 0), count=(3, 2), examples=(6, 4)),
     ]
     every = confusions.confused_pairs(_results(pairs), most=9)
-    # Class 4 has no picture in the split.
+    # Class 4 has no image in the split.
     assert [x.labels for x in every] == [(0, 1), (1, 2), (2, 3)]
     assert confusions.confused_pairs(_results([(0, 0), (1, 1)]), most=9) == []
     # Three one way and none the other are more than one each way.
@@ -151,7 +151,7 @@ def test_pairs_are_counted_both_ways_and_shown_by_the_surest_mistake():
     assert [x.labels for x in confusions.confused_pairs(one_way, most=1)] == [(2, 3)]
 
 
-def test_what_was_put_right_and_other_pictures_of_a_class():
+def test_what_was_put_right_and_other_images_of_a_class():
     before = _results([(0, 1), (0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (2, 1)])
     after = _results([(0, 0), (0, 1), (1, 1), (1, 1), (0, 1), (0, 0), (2, 1)])
     assert confusions.put_right(before, after) == [0, 2]
@@ -221,9 +221,9 @@ def test_names_fit_into_narrow_columns():
 
 
 def test_names_are_no_formulas_and_unknown_scripts_no_warnings(tmp_path):
-    picture = np.zeros((8, 8, 3), np.uint8)
+    image = np.zeros((8, 8, 3), np.uint8)
     names = ("a $x^2 bird$", "鳥 of $\\notacommand$")
-    pair = figure_panels.Confusion(names, (picture, picture), (1, 0), (2, 2))
+    pair = figure_panels.Confusion(names, (image, image), (1, 0), (2, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = figure_panels.confusions([pair])
@@ -237,9 +237,9 @@ def test_names_are_no_formulas_and_unknown_scripts_no_warnings(tmp_path):
 
 
 def test_the_outline_is_drawn_where_the_attention_is():
-    picture = np.zeros((16, 16, 3), np.uint8)
+    image = np.zeros((16, 16, 3), np.uint8)
     corners = art_module.corners_px(np.array([[[0.5, 0, 0], [0, 0.5, 0]]]), 16)
-    one = figure_panels.Attended(picture, "auk", corners, picture[None], None, None)
+    one = figure_panels.Attended(image, "auk", corners, image[None], None, None)
     figure = figure_panels.attention_over_epochs([one], [3], title="STN")
     (outline,) = [p for p in figure.axes[0].patches if isinstance(p, Polygon)]
     np.testing.assert_allclose(outline.get_xy()[:4], corners[0])
@@ -248,10 +248,10 @@ def test_the_outline_is_drawn_where_the_attention_is():
 
 
 def test_a_map_is_clear_where_nothing_is_active_and_lighter_where_more_is():
-    picture = np.full((4, 4, 3), 90, np.uint8)
+    image = np.full((4, 4, 3), 90, np.uint8)
     activation = np.zeros((4, 4))
     activation[0] = (-5, 1, 2, 4)
-    shown = figure_style.overlay_activation(picture, activation).astype(int)
+    shown = figure_style.overlay_activation(image, activation).astype(int)
     assert (shown[1:] == shown[3, 3]).all()
     assert (shown[0, 0] == shown[3, 3]).all()
     assert np.ptp(shown[3, 3]) == 0  # grey

@@ -57,7 +57,7 @@ def test_every_row_is_found_and_no_other():
             "backbone": row.backbone,
             "kind": row.kind,
             "protocol": row.protocol,
-            "count": paper_results.TEST_PICTURES[row.data],
+            "count": paper_results.TEST_IMAGES[row.data],
         }
         assert paper_results.find(**run) is row
         assert paper_results.find(**run | {"count": 145}) is None  # a part of the set

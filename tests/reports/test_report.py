@@ -12,7 +12,7 @@ from PIL import Image
 from configs.cub import get_config
 from cra_jax.inference import run_options
 from cra_jax.reports import html_page, report, run_summary, uncertainty
-from cra_jax.runtime import run_folder
+from cra_jax.runtime import run_directory
 from cra_jax.training import train
 from tests.helpers import tiny_config
 from tests.helpers.fake_runs import make, write_start
@@ -79,9 +79,9 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(trained):
     assert all(x.startswith("data:") for x in others)
     assert {x[1:] for x in anchors} <= found.ids
     assert "#figures" in anchors
-    pictures = [x for x in others if x.startswith("data:image/png;base64,")]
-    assert len(pictures) >= 3
-    for uri in pictures:
+    images = [x for x in others if x.startswith("data:image/png;base64,")]
+    assert len(images) >= 3
+    for uri in images:
         image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
         assert min(image.size) > 100
     text = (workdir / "report" / "index.html").read_text()
@@ -91,7 +91,7 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(trained):
 def test_its_numbers_are_those_of_the_run(trained):
     config, workdir = trained
     found = _read(workdir)
-    lines = run_summary.newest(run_folder.read_metrics(workdir))
+    lines = run_summary.newest(run_directory.read_metrics(workdir))
     assert [x["split"] for x in lines] == ["test", "test_shifted"]
     for line in lines:
         low, high = uncertainty.wilson(round(line["top1"] * 40), 40)
@@ -144,15 +144,18 @@ def test_without_the_checkpoint_the_numbers_are_there_all_the_same(tmp_path, cap
     surest = [r for r in found.cells if r[0].startswith("test/")]
     assert [r[0] for r in surest] == ["test/009.jpg", "test/008.jpg", "test/007.jpg"]
     assert surest[0][1:] == ["class 1", "class 0", "59.0"]
-    # 20 steps of 64 pictures at 64 pictures a second.
-    assert run_summary.time_trained(run_folder.read_metrics(workdir), 64) == (20, 1280)
+    # 20 steps of 64 images at 64 images a second.
+    assert run_summary.time_trained(run_directory.read_metrics(workdir), 64) == (
+        20,
+        1280,
+    )
     assert "20 s" in found.text
     assert "64 images/s" in found.text
 
 
 def test_doubts_stand_at_the_top(tmp_path):
     workdir = make(tmp_path / "run", changes={"train.epochs": 9})
-    run_folder.append_metrics(
+    run_directory.append_metrics(
         workdir,
         {"step": 30, "epoch": 3, "split": "train", "images_per_second": 64.0}
         | {"gamma_saturated": 0.8},
@@ -164,7 +167,7 @@ def test_doubts_stand_at_the_top(tmp_path):
     for text in (
         "Not finished: epoch 3 of 9.",
         "The last scores are of epoch 2; training is at 3.",
-        "In 80 % of the pictures the attention sits in a corner",
+        "In 80 % of the images the attention sits in a corner",
         "different code: aaaaaaa, bbbbbbb + 1 changed file.",
         "different devices: 1 x cpu, 8 x test.",
     ):

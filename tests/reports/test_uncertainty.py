@@ -58,7 +58,7 @@ def test_mcnemar_by_hand():
     second = np.array([1, 1, 0, 1, 1, 1, 1, 1, 0, 1], bool)
     found = uncertainty.mcnemar(first, second)
     assert found[:4] == (3, 1, 5, 1)
-    # 6 pictures differ: 2 * (C(6,0) + C(6,1)) / 2 ** 6.
+    # 6 images differ: 2 * (C(6,0) + C(6,1)) / 2 ** 6.
     assert found.p == pytest.approx(2 * 7 / 64)
     assert found.difference == pytest.approx(second.mean() - first.mean())
     assert uncertainty.mcnemar(second, first).p == pytest.approx(found.p)
@@ -69,7 +69,7 @@ def test_mcnemar_of_the_same_answers():
     assert uncertainty.mcnemar(right, right) == (2, 0, 0, 1, 1.0)
 
 
-def test_mcnemar_refuses_other_pictures():
+def test_mcnemar_refuses_other_images():
     with pytest.raises(ValueError, match="no pairs"):
         uncertainty.mcnemar(np.ones(3), np.ones(4))
     with pytest.raises(ValueError, match="no pairs"):

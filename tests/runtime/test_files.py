@@ -1,4 +1,4 @@
-"""Atomic writes and locks; test_store.py checks what reaches the disk, and when."""
+"""Atomic writes and locks; test_image_cache.py checks what reaches the disk."""
 
 import os
 import re

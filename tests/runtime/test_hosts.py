@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from cra_jax.inference import evaluate, run_options
-from cra_jax.runtime import devices, hosts, run_folder
+from cra_jax.runtime import devices, hosts, run_directory
 from cra_jax.training import train
 from tests.helpers import one_of_two_hosts
 
@@ -39,7 +39,7 @@ def test_what_is_wrong_on_one_host_is_said_on_both(talk):
         assert said["fails"] == "ValueError: host 1: no such folder: mine"
 
 
-def test_a_step_is_of_all_rows_and_a_pass_of_all_pictures(talk):
+def test_a_step_is_of_all_rows_and_a_pass_of_all_images(talk):
     for said, *_ in talk:
         assert said["steps"] == [[22.5, 22.5], 7.5]
         logits, labels, share = said["scores"]
@@ -64,8 +64,8 @@ def test_two_hosts_give_the_numbers_of_one(pair, tmp_path):
     two_epochs = one_of_two_hosts.config(folder, **{"train.epochs": 2})
     scores = train.run(two_epochs, tmp_path, allow_change=True)
     evaluate.run(run_options.from_config(two_epochs), tmp_path)
-    expected = run_folder.read_metrics(tmp_path)
-    found = run_folder.read_metrics(folder / "run")
+    expected = run_directory.read_metrics(tmp_path)
+    found = run_directory.read_metrics(folder / "run")
     assert len(found) == len(expected) == 4 + 2 * 2 + 2
     for line, other in zip(found, expected, strict=True):
         assert line.keys() == other.keys()
@@ -77,7 +77,7 @@ def test_two_hosts_give_the_numbers_of_one(pair, tmp_path):
                 assert line[name] == value, name
     for split in scores:
         rows = [
-            run_folder.read_results(run, split, "full")
+            run_directory.read_results(run, split, "full")
             for run in (folder / "run", tmp_path)
         ]
         assert [x.predicted for x in rows[0]] == [x.predicted for x in rows[1]]

@@ -21,13 +21,13 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
 
 def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
-    with progress.Progress(4, "look", unit="pictures") as bar:
+    with progress.Progress(4, "look", unit="images") as bar:
         bar.advance()
     monkeypatch.setattr(progress, "LOG_EVERY_S", 1e6)
-    with progress.Progress(4, "end", unit="pictures") as bar:
+    with progress.Progress(4, "end", unit="images") as bar:
         bar.advance(3)
         bar.advance()
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"look: 1 of 4 pictures, .* pictures/s, \d+ s left", lines[0])
-    assert re.fullmatch(r"end: 4 of 4 pictures, .* pictures/s, 0 s left", lines[1])
+    assert re.fullmatch(r"look: 1 of 4 images, .* images/s, \d+ s left", lines[0])
+    assert re.fullmatch(r"end: 4 of 4 images, .* images/s, 0 s left", lines[1])
     assert len(lines) == 2

@@ -2,7 +2,7 @@
 
 import json
 
-from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime import run_directory, training_log
 
 
 def test_a_resumed_log_drops_what_comes_after(tmp_path):
@@ -41,19 +41,19 @@ def _attended(log, step):
 
 
 def test_snapshots_of_a_resumed_run_are_neither_doubled_nor_lost(tmp_path):
-    assert run_folder.read_snapshots(tmp_path) == []
+    assert run_directory.read_snapshots(tmp_path) == []
     for _ in range(2):  # killed before the first checkpoint, it begins anew
         with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
             for step in (0, 2, 4, 6):
                 _attended(log, step)
     with training_log.Log(tmp_path, first_step=4, total_steps=8) as log:
         _attended(log, 6)
-    lines = run_folder.read_snapshots(tmp_path)
+    lines = run_directory.read_snapshots(tmp_path)
     places = [(x["step"], x["epoch"], x["index"], x["name"]) for x in lines]
     assert places == [
-        (step, step // 2, *picture)
+        (step, step // 2, *image)
         for step in (0, 2, 4, 6)
-        for picture in ((5, "five"), (9, "nine"))
+        for image in ((5, "five"), (9, "nine"))
     ]
     assert lines[2]["matrix"] == [[1, 0, 2], [0, 1, 0]]
     assert lines[1]["matrix"][0][0] == 0.123457
@@ -63,4 +63,4 @@ def test_snapshots_of_a_resumed_run_are_neither_doubled_nor_lost(tmp_path):
 def test_a_run_without_attention_has_no_file_of_it(tmp_path):
     with training_log.Log(tmp_path, first_step=0, total_steps=8):
         pass
-    assert not (tmp_path / run_folder.SNAPSHOTS).exists()
+    assert not (tmp_path / run_directory.SNAPSHOTS).exists()

@@ -1,4 +1,4 @@
-"""Mixed pictures against NumPy and torch, and what training makes of them."""
+"""Mixed images against NumPy and torch, and what training makes of them."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from cra_jax import losses, train_step
 from cra_jax.backbones import resnet
 from cra_jax.inference import run_options
 from cra_jax.inference.restore import restore
-from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime import run_directory, training_log
 from cra_jax.training import check_config, mixing, train
 from tests.helpers import tiny_config
 
@@ -35,18 +35,18 @@ def _images(count=5):
     return rng.normal(size=(count, *SIZE, 3)).astype(np.float32)
 
 
-def _resized(pictures, size):
+def _resized(images, size):
     """``[h, w, c]`` -> another size, by torch."""
-    planes = torch.tensor(pictures).permute(2, 0, 1)[None]
+    planes = torch.tensor(images).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(
         planes, size, mode="bilinear", align_corners=False
     )
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _cut(picture, box):
+def _cut(image, box):
     top, bottom, left, right = box
-    return picture[top:bottom, left:right]
+    return image[top:bottom, left:right]
 
 
 def test_a_box_of_the_partner_is_resized_into_the_box():
@@ -177,7 +177,7 @@ def _mixed(kind, batch, *, state=None, **options):
 @pytest.mark.parametrize(
     "kind", ["cutmix", pytest.param("snapmix", marks=pytest.mark.slow)]
 )
-def test_draws_are_of_seed_step_and_picture_and_of_nothing_else(kind):
+def test_draws_are_of_seed_step_and_image_and_of_nothing_else(kind):
     batch = _batch(8)
     _, mixed, labels = _mixed(kind, batch)
     assert_array_equal(labels.own, batch["label"])
@@ -198,7 +198,7 @@ def test_draws_are_of_seed_step_and_picture_and_of_nothing_else(kind):
         assert np.abs(other[1] - mixed).max() > 0.1
 
 
-def test_the_map_is_of_the_pictures_own_class_in_n_cls():
+def test_the_map_is_of_the_images_own_class_in_n_cls():
     images, mixed, labels = _mixed("snapmix", _batch(8))
     variables = {
         "params": _state().params["classification_stream"],
@@ -220,7 +220,7 @@ def test_the_map_is_of_the_pictures_own_class_in_n_cls():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probability_is_how_often_a_picture_is_mixed(kind):
+def test_probability_is_how_often_an_image_is_mixed(kind):
     images, mixed, labels = _mixed(kind, _batch(8), probability=0.0)
     assert_array_equal(mixed, images)
     assert_array_equal(labels.own_weight, 1)
@@ -305,6 +305,6 @@ def test_a_run_with_everything_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     newest = restore(run_options.from_config(config), tmp_path / "whole")
     kernels = (x.variables["params"]["fc"]["kernel"] for x in (newest, want))
     assert np.abs(np.subtract(*kernels)).max() > 0
-    lines = run_folder.read_metrics(tmp_path / "whole")
+    lines = run_directory.read_metrics(tmp_path / "whole")
     mixed = [line["mixed"] for line in lines if line["split"] == "train"]
     assert 0.1 < np.mean(mixed) < 0.9

@@ -41,7 +41,7 @@ import tensorflow_datasets as tfds
 
 class HandDrawn(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "get pictures.tar, with train/ and test/"
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "get images.tar, with train/ and test/"
 
     def _info(self):
         features = {
@@ -54,7 +54,7 @@ class HandDrawn(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         ACT
-        archive = dl_manager.manual_dir / "pictures.tar"
+        archive = dl_manager.manual_dir / "images.tar"
         return {
             split: self._generate_examples(archive, split)
             for split in ("train", "test")
@@ -68,7 +68,7 @@ class HandDrawn(tfds.core.GeneratorBasedBuilder):
                     yield name, {"image": files.extractfile(name), "label": label}
 """
 
-PICTURES = {
+IMAGES = {
     f"{split}/{label}{i}.jpg": tiny_tfds.jpeg(seed)
     for seed, (split, label, i) in enumerate(
         (split, label, i)
@@ -108,11 +108,11 @@ def builder(tmp_path, monkeypatch):
     sys.modules.pop("hand_drawn", None)
 
 
-def place_pictures(folder: Path) -> Path:
+def place_images(folder: Path) -> Path:
     """The archive, as got by hand."""
     folder.mkdir(parents=True)
-    with tarfile.open(folder / "pictures.tar", "w") as archive:
-        for name, content in PICTURES.items():
+    with tarfile.open(folder / "images.tar", "w") as archive:
+        for name, content in IMAGES.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -162,19 +162,19 @@ def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
     assert "caching" not in capsys.readouterr().err
 
 
-def test_streamed_pictures_are_not_stored(tmp_path, capsys):
+def test_streamed_images_are_not_stored(tmp_path, capsys):
     lines = run(tmp_path, capsys, **{"data.prepare": False})
     assert "train: 96 images of 8 classes, decoded at each use" in lines[1]
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_with_a_picture_that_cannot_be_read(tmp_path, capsys):
-    for name, content in PICTURES.items():
+def test_a_folder_with_an_image_that_cannot_be_read(tmp_path, capsys):
+    for name, content in IMAGES.items():
         split, file = name.split("/")
         place = tmp_path / "birds" / split / file[:-5] / file
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(content)
-    (tmp_path / "birds" / "train" / "wren" / "wren0.jpg").write_bytes(b"no picture")
+    (tmp_path / "birds" / "train" / "wren" / "wren0.jpg").write_bytes(b"no image")
     changes = {
         "data.source": "folder",
         "data.path": str(tmp_path / "birds"),
@@ -232,7 +232,7 @@ def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypa
     assert lines[-2].startswith("all was there already")
 
 
-def test_too_few_pictures_are_found_before_any_is_decoded(tmp_path, capsys):
+def test_too_few_images_are_found_before_any_is_decoded(tmp_path, capsys):
     with pytest.raises(ValueError, match="96 training images do not fill one batch"):
         run(tmp_path, capsys, **{"train.batch_size": 128})
     assert not (tmp_path / "cache").exists()
@@ -255,12 +255,12 @@ def test_weights_are_named_before_the_data(tmp_path, capsys):
     assert lines[3] == "data: synthetic, 8 classes"
 
 
-def test_weights_that_do_not_fit_stop_it_before_pictures_are_stored(tmp_path, capsys):
+def test_weights_that_do_not_fit_stop_it_before_images_are_stored(tmp_path, capsys):
     file = tmp_path / "mine.safetensors"
     save_file({"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, file)
     with pytest.raises(ValueError, match="59 missing"):
         run(tmp_path, capsys, **{"model.pretrained": str(file)})
-    assert not list(tmp_path.rglob("*.json"))  # of a store
+    assert not list(tmp_path.rglob("*.json"))  # of an image cache
 
 
 def test_weights_that_are_not_there_stop_it_first(tmp_path, capsys):
@@ -290,7 +290,7 @@ def test_a_set_that_is_built_is_stored(tmp_path, capsys):
 
 def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
     builder()
-    manual = place_pictures(tmp_path / "by hand")
+    manual = place_images(tmp_path / "by hand")
     named = {
         "data.source": "tfds",
         "data.name": "hand_drawn",
@@ -312,14 +312,14 @@ def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
         contents = {e.content(): found.class_names[e.label] for e in examples}
         assert contents == {
             content: "wren" if "wren" in name else "tit"
-            for name, content in PICTURES.items()
+            for name, content in IMAGES.items()
             if name.startswith(split)
         }
 
 
 def test_by_default_archives_are_sought_below_the_sets(tmp_path, builder, capfd):
     builder()
-    place_pictures(tmp_path / "sets" / "downloads" / "manual")
+    place_images(tmp_path / "sets" / "downloads" / "manual")
     assert tfds_build.build("hand_drawn", tmp_path / "sets") is True
     said = capfd.readouterr()
     assert said.out == ""  # tfds talks on standard output
@@ -330,7 +330,7 @@ def test_by_default_archives_are_sought_below_the_sets(tmp_path, builder, capfd)
 
 def test_of_two_processes_one_builds(tmp_path, builder):
     builder()
-    manual = place_pictures(tmp_path / "by hand")
+    manual = place_images(tmp_path / "by hand")
     build = functools.partial(
         tfds_build.build, "hand_drawn", tmp_path / "sets", manual_dir=manual
     )
@@ -342,7 +342,7 @@ def test_tensorflow_works_without_a_gpu_in_its_own_process(tmp_path, builder):
     if not importlib.util.find_spec("tensorflow"):
         pytest.skip('SKIPPED, NOT PASSED: no TensorFlow; pip install ".[tfds-build]"')
     builder(ON_TENSORFLOW)
-    manual = place_pictures(tmp_path / "by hand")
+    manual = place_images(tmp_path / "by hand")
     assert tfds_build.build("hand_drawn", tmp_path / "sets", manual_dir=manual)
     assert "tensorflow" not in sys.modules
 
@@ -357,7 +357,7 @@ def test_tensorflow_works_without_a_gpu_in_its_own_process(tmp_path, builder):
 )
 def test_a_build_that_fails(act, message, tmp_path, builder):
     builder(act)
-    place_pictures(tmp_path / "by hand")
+    place_images(tmp_path / "by hand")
     with pytest.raises(ValueError, match=f"tfds cannot build hand_drawn: {message}"):
         tfds_build.build(
             "hand_drawn", tmp_path / "sets", manual_dir=tmp_path / "by hand"
@@ -367,7 +367,7 @@ def test_a_build_that_fails(act, message, tmp_path, builder):
 
 def test_archives_that_were_never_placed(tmp_path, builder):
     builder()
-    with pytest.raises(ValueError, match=r"manual does not exist.* get pictures\.tar"):
+    with pytest.raises(ValueError, match=r"manual does not exist.* get images\.tar"):
         tfds_build.build("hand_drawn", tmp_path / "sets")
     with pytest.raises(ValueError, match=r"data\.manual_dir is /.*/typo: there is no"):
         tfds_build.build(

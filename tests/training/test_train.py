@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cra_jax.inference import evaluate, export, run_options
 from cra_jax.inference.restore import restore, restore_attention
 from cra_jax.input.batches import center_batches
-from cra_jax.runtime import run_folder, training_log
+from cra_jax.runtime import run_directory, training_log
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, preview, train
 from tests.helpers import tiny_config
@@ -44,7 +44,7 @@ def _arrays(workdir):
 
 def test_a_run_learns_and_leaves_its_numbers(finished):
     config, workdir, scores = finished
-    lines = run_folder.read_metrics(workdir)
+    lines = run_directory.read_metrics(workdir)
     training = [x for x in lines if x["split"] == "train"]
     assert [x["step"] for x in training] == [4, 6, 8, 12, 16, 18]
     assert [x["epoch"] for x in training] == [1, 1, 2, 2, 3, 3]
@@ -73,7 +73,7 @@ def test_a_run_learns_and_leaves_its_numbers(finished):
 
 def test_checkpoints_hold_what_evaluation_needs_and_the_best_is_kept(finished):
     _, workdir, _ = finished
-    tested = [x for x in run_folder.read_metrics(workdir) if x["split"] == "test"]
+    tested = [x for x in run_directory.read_metrics(workdir) if x["split"] == "test"]
     best = max(tested, key=lambda x: (x["top1"], x["step"]))["step"]
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         assert checkpoints.choose("latest") == 18
@@ -123,15 +123,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     stopped, whole = (
         [
             {k: v for k, v in line.items() if k not in timed}
-            for line in run_folder.read_metrics(folder)
+            for line in run_directory.read_metrics(folder)
         ]
         for folder in (tmp_path, finished[1])
     )
     assert stopped == whole
-    watched = run_folder.read_snapshots(tmp_path)
-    assert watched == run_folder.read_snapshots(finished[1])
-    assert run_folder.read_results(tmp_path, "test", "center") == (
-        run_folder.read_results(finished[1], "test", "center")
+    watched = run_directory.read_snapshots(tmp_path)
+    assert watched == run_directory.read_snapshots(finished[1])
+    assert run_directory.read_results(tmp_path, "test", "center") == (
+        run_directory.read_results(finished[1], "test", "center")
     )
 
 
@@ -160,15 +160,15 @@ def test_several_steps_at_one_call_are_the_same_training(
     ]
     # Another program rounds otherwise, and that grows: compare the first epoch.
     (first, *_), (wanted, *_) = (
-        [x["loss"] for x in run_folder.read_metrics(folder) if x["split"] == "test"]
+        [x["loss"] for x in run_directory.read_metrics(folder) if x["split"] == "test"]
         for folder in (tmp_path, finished[1])
     )
     assert first == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_picture(finished):
+def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_image(finished):
     config, workdir, scores = finished
-    lines = run_folder.read_snapshots(workdir)
+    lines = run_directory.read_snapshots(workdir)
     assert sorted({(x["step"], x["epoch"]) for x in lines}) == [
         *((0, 0), (6, 1), (12, 2), (18, 3))
     ]
@@ -198,7 +198,7 @@ def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_picture(finished
     measured = evaluator.scores(found, split, "center")
     assert measured["attention_iou"] == pytest.approx(scores["test"]["attention_iou"])
     for name in scores:
-        rows = run_folder.read_results(workdir, name, "center")
+        rows = run_directory.read_results(workdir, name, "center")
         assert [x.index for x in rows] == list(range(config.data.test_size))
         right = np.mean([x.label == x.predicted for x in rows])
         assert right == scores[name]["top1"]
@@ -207,16 +207,16 @@ def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_picture(finished
 
 def test_eval_repeats_the_scores_of_training(finished, capsys):
     config, workdir, scores = finished
-    lines = len(run_folder.read_metrics(workdir))
+    lines = len(run_directory.read_metrics(workdir))
     evaluate.run(run_options.from_config(config), workdir)
-    added = run_folder.read_metrics(workdir)[lines:]
+    added = run_directory.read_metrics(workdir)[lines:]
     # The centre crop's scores are what training said: they are there already.
     found = [(x["split"], x["protocol"]) for x in added]
     assert found == [("test", "full"), ("test_shifted", "full")]
     assert all(x["count"] == config.data.test_size for x in added)
     printed = capsys.readouterr().out
     for split in ("test", "test_shifted"):
-        rows = run_folder.read_results(workdir, split, "full")
+        rows = run_directory.read_results(workdir, split, "full")
         right = sum(x.label == x.predicted for x in rows)
         (line,) = [x for x in added if x["split"] == split]
         assert right / len(rows) == line["top1"]
@@ -242,7 +242,9 @@ def test_eval_takes_another_checkpoint(finished, capsys, which):
     evaluate.run(run_options.from_config(changed), workdir)
     (workdir / "metrics.jsonl").write_text(before)
     if which == 12:
-        tested = [x for x in run_folder.read_metrics(workdir) if x["split"] == "test"]
+        tested = [
+            x for x in run_directory.read_metrics(workdir) if x["split"] == "test"
+        ]
         top1 = next(x["top1"] for x in tested if x["step"] == 12)
         assert f"test, center: top-1 {100 * top1:.1f} %" in capsys.readouterr().out
 
@@ -260,7 +262,7 @@ def test_an_export_holds_the_plain_network_alone_and_scores_the_same(finished):
     assert described["class_names"] == list(dataset.class_names)
     split = build.open_split(config, dataset, "test")
     batches = center_batches(
-        split.pictures, split.labels, batch_size=40, crop_px=described["crop_px"]
+        split.images, split.labels, batch_size=40, crop_px=described["crop_px"]
     )
     images = batches[0]["image"] / np.float32(255)
     images = (images - np.array(described["mean"])) / np.array(described["std"])
@@ -358,10 +360,10 @@ def test_another_config_in_the_same_folder_is_refused(finished):
 
 
 def test_a_folder_without_a_checkpoint_belongs_to_no_config(cache_dir, tmp_path):
-    run_folder.keep_config(tmp_path, {"seed": 5})
+    run_directory.keep_config(tmp_path, {"seed": 5})
     changes = {"model.kind": "baseline", "train.epochs": 1}
     train.run(tiny_config.config(cache_dir, **changes), tmp_path)
-    assert run_folder.read_config(tmp_path)["seed"] == 0
+    assert run_directory.read_config(tmp_path)["seed"] == 0
 
 
 def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):
@@ -369,7 +371,7 @@ def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):
     changed = _changed(config, **{"model.width": 16})
     with pytest.raises(ValueError, match="of another model"):
         train.run(changed, workdir, allow_change=True)
-    run_folder.keep_config(workdir, config.to_dict(), allow_change=True)
+    run_directory.keep_config(workdir, config.to_dict(), allow_change=True)
 
 
 def test_a_diverged_run_stops_and_says_so(cache_dir, tmp_path):

@@ -43,7 +43,7 @@ _UPRIGHT = {
 PathOrBytes = str | os.PathLike[str] | bytes
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """An image that cannot be used; the message has its name and what to do."""
 
 
@@ -71,7 +71,7 @@ def decode(
       uint8 `[h, w, 3]`, RGB, upright, C-contiguous, writable.
 
     Raises:
-      PictureError: missing, empty, truncated, too large or not an image.
+      ImageError: missing, empty, truncated, too large or not an image.
     """
     return np.array(_decode(path_or_bytes, name, max_pixels))
 
@@ -90,7 +90,7 @@ def read(
       uint8 `[h, w, 3]`, RGB, upright, C-contiguous; min(h, w) is `short_side_px`.
 
     Raises:
-      PictureError: missing, empty, truncated, too large or not an image.
+      ImageError: missing, empty, truncated, too large or not an image.
     """
     image = _decode(path_or_bytes, name, max_pixels)
     return _resize(image, short_side_px, max_aspect)
@@ -144,13 +144,13 @@ def read_header(path_or_bytes: PathOrBytes, *, name: str | None = None) -> Heade
     """Size and orientation of an image, without decoding it (about 0.2 ms).
 
     Raises:
-      PictureError: missing, empty or not an image.
+      ImageError: missing, empty or not an image.
     """
     name = name or _default_name(path_or_bytes)
     try:
         with _open(path_or_bytes, name) as image:
             return Header(image.width, image.height, _orientation(image))
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
         _refuse(name, error)
@@ -161,12 +161,12 @@ def _decode(path_or_bytes: PathOrBytes, name: str | None, max_pixels: int):
     try:
         with _open(path_or_bytes, name) as image:
             if image.width * image.height > max_pixels:
-                raise PictureError(
+                raise ImageError(
                     f"{name}: {image.width} x {image.height} pixels are more than the"
                     f" limit of {max_pixels:,}; shrink it or raise max_pixels"
                 )
             return _upright_rgb(image, name)
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow may raise any error for a damaged file
         _refuse(name, error)
@@ -175,7 +175,7 @@ def _decode(path_or_bytes: PathOrBytes, name: str | None, max_pixels: int):
 def _open(path_or_bytes: PathOrBytes, name: str) -> Image.Image:
     is_bytes = isinstance(path_or_bytes, bytes)
     if not (path_or_bytes if is_bytes else os.stat(path_or_bytes).st_size):
-        raise PictureError(f"{name}: the file is empty; get it again or remove it")
+        raise ImageError(f"{name}: the file is empty; get it again or remove it")
     source = io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes
     return Image.open(source, formats=_formats())
 
@@ -191,7 +191,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     orientation = _orientation(image)  # 1 for TIFF, which Pillow has rotated
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-        raise PictureError(
+        raise ImageError(
             f"{name}: its pixels are 32-bit numbers of unknown range; save it with"
             " 8 or 16 bits per channel"
         )
@@ -237,7 +237,7 @@ def _default_name(path_or_bytes: PathOrBytes) -> str:
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:
-    """Raises a `PictureError` for an error of Pillow or of the file system."""
+    """Raises a `ImageError` for an error of Pillow or of the file system."""
     if isinstance(error, FileNotFoundError):
         message = "there is no such file; check the path"
     elif isinstance(error, IsADirectoryError):
@@ -256,4 +256,4 @@ def _refuse(name: str, error: Exception) -> NoReturn:
             f"damaged or truncated ({type(error).__name__}: {error}); get it again,"
             " or save it again as JPEG or PNG"
         )
-    raise PictureError(f"{name}: {message}") from error
+    raise ImageError(f"{name}: {message}") from error

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from cra_jax.datasets import listing
-from cra_jax.input import pictures
+from cra_jax.input import decoding
 
 # Two by three tiles of 16 px, all different, so that no flip or turn goes unseen.
 TILES = (
@@ -74,7 +74,7 @@ def test_orientation_is_applied(kind, orientation):
     lossless = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
     data = encoded(stored, kind, exif=exif(orientation), **lossless.get(kind, {}))
 
-    image = pictures.decode(data)
+    image = decoding.decode(data)
 
     assert image.shape == TILES.shape
     assert abs(image.astype(int) - TILES).max() <= 4
@@ -89,11 +89,11 @@ TIFF_TURNED_TWICE = tiles("TIFF", tiffinfo={0x0112: 6, 700: XMP})
 
 def test_orientation_that_a_tiff_tells_twice_is_applied_once():
     upright = np.rot90(TILES, -1)
-    assert np.array_equal(pictures.decode(TIFF_TURNED_TWICE), upright)
+    assert np.array_equal(decoding.decode(TIFF_TURNED_TWICE), upright)
 
 
 def test_unknown_orientation_is_upright():
-    assert np.array_equal(pictures.decode(tiles(exif=exif(9))), TILES)
+    assert np.array_equal(decoding.decode(tiles(exif=exif(9))), TILES)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow tells what is wrong with the EXIF data
@@ -103,26 +103,26 @@ def test_unknown_orientation_is_upright():
 def test_damaged_exif_is_upright(damaged):
     jpeg = tiles("JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + damaged)
     for data in (jpeg, tiles(exif=damaged)):
-        image = pictures.decode(data)
+        image = decoding.decode(data)
         assert image.shape == TILES.shape
         assert abs(image.astype(int) - TILES).max() <= 4
 
 
-def test_decoded_pictures_are_plain_writable_arrays(tmp_path):
+def test_decoded_images_are_plain_writable_arrays(tmp_path):
     (tmp_path / "a.png").write_bytes(tiles())
-    from_path = pictures.decode(tmp_path / "a.png")
+    from_path = decoding.decode(tmp_path / "a.png")
 
     assert from_path.dtype == np.uint8
     assert from_path.flags.c_contiguous
     assert from_path.flags.writeable
     assert np.array_equal(from_path, TILES)
-    assert np.array_equal(pictures.decode(tiles()), TILES)
+    assert np.array_equal(decoding.decode(tiles()), TILES)
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
 def test_grey_becomes_three_equal_channels(mode):
     grey = Image.fromarray(TILES).convert(mode)
-    image = pictures.decode(encoded(grey, "PNG"))
+    image = decoding.decode(encoded(grey, "PNG"))
 
     expected = np.asarray(grey.convert("L"))
     assert np.array_equal(image, np.stack([expected] * 3, -1))
@@ -130,7 +130,7 @@ def test_grey_becomes_three_equal_channels(mode):
 
 def test_palette():
     few_colours = Image.fromarray(TILES).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert np.array_equal(pictures.decode(encoded(few_colours, "PNG")), TILES)
+    assert np.array_equal(decoding.decode(encoded(few_colours, "PNG")), TILES)
 
 
 def test_alpha_shows_white():
@@ -138,7 +138,7 @@ def test_alpha_shows_white():
     alpha[:, 16:32], alpha[:, 32:] = 128, 255
     rgba = np.dstack([TILES, alpha])
 
-    image = pictures.decode(encoded(Image.fromarray(rgba), "PNG")).astype(int)
+    image = decoding.decode(encoded(Image.fromarray(rgba), "PNG")).astype(int)
 
     assert (image[:, :16] == 255).all()
     half = TILES[:, 16:32] * (128 / 255) + 255 * (127 / 255)
@@ -150,7 +150,7 @@ def test_grey_alpha_shows_white():
     pixels = np.full((4, 4, 2), 90, np.uint8)
     pixels[:2, :, 1] = 0
     pixels[2:, :, 1] = 255
-    image = pictures.decode(encoded(Image.fromarray(pixels, "LA"), "PNG"))
+    image = decoding.decode(encoded(Image.fromarray(pixels, "LA"), "PNG"))
 
     assert (image[:2] == 255).all()
     assert (image[2:] == 90).all()
@@ -169,7 +169,7 @@ def test_transparent_colour_of_a_palette_and_of_rgb_shows_white():
         encoded(palette, "GIF", transparency=1),
         encoded(keyed, "PNG", transparency=(0, 0, 200)),
     ):
-        image = pictures.decode(data)
+        image = decoding.decode(data)
         assert image[0, 0].tolist() == [200, 0, 0]
         assert image[1, 1].tolist() == [255, 255, 255]
 
@@ -177,7 +177,7 @@ def test_transparent_colour_of_a_palette_and_of_rgb_shows_white():
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_16_bit_grey_is_scaled(kind):
     values = np.array([[0, 128, 129, 257 * 100, 40000, 65535]], np.uint16)
-    image = pictures.decode(encoded(Image.fromarray(values), kind))
+    image = decoding.decode(encoded(Image.fromarray(values), kind))
 
     assert image[0, :, 0].tolist() == [0, 0, 1, 100, 156, 255]
     assert (image == image[..., :1]).all()
@@ -185,14 +185,14 @@ def test_16_bit_grey_is_scaled(kind):
 
 def test_16_bit_big_endian_tiff_is_scaled():
     grey = Image.frombytes("I;16B", (2, 1), struct.pack(">2H", 257 * 9, 65535))
-    assert pictures.decode(encoded(grey, "TIFF"))[0, :, 0].tolist() == [9, 255]
+    assert decoding.decode(encoded(grey, "TIFF"))[0, :, 0].tolist() == [9, 255]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_32_bit_grey_is_refused(dtype):
     data = encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
-    with pytest.raises(pictures.PictureError, match=r"x\.tif.*32-bit.*8 or 16 bits"):
-        pictures.decode(data, name="x.tif")
+    with pytest.raises(decoding.ImageError, match=r"x\.tif.*32-bit.*8 or 16 bits"):
+        decoding.decode(data, name="x.tif")
 
 
 RED_CMYK = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
@@ -211,7 +211,7 @@ def test_cmyk_is_told_from_inverted_cmyk():
         encoded(ImageChops.invert(RED_CMYK), "JPEG", quality=100)
     )
     for data in (inverted, plain, encoded(RED_CMYK, "TIFF")):
-        image = pictures.decode(data).astype(int)
+        image = decoding.decode(data).astype(int)
         assert abs(image - [255, 0, 0]).max() <= 3
 
 
@@ -222,20 +222,20 @@ def test_first_frame_of_an_animation():
         data = encoded(
             frames[0], kind, save_all=True, append_images=frames[1:], **options
         )
-        image = pictures.decode(data)
+        image = decoding.decode(data)
         assert image.shape == (8, 8, 3)
         assert (image == [255, 0, 0]).all(), kind
 
 
 @pytest.mark.parametrize("suffix", sorted(listing.SUFFIXES))
-def test_every_suffix_that_counts_as_a_picture_is_decoded(suffix, tmp_path):
+def test_every_suffix_that_counts_as_an_image_is_decoded(suffix, tmp_path):
     file = tmp_path / f"tiles{suffix}"
     mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
     Image.fromarray(TILES).convert(mode).save(
         file, Image.registered_extensions().get(suffix, "JPEG")
     )
 
-    assert pictures.decode(file).shape == TILES.shape
+    assert decoding.decode(file).shape == TILES.shape
 
 
 # --- what cannot be used is refused by name, with the cure ------------------------
@@ -281,32 +281,32 @@ def test_bad_files_are_refused_by_name(kind, as_path, tmp_path):
     data, message = BAD[kind]
     file = tmp_path / "bird 7.jpg"
     file.write_bytes(data)
-    for use in (pictures.decode, lambda p, **kw: pictures.read(p, 32, **kw)):
-        with pytest.raises(pictures.PictureError, match=message) as caught:
+    for use in (decoding.decode, lambda p, **kw: decoding.read(p, 32, **kw)):
+        with pytest.raises(decoding.ImageError, match=message) as caught:
             use(file) if as_path else use(data, name="bird 7.jpg")
         assert "bird 7.jpg" in str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(pictures.PictureError, match=r"gone\.jpg: there is no"):
-        pictures.decode(tmp_path / "gone.jpg")
-    with pytest.raises(pictures.PictureError, match="this is a directory"):
-        pictures.decode(tmp_path)
+    with pytest.raises(decoding.ImageError, match=r"gone\.jpg: there is no"):
+        decoding.decode(tmp_path / "gone.jpg")
+    with pytest.raises(decoding.ImageError, match="this is a directory"):
+        decoding.decode(tmp_path)
 
 
 def test_max_pixels():
     pixels = TILES.shape[0] * TILES.shape[1]
-    assert pictures.decode(tiles(), max_pixels=pixels).shape == TILES.shape
-    with pytest.raises(pictures.PictureError, match=r"48 x 32 pixels .* 1,535;"):
-        pictures.decode(tiles(), max_pixels=pixels - 1)
-    with pytest.raises(pictures.PictureError, match="shrink it or raise max_pixels"):
-        pictures.read(tiles(), 32, max_pixels=pixels - 1)
+    assert decoding.decode(tiles(), max_pixels=pixels).shape == TILES.shape
+    with pytest.raises(decoding.ImageError, match=r"48 x 32 pixels .* 1,535;"):
+        decoding.decode(tiles(), max_pixels=pixels - 1)
+    with pytest.raises(decoding.ImageError, match="shrink it or raise max_pixels"):
+        decoding.read(tiles(), 32, max_pixels=pixels - 1)
 
 
 def test_damage_never_surprises():
-    """Whatever a few flipped bytes do: a picture, or a PictureError."""
+    """Whatever a few flipped bytes do: an image, or a ImageError."""
     kinds = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
-    outcomes = {"picture": 0, "refused": 0}
+    outcomes = {"image": 0, "refused": 0}
     for kind in kinds:
         whole = encoded(Image.fromarray(photo(20, 30)), kind)
         for seed in range(40):
@@ -316,11 +316,11 @@ def test_damage_never_surprises():
                 place = min(int(rng.expovariate(1 / 60)), len(data) - 1)
                 data[place] = rng.randrange(256)
             try:
-                image = pictures.decode(bytes(data), max_pixels=10**6)
-            except pictures.PictureError:
+                image = decoding.decode(bytes(data), max_pixels=10**6)
+            except decoding.ImageError:
                 outcomes["refused"] += 1
             else:
-                outcomes["picture"] += 1
+                outcomes["image"] += 1
                 assert image.dtype == np.uint8
                 assert image.ndim == 3
                 assert image.shape[2] == 3
@@ -346,32 +346,32 @@ def test_damage_never_surprises():
     ],
 )
 def test_sizes(size, short_side_px, expected):
-    image = pictures.resize_short_side(photo(*size), short_side_px)
+    image = decoding.resize_short_side(photo(*size), short_side_px)
 
     assert image.shape == (*expected, 3)
     assert image.dtype == np.uint8
     assert image.flags.c_contiguous
 
 
-def test_long_pictures_keep_their_centre():
+def test_long_images_keep_their_centre():
     strip = np.zeros((10, 2000, 3), np.uint8)
     strip[:, 960:1040] = 255
-    image = pictures.resize_short_side(strip, 10)
+    image = decoding.resize_short_side(strip, 10)
     assert image.shape == (10, 80, 3)
     assert (image == 255).all()
 
-    assert pictures.resize_short_side(strip, 10, max_aspect=200).shape == (10, 2000, 3)
-    assert pictures.resize_short_side(strip, 10, max_aspect=1).shape == (10, 10, 3)
-    assert pictures.kept_region(2000, 10) == (960, 0, 1040, 10)
-    assert pictures.kept_region(10, 2000) == (0, 960, 10, 1040)
-    assert pictures.kept_region(80, 10) == (0, 0, 80, 10)
+    assert decoding.resize_short_side(strip, 10, max_aspect=200).shape == (10, 2000, 3)
+    assert decoding.resize_short_side(strip, 10, max_aspect=1).shape == (10, 10, 3)
+    assert decoding.kept_region(2000, 10) == (960, 0, 1040, 10)
+    assert decoding.kept_region(10, 2000) == (0, 960, 10, 1040)
+    assert decoding.kept_region(80, 10) == (0, 0, 80, 10)
     with pytest.raises(ValueError, match=r"max_aspect is 0\.5"):
-        pictures.kept_region(10, 10, max_aspect=0.5)
+        decoding.kept_region(10, 10, max_aspect=0.5)
 
 
-def test_same_size_is_the_same_picture_but_not_the_same_memory():
+def test_same_size_is_the_same_image_but_not_the_same_memory():
     image = photo()
-    out = pictures.resize_short_side(image, 60)
+    out = decoding.resize_short_side(image, 60)
     assert np.array_equal(out, image)
     assert not np.shares_memory(out, image)
 
@@ -395,7 +395,7 @@ def bicubic_1d(rows: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize("short_side_px", [23, 60, 100])
 def test_resize_is_antialiased_bicubic(short_side_px):
     image = photo(60, 75)
-    resized = pictures.resize_short_side(image, short_side_px)
+    resized = decoding.resize_short_side(image, short_side_px)
 
     wide = bicubic_1d(image.astype(float).swapaxes(0, 1), resized.shape[1])
     oracle = bicubic_1d(wide.swapaxes(0, 1), resized.shape[0]).clip(0, 255)
@@ -404,7 +404,7 @@ def test_resize_is_antialiased_bicubic(short_side_px):
 
 def test_shrinking_leaves_no_moire():
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    image = pictures.resize_short_side(np.stack([board] * 3, -1), 100)
+    image = decoding.resize_short_side(np.stack([board] * 3, -1), 100)
     assert abs(image[4:-4, 4:-4].astype(int) - 127).max() <= 8
 
 
@@ -414,39 +414,39 @@ def test_read_is_decode_then_resize(tmp_path):
         encoded(Image.fromarray(photo(400, 600)), "JPEG"),
     ):
         (tmp_path / "a.jpg").write_bytes(data)
-        image = pictures.read(tmp_path / "a.jpg", 50)
-        expected = pictures.resize_short_side(pictures.decode(data), 50)
+        image = decoding.read(tmp_path / "a.jpg", 50)
+        expected = decoding.resize_short_side(decoding.decode(data), 50)
         assert np.array_equal(image, expected)
         assert image.flags.c_contiguous
-        assert np.array_equal(image, pictures.read(data, 50))
+        assert np.array_equal(image, decoding.read(data, 50))
 
 
-def test_read_of_a_very_long_picture():
+def test_read_of_a_very_long_image():
     strip = encoded(Image.new("RGB", (20_000, 10), "red"), "PNG")
-    assert pictures.read(strip, 512).shape == (512, 4096, 3)
-    assert pictures.read(strip, 64, max_aspect=2).shape == (64, 128, 3)
+    assert decoding.read(strip, 512).shape == (512, 4096, 3)
+    assert decoding.read(strip, 64, max_aspect=2).shape == (64, 128, 3)
 
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"short_side_px is 0"):
-        pictures.resize_short_side(photo(), 0)
+        decoding.resize_short_side(photo(), 0)
     with pytest.raises(ValueError, match=r"short_side_px is -3"):
-        pictures.read(tiles(), -3)
+        decoding.read(tiles(), -3)
     for wrong in (photo().astype(np.float32), photo()[..., 0], photo()[..., :2]):
         with pytest.raises(ValueError, match=r"uint8 \[h, w, 3\], not"):
-            pictures.resize_short_side(wrong, 32)
+            decoding.resize_short_side(wrong, 32)
 
 
 def test_read_header(tmp_path):
     (tmp_path / "a.jpg").write_bytes(tiles("JPEG", exif=exif(6)))
-    assert pictures.read_header(tmp_path / "a.jpg") == (48, 32, 6)
-    assert pictures.read_header(tiles()) == (48, 32, 1)
-    assert pictures.read_header(tiles(exif=exif(9))) == (48, 32, 1)
+    assert decoding.read_header(tmp_path / "a.jpg") == (48, 32, 6)
+    assert decoding.read_header(tiles()) == (48, 32, 1)
+    assert decoding.read_header(tiles(exif=exif(9))) == (48, 32, 1)
     for data in (tiles("TIFF", exif=exif(6)), TIFF_TURNED_TWICE):  # Pillow turns these
-        assert pictures.read_header(data) == (32, 48, 1)
-    for data in (b"", b"no picture at all"):
-        with pytest.raises(pictures.PictureError, match=r"b\.jpg"):
-            pictures.read_header(data, name="b.jpg")
+        assert decoding.read_header(data) == (32, 48, 1)
+    for data in (b"", b"no image at all"):
+        with pytest.raises(decoding.ImageError, match=r"b\.jpg"):
+            decoding.read_header(data, name="b.jpg")
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
@@ -455,5 +455,5 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
     (tmp_path / "a.png").write_bytes(tiles())
     monkeypatch.setattr(Image, "open", deny)  # root may read everything
-    with pytest.raises(pictures.PictureError, match=r"a\.png.*change its permissions"):
-        pictures.decode(tmp_path / "a.png")
+    with pytest.raises(decoding.ImageError, match=r"a\.png.*change its permissions"):
+        decoding.decode(tmp_path / "a.png")

@@ -37,14 +37,14 @@ _SAMPLE = 16  # how many images the size of a cache is estimated from
 Log = Callable[[str], None]
 
 
-class Store:
+class ImageCache:
     """Images mapped from disk: `len`, `[i] -> uint8 [h, w, 3]`, a read-only view.
 
     An image whose checksum differs is reported and read again from its record; the next
     start then makes the cache again.
 
     Attributes:
-      records: of the cached images: `store[i]` is the image of `records[i]`.
+      records: of the cached images: `cache[i]` is the image of `records[i]`.
       skipped: name -> reason, of the records that were omitted as unreadable.
       shapes: int64 `[n, 2]`, height and width of every image.
       path: the file of the pixels.
@@ -108,7 +108,7 @@ class Store:
         return image
 
 
-class Streamed:
+class StreamedImages:
     """Images decoded at every access, for datasets that are too large for a cache.
 
     It has no `.shapes`, since sizes are not known before decoding. Access to an
@@ -116,7 +116,7 @@ class Streamed:
 
     Attributes:
       records: `streamed[i]` is the image of `records[i]`.
-      skipped: empty; for the same interface as `Store`.
+      skipped: empty; for the same interface as `ImageCache`.
     """
 
     def __init__(self, records: Sequence[Record], short_side_px: int):
@@ -160,7 +160,7 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
     skip_unreadable: bool = False,
-) -> Store:
+) -> ImageCache:
     """Opens the image cache of these records; makes it first if there is none.
 
     It is safe to kill at any time (the next call starts again), and to call from
@@ -188,26 +188,26 @@ def prepare(
     key = _key(records, _check_side(short_side_px))
     stem = Path(cache_dir) / f"{name}-{key[:16]}"
 
-    def find(log: Log) -> Store | None:
-        store = _open(stem, key, records, short_side_px, log)
+    def find(log: Log) -> ImageCache | None:
+        cache = _open(stem, key, records, short_side_px, log)
         # A cache without some images is not enough without `skip_unreadable`: they may
         # be readable now.
-        return store if store and (skip_unreadable or not store.skipped) else None
+        return cache if cache and (skip_unreadable or not cache.skipped) else None
 
     try:
-        store = find(log)
-        if store is None:
+        cache = find(log)
+        if cache is None:
             stem.parent.mkdir(parents=True, exist_ok=True)
             with files.locked(Path(f"{stem}.lock"), stem.name, show=progress):
-                store = find(_mute)  # if the process that held the lock made it
-                if store is None:
+                cache = find(_mute)  # if the process that held the lock made it
+                if cache is None:
                     read = functools.partial(_reading, short_side_px, workers)
                     sample = _sample(records, read)
                     _check_disk(stem, sample.values(), len(records), log)
                     bar = Progress(len(records), name, unit="images", show=progress)
-                    with bar, read(records, sample) as pictures:
-                        _build(stem, key, records, pictures, bar, skip_unreadable)
-                    store = find(_mute)
+                    with bar, read(records, sample) as images:
+                        _build(stem, key, records, images, bar, skip_unreadable)
+                    cache = find(_mute)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space" if full else "make it writable"
@@ -215,10 +215,10 @@ def prepare(
             f"cannot cache images in {stem.parent} ({error}): {fix}, or choose "
             "another cache directory"
         ) from error
-    assert store is not None, f"{stem} changed while it was made"
-    if store.skipped:
-        log(f"{name}: {_unreadable(store.skipped, len(records))}; they are omitted")
-    return store
+    assert cache is not None, f"{stem} changed while it was made"
+    if cache.skipped:
+        log(f"{name}: {_unreadable(cache.skipped, len(records))}; they are omitted")
+    return cache
 
 
 def _key(records: Sequence[Record], short_side_px: int) -> str:
@@ -233,7 +233,7 @@ def _digest(value: object) -> str:
 
 def _open(
     stem: Path, key: str, records: Sequence[Record], short_side_px: int, log: Log
-) -> Store | None:
+) -> ImageCache | None:
     """Maps an existing, complete cache; needs no write permission."""
     pixels = Path(f"{stem}.pixels")
     try:
@@ -252,7 +252,9 @@ def _open(
         log(f"{pixels} or its index is damaged or truncated: it is made again")
         return None
     kept = [record for record in records if record.name not in index["skipped"]]
-    return Store(pixels, kept, index["skipped"], shapes, index["crc32"], short_side_px)
+    return ImageCache(
+        pixels, kept, index["skipped"], shapes, index["crc32"], short_side_px
+    )
 
 
 def _build(
@@ -316,8 +318,8 @@ def _check_disk(
 def _sample(records: Sequence[Record], read: Callable) -> dict[int, np.ndarray | str]:
     """A few images by their positions, to estimate the size of all."""
     positions = range(0, len(records), -(-len(records) // _SAMPLE))
-    with read([records[i] for i in positions], {}) as pictures:
-        return dict(zip(positions, pictures, strict=True))
+    with read([records[i] for i in positions], {}) as images:
+        return dict(zip(positions, images, strict=True))
 
 
 def _reading(

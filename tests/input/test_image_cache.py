@@ -1,6 +1,6 @@
-"""A store is whole or not there, and holds what its records say.
+"""An image cache is whole or not there, and holds what its records say.
 
-Run as a script, this file prepares a store in a process of its own, to be killed.
+Run as a script, this file prepares a cache in a process of its own, to be killed.
 """
 
 import collections
@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from cra_jax.datasets import sources
-from cra_jax.input import pictures, store
+from cra_jax.input import decoding, image_cache
 from cra_jax.input.records import Record
 from cra_jax.runtime import progress
 
@@ -33,17 +33,17 @@ SIDE = 12
 Disk = collections.namedtuple("Disk", "total used free")
 
 
-def picture(i: int, short_side_px: int) -> np.ndarray:
-    """A picture that no other has, of a size that few others have."""
+def image(i: int, short_side_px: int) -> np.ndarray:
+    """An image that no other has, of a size that few others have."""
     size = (short_side_px + i % 5, short_side_px) if i % 2 else (short_side_px, 17 + i)
     return np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
 
 
 def read(log: Path, i: int, short_side_px: int) -> np.ndarray:
-    """Reads picture i, and notes it in a file that other processes can see."""
+    """Reads image i, and notes it in a file that other processes can see."""
     with open(log, "a") as file:
         file.write(f"{i}\n")
-    return picture(i, short_side_px)
+    return image(i, short_side_px)
 
 
 def make(folder: Path, count: int = 30, reader=read) -> list[Record]:
@@ -61,7 +61,7 @@ def reads(folder: Path) -> int:
     return count
 
 
-def prepare(folder: Path, records=None, **changes) -> store.Store:
+def prepare(folder: Path, records=None, **changes) -> image_cache.ImageCache:
     arguments = {
         "short_side_px": SIDE,
         "cache_dir": folder / "cache",
@@ -69,7 +69,7 @@ def prepare(folder: Path, records=None, **changes) -> store.Store:
         "progress": False,
     }
     records = make(folder) if records is None else records
-    return store.prepare(records, **(arguments | changes))
+    return image_cache.prepare(records, **(arguments | changes))
 
 
 def files(folder: Path, suffix: str) -> list[Path]:
@@ -79,7 +79,7 @@ def files(folder: Path, suffix: str) -> list[Path]:
 def assert_holds(opened, count: int = 30, side: int = SIDE) -> None:
     assert len(opened) == count
     for i in range(count):
-        np.testing.assert_array_equal(opened[i], picture(i, side))
+        np.testing.assert_array_equal(opened[i], image(i, side))
 
 
 @pytest.fixture
@@ -102,15 +102,15 @@ def start(tmp_path):
 
 
 def main(folder: Path, how: str) -> None:
-    """What `start` starts. Odd pictures are not in the sample for the estimate."""
+    """What `start` starts. Odd images are not in the sample for the estimate."""
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def reader(log, i, short_side_px):
-        if how == f"die at picture {i}":
+        if how == f"die at image {i}":
             die()
-        if how == f"wait at picture {i}":
+        if how == f"wait at image {i}":
             wait_for(lambda: (folder / "go").exists())
         return read(log, i, short_side_px)
 
@@ -133,12 +133,10 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def test_holds_every_picture_once_decoded(tmp_path):
+def test_holds_every_image_once_decoded(tmp_path):
     first = prepare(tmp_path)
     assert_holds(first)
-    assert first.shapes.tolist() == [
-        list(picture(i, SIDE).shape[:2]) for i in range(30)
-    ]
+    assert first.shapes.tolist() == [list(image(i, SIDE).shape[:2]) for i in range(30)]
     assert [record.name for record in first.records] == [f"{i}.jpg" for i in range(30)]
     assert first.skipped == {}
     assert reads(tmp_path) == 30  # the sample that the size is judged by, too: once
@@ -149,12 +147,12 @@ def test_holds_every_picture_once_decoded(tmp_path):
     assert not files(tmp_path, ".partial")
 
 
-def test_pictures_are_views_that_cannot_be_written(tmp_path):
+def test_images_are_views_that_cannot_be_written(tmp_path):
     opened = prepare(tmp_path)
     assert opened[3].flags.owndata is False
     with pytest.raises(ValueError, match="read-only"):
         opened[3][0, 0] = 0
-    np.testing.assert_array_equal(opened[-1], picture(29, SIDE))
+    np.testing.assert_array_equal(opened[-1], image(29, SIDE))
     with pytest.raises(IndexError):
         opened[30]
 
@@ -173,7 +171,7 @@ def test_a_change_makes_another_store(tmp_path, how):
     before = old.path.read_bytes()
     records, side = make(tmp_path), SIDE
     if how == "stamp":
-        records[7] = Record("7.jpg", 1, functools.partial(picture, 99), "mended since")
+        records[7] = Record("7.jpg", 1, functools.partial(image, 99), "mended since")
     elif how == "name":
         records[7] = Record("x.jpg", 1, records[7].read, "v7")
     elif how == "order":
@@ -199,7 +197,7 @@ def test_labels_are_no_part_of_the_pixels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", ["die at picture 21", "die before rename 1", "die before rename 2"]
+    "how", ["die at image 21", "die before rename 1", "die before rename 2"]
 )
 def test_killed_in_the_middle(tmp_path, start, how):
     killed = start(how)
@@ -215,9 +213,9 @@ def test_killed_in_the_middle(tmp_path, start, how):
 
 
 def test_two_processes_at_once(tmp_path, start):
-    first = start("wait at picture 21")
+    first = start("wait at image 21")
     wait_for(lambda: files(tmp_path, ".partial"))
-    second = start("wait at picture 21")
+    second = start("wait at image 21")
     assert second.stderr is not None
     assert "waiting for another process that uses it" in second.stderr.readline()
     (tmp_path / "go").touch()
@@ -265,9 +263,9 @@ def _flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_is_said_and_the_picture_read_anew(tmp_path, capsys):
+def test_a_flipped_bit_is_said_and_the_image_read_anew(tmp_path, capsys):
     opened = prepare(tmp_path)
-    place = 3 * int(opened.shapes[:4].prod(axis=1).sum()) + 5  # of the fifth picture
+    place = 3 * int(opened.shapes[:4].prod(axis=1).sum()) + 5  # of the fifth image
     _flip(opened.path, place)
     reads(tmp_path)
     damaged = prepare(tmp_path)
@@ -280,17 +278,19 @@ def test_a_flipped_bit_is_said_and_the_picture_read_anew(tmp_path, capsys):
         == 1
     )
     assert f"4.jpg in {opened.path} is damaged" in said
-    assert reads(tmp_path) == 2  # that picture, at each access
+    assert reads(tmp_path) == 2  # that image, at each access
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) == 30
     assert not capsys.readouterr().err
 
 
-def test_a_picture_is_looked_at_once(tmp_path, monkeypatch):
+def test_an_image_is_looked_at_once(tmp_path, monkeypatch):
     opened = prepare(tmp_path)
     calls = []
-    crc32 = store.zlib.crc32
-    monkeypatch.setattr(store.zlib, "crc32", lambda x: calls.append(1) or crc32(x))
+    crc32 = image_cache.zlib.crc32
+    monkeypatch.setattr(
+        image_cache.zlib, "crc32", lambda x: calls.append(1) or crc32(x)
+    )
     for _ in range(3):
         assert_holds(opened)
     assert len(calls) == 30
@@ -299,7 +299,7 @@ def test_a_picture_is_looked_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("reader", "message"),
     [
-        (lambda log, i, side: picture(i + 1, side), "original has changed: remove"),
+        (lambda log, i, side: image(i + 1, side), "original has changed: remove"),
         (
             lambda log, i, side: Image.open(log / "x"),
             "cannot be read: 0.jpg: .*Not a dir",
@@ -313,7 +313,7 @@ def test_a_flipped_bit_without_its_original_is_an_error(tmp_path, reader, messag
     with pytest.raises(ValueError, match=f"0.jpg in .* is damaged.*{message}"):
         damaged[0]
     assert opened.path.with_suffix(".json").exists()  # nothing is given up
-    np.testing.assert_array_equal(opened[1], picture(1, SIDE))
+    np.testing.assert_array_equal(opened[1], image(1, SIDE))
 
 
 def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
@@ -419,20 +419,20 @@ def test_a_read_only_folder_serves_what_it_holds(tmp_path):
 
 
 def spoil(folder: Path, *bad: int, count: int = 30) -> list[Record]:
-    """Records of files, some of which are no pictures."""
+    """Records of files, some of which are no images."""
     records = []
     for i in range(count):
         path = folder / f"{i}.png"
-        Image.fromarray(picture(i, SIDE)).save(path)
+        Image.fromarray(image(i, SIDE)).save(path)
         if i in bad:
             path.write_bytes(b"<html>not found</html>")
-        reader = functools.partial(pictures.read, path, name=path.name)
+        reader = functools.partial(decoding.read, path, name=path.name)
         stamp = str(path.stat().st_size)
         records.append(Record(path.name, 0, reader, stamp))
     return records
 
 
-def test_one_bad_picture_is_named(tmp_path):
+def test_one_bad_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 30 images cannot be read:\n  7\.png: "):
         prepare(tmp_path, spoil(tmp_path, 7))
     assert not files(tmp_path, ".pixels")
@@ -440,7 +440,7 @@ def test_one_bad_picture_is_named(tmp_path):
     assert_holds(prepare(tmp_path, spoil(tmp_path)))
 
 
-def test_many_bad_pictures_are_counted(tmp_path):
+def test_many_bad_images_are_counted(tmp_path):
     with pytest.raises(ValueError, match="12 of 30") as error:
         prepare(tmp_path, spoil(tmp_path, *range(12)))
     lines = str(error.value).splitlines()
@@ -450,7 +450,7 @@ def test_many_bad_pictures_are_counted(tmp_path):
     assert lines[11] == "  and 2 more"
 
 
-def test_bad_pictures_are_left_out_when_asked_and_said_each_time(tmp_path, capsys):
+def test_bad_images_are_left_out_when_asked_and_said_each_time(tmp_path, capsys):
     records = spoil(tmp_path, 0, 7)
     for _ in range(2):
         opened = prepare(tmp_path, records, skip_unreadable=True, progress=True)
@@ -470,7 +470,7 @@ def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
         prepare(tmp_path, spoil(tmp_path, *range(4), count=4), skip_unreadable=True)
 
 
-def test_an_error_of_the_program_is_no_bad_picture(tmp_path):
+def test_an_error_of_the_program_is_no_bad_image(tmp_path):
     def broken(short_side_px):
         raise ZeroDivisionError
 
@@ -508,27 +508,27 @@ def test_bad_arguments_are_named(tmp_path, changes, match):
 
 
 def test_streamed_decodes_at_each_access(tmp_path):
-    streamed = store.Streamed(make(tmp_path), SIDE)
+    streamed = image_cache.StreamedImages(make(tmp_path), SIDE)
     assert_holds(streamed)
     assert_holds(streamed)
     assert reads(tmp_path) == 60
     assert not hasattr(streamed, "shapes")
     assert streamed.skipped == {}
     with pytest.raises(ValueError, match=r"unreadable image: 1\.png"):
-        store.Streamed(spoil(tmp_path, 1, count=2), SIDE)[1]
+        image_cache.StreamedImages(spoil(tmp_path, 1, count=2), SIDE)[1]
 
 
 def test_cache_goes_into_the_data_or_to_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert store.default_cache_dir(tmp_path) == tmp_path / ".cra_jax_cache"
+    assert image_cache.default_cache_dir(tmp_path) == tmp_path / ".cra_jax_cache"
     (tmp_path / "data").mkdir(mode=0o555)
     for root in (None, tmp_path / "missing", tmp_path / "data"):
-        assert store.default_cache_dir(root) == tmp_path / "xdg" / "cra_jax"
+        assert image_cache.default_cache_dir(root) == tmp_path / "xdg" / "cra_jax"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert store.default_cache_dir(tmp_path) == tmp_path / "xdg" / "cra_jax"
+    assert image_cache.default_cache_dir(tmp_path) == tmp_path / "xdg" / "cra_jax"
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert store.default_cache_dir(None) == Path.home() / ".cache" / "cra_jax"
+        assert image_cache.default_cache_dir(None) == Path.home() / ".cache" / "cra_jax"
     assert list(tmp_path.iterdir()) == [tmp_path / "data"]
 
 
