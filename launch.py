@@ -77,7 +77,7 @@ def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     from cra_jax.runtime import devices, signals
     from cra_jax.training import build, check_config
 
-    devices.keep(image_cache.default_cache_dir(None) / "compiled")
+    devices.keep_memory_and_programs(image_cache.default_cache_dir(None) / "compiled")
     mode, subject = values.mode, values.config
     baseline = values.baseline and Path(values.baseline)
     if mode in _OF_A_RUN:
@@ -99,7 +99,7 @@ def _run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         "demo": {"port": values.port},
         "compare": {"runs": [Path(run) for run in rest]},
     }.get(mode, {})
-    with signals.in_one_line():
+    with signals.exit_in_one_line():
         import_module(f"cra_jax.{MODES[mode]}").run(subject, workdir, **more)
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    devices.keep_memory()
+    devices.keep_freed_memory()
     kinds = _kinds(options.backbone, options.crop_px)
     rows: list[list[str]] = []
     total: dict[str, float] = collections.defaultdict(float)

@@ -338,9 +338,9 @@ def _all_cells() -> str:
             are four of them, scored on whole images. Training is {1e9 * trained:.2g}
             FLOP; scoring centre crops every {EVAL_EVERY} epochs {center:.2g}, and whole
             images, once, {full:.2g}. Scores are computed in float32, taken here at
-            half of bfloat16's rate. Preparing the image cache, compiling and checkpoints
-            are left out. The gradient's all-reduce is in, as if nothing was computed
-            meanwhile."""),
+            half of bfloat16's rate. Preparing the image cache, compiling and
+            checkpoints are left out. The gradient's all-reduce is in, as if nothing
+            was computed meanwhile."""),
             _p("""What to rent: one H100 for an afternoon. Eight of them pay for several
             seeds, and then best with a cell on each (`CUDA_VISIBLE_DEVICES`, and
             `--only` of `benchmarks.reproduce`): runs side by side lose nothing to
@@ -459,9 +459,9 @@ def _input() -> str:
             {middle:.0f} a core ({low:.0f} to {high:.0f}). A crop is {CROP_PX} x
             {CROP_PX} x 3 bytes of uint8; PCIe 4 carries {PCIE:.0f} GB/s to a device,
             many times what is asked for. The default `data.workers=2` is enough for
-            one A100; for one H100 set it to {per} or more. For 8 of them measure the image
-            cache first: whether threads go on scaling
-            beyond {STORE_CORES} cores is not known. `data.on_device=True` sends a step
+            one A100; for one H100 set it to {per} or more. For 8 of them measure
+            the image cache first: whether threads go on scaling beyond
+            {STORE_CORES} cores is not known. `data.on_device=True` sends a step
             a few numbers for each image instead of its pixels, and ends the question
             wherever it fits. Cells side by side need as much together."""),
             _p("""The first epoch reads the image cache from the disk, later ones

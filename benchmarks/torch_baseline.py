@@ -46,7 +46,7 @@ class CRACNN(nn.Module):
             reach = scale.abs() * (angle_rad.cos().abs() + angle_rad.sin().abs())
             place = (1 - reach) * torch.tanh(gamma[:, :2])  # in the image
             gamma_res = torch.cat([place, scale, angle_rad], 1)
-            attention, redundancy = self._look(images.float(), gamma_res)
+            attention, redundancy = self._examine(images.float(), gamma_res)
         shown = torch.cat([attention, redundancy])
         shown = shown.contiguous(memory_format=torch.channels_last)
         scores = self.regularization(shown).float()
@@ -60,7 +60,7 @@ class CRACNN(nn.Module):
         hinges = (between - _norm(rest[i::2] - ours[i::2]) + _MARGIN for i in range(2))
         return loss + sum(torch.relu(hinge).mean() for hinge in hinges)
 
-    def _look(self, images: torch.Tensor, gamma_res: torch.Tensor):
+    def _examine(self, images: torch.Tensor, gamma_res: torch.Tensor):
         """Attention (Eq. 4) and redundancy (Eq. 5)."""
         x, y, scale, angle = gamma_res.unbind(1)
         cos, sin = scale * angle.cos(), scale * angle.sin()

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
     parser.add_argument("--profile", type=Path, help="folder for a trace of one step")
     options = parser.parse_args()
-    devices.keep_memory()
+    devices.keep_freed_memory()
     images, labels = _images(options)
     actions, flops = {}, {}
     for kind in KINDS:

@@ -321,14 +321,14 @@ def guard_gradient(gamma: Array, share: float) -> Array:
     return gamma
 
 
-def beyond(gamma: Array, share: float) -> Array:
+def is_beyond(gamma: Array, share: float) -> Array:
     """Whether x, y and scale exceed `share` of their bounds: bool ``[b, 3]``."""
     return jnp.abs(jnp.tanh(gamma[..., :3])) > share
 
 
 def _guard_backward(residuals, cotangent: Array):
     gamma, share = residuals
-    guarded = jnp.pad(beyond(gamma, share), ((0, 0), (0, 1)))
+    guarded = jnp.pad(is_beyond(gamma, share), ((0, 0), (0, 1)))
     outwards = cotangent * gamma < 0  # descent subtracts the gradient
     excess = gamma - jnp.sign(gamma) * jnp.arctanh(share)
     restoring = _GUARD_STRENGTH * excess / len(gamma)

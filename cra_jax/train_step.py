@@ -50,7 +50,7 @@ class TrainState:
 
     def started_from(self, params: Any, batch_stats: Any) -> "TrainState":
         """The same state with other weights, from which the average starts again."""
-        average = predicting_part(params, batch_stats) if self.average else {}
+        average = prediction_variables(params, batch_stats) if self.average else {}
         # Copies, because no two arrays of a donated state may share memory.
         average = jax.tree.map(jnp.array, average)
         return dataclasses.replace(
@@ -91,12 +91,12 @@ def create_state(
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        average=predicting_part(params, batch_stats) if averaged else {},
+        average=prediction_variables(params, batch_stats) if averaged else {},
     )
     return state.started_from(params, batch_stats)
 
 
-def predicting_part(params: Any, batch_stats: Any) -> dict[str, Any]:
+def prediction_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
     """Selects the arrays for prediction and its figures: N_cls and attention head.
 
     Returns:
@@ -267,7 +267,7 @@ def contrastive_terms(out: model.Outputs, options: LossOptions) -> Terms:
     distance = jnp.linalg.norm(jax.lax.stop_gradient(attention - redundancy), axis=-1)
     return {
         "loss_cntr": each.mean(),
-        "contrast_dead": (each == 0).mean(),
+        "contrast_inactive": (each == 0).mean(),
         "contrast_distance": distance.mean(),
     }
 
@@ -358,9 +358,9 @@ def _describe_gamma(attention: Attention, network: Any) -> Terms:
     terms = {f"gamma{i + 1}_mean": mean[i] for i in range(4)}
     terms |= {f"gamma{i + 1}_std": spread[i] for i in range(4)}
     # Without the scale: Eq. (7) expects it at its bound, half the image.
-    saturated = art_module.beyond(attention.gamma, SATURATED)[:, :2].any(-1)
+    saturated = art_module.is_beyond(attention.gamma, SATURATED)[:, :2].any(-1)
     terms["gamma_saturated"] = saturated.mean()
     if network.art.guard:
-        guarded = art_module.beyond(attention.gamma, network.art.guard)
+        guarded = art_module.is_beyond(attention.gamma, network.art.guard)
         terms["gamma_guarded"] = guarded.any(-1).mean()
     return terms

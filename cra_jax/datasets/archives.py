@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from cra_jax.datasets.download import fetch
 from cra_jax.runtime import files
-from cra_jax.runtime.progress import Progress, say
+from cra_jax.runtime.progress import Progress, print_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def cub_200_2011(
         progress=progress,
     )
     if progress:
-        say(f"{target} is ready; {file} can be removed")
+        print_line(f"{target} is ready; {file} can be removed")
     return target
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cra_jax.runtime import files
-from cra_jax.runtime.progress import Progress, say
+from cra_jax.runtime.progress import Progress, print_line
 
 ATTEMPTS = 5  # consecutive ones that receive less than _PIECE
 _PIECE = 1 << 20  # bytes per read
@@ -80,7 +80,7 @@ def _download(source: _Source, target: Path, progress: bool) -> None:
         )
     if progress:
         resumes = f", resuming from {had / 1e6:,.1f} MB" if had else ""
-        say(f"downloading {source.url} ({source.size / 1e6:,.1f} MB){resumes}")
+        print_line(f"downloading {source.url} ({source.size / 1e6:,.1f} MB){resumes}")
     resumed = had > 0
     with Progress(source.size, target.name, unit="B", done=had, show=progress) as bar:
         for is_last in (False, True):
@@ -118,7 +118,7 @@ def _complete(source: _Source, file: BinaryIO, bar: Progress, progress: bool) ->
                 f" again to resume the download, or {source.by_hand}"
             )
         if progress:
-            say(f"{reason}; trying again in {wait_s:.0f} s")
+            print_line(f"{reason}; trying again in {wait_s:.0f} s")
         time.sleep(wait_s)
         wait_s *= 2
     raise AssertionError("unreachable: the count has no end")

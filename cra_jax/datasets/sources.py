@@ -217,7 +217,7 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
 
 
 def _from_tfds(path: str | os.PathLike[str] | None, *, name: str = "") -> Dataset:
-    found = tfds_read.read_set(name, path)
+    found = tfds_read.read_dataset(name, path)
     splits = {
         split: tuple(
             Record(

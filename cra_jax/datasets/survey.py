@@ -31,7 +31,7 @@ _PAPER, _INK, _FRAME = (255, 255, 255), (0, 0, 0), (255, 64, 0)
 _EMPTY = (128, 128, 128)
 
 
-class _Look(NamedTuple):
+class _Examined(NamedTuple):
     """Properties of one image, or why it cannot be read."""
 
     split: str
@@ -86,15 +86,15 @@ def describe(
         for record in records
         if record.content
     ]
-    looks = list(_each(_look, stored, "examining", workers, progress))
-    bad = {look.record.name for look in looks if look.problem}
-    if looks:
-        readable = [look for look in looks if not look.problem]
+    examined = list(_each(_examine, stored, "examining", workers, progress))
+    bad = {look.record.name for look in examined if look.problem}
+    if examined:
+        readable = [look for look in examined if not look.problem]
         if readable:
-            lines += [*_sizes(readable), *_kinds(readable), *_boxes(readable)]
+            lines += [*_sizes(readable), *_color_modes(readable), *_boxes(readable)]
             lines += _duplicates(readable, dataset.class_names)
         lines.append(f"unreadable: {len(bad) or 'none'}")
-        lines += [f"  {look.problem}" for look in looks if look.problem]
+        lines += [f"  {look.problem}" for look in examined if look.problem]
     else:
         lines.append("no image is stored: images are drawn when they are read")
     if sheet is not None:
@@ -118,7 +118,7 @@ def _each(
             yield result
 
 
-def _look(item: tuple[str, Record]) -> _Look:
+def _examine(item: tuple[str, Record]) -> _Examined:
     split, record = item
     assert record.content is not None, "only stored images are examined"
     try:
@@ -133,7 +133,7 @@ def _look(item: tuple[str, Record]) -> _Look:
         reason = str(error)
         if record.name not in reason:
             reason = f"{record.name}: {reason}"
-        return _Look(split, record, reason)
+        return _Examined(split, record, reason)
     share, box_problem = None, ""
     try:
         if box := record.box:
@@ -144,7 +144,7 @@ def _look(item: tuple[str, Record]) -> _Look:
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(f"{width} ".encode())  # 2 x 3 is not 3 x 2
     digest.update(pixels.data)
-    return _Look(
+    return _Examined(
         split,
         record,
         "",
@@ -178,10 +178,12 @@ def _counts(
     return lines
 
 
-def _sizes(looks: Sequence[_Look]) -> list[str]:
-    short = np.array([min(look.size_px) for look in looks])
-    middle = "{:g} x {:g}".format(*np.median([look.size_px for look in looks], axis=0))
-    by_area = sorted(looks, key=lambda look: look.size_px[0] * look.size_px[1])
+def _sizes(examined: Sequence[_Examined]) -> list[str]:
+    short = np.array([min(look.size_px) for look in examined])
+    middle = "{:g} x {:g}".format(
+        *np.median([look.size_px for look in examined], axis=0)
+    )
+    by_area = sorted(examined, key=lambda look: look.size_px[0] * look.size_px[1])
     first, last = (
         "{} ({} x {})".format(look.record.name, *look.size_px)
         for look in (by_area[0], by_area[-1])
@@ -194,7 +196,7 @@ def _sizes(looks: Sequence[_Look]) -> list[str]:
     bound = decoding.MAX_ASPECT
     long = [
         look.record.name
-        for look in looks
+        for look in examined
         if max(look.size_px) > bound * min(look.size_px)
     ]
     if long:
@@ -202,16 +204,16 @@ def _sizes(looks: Sequence[_Look]) -> list[str]:
     return lines
 
 
-def _kinds(looks: Sequence[_Look]) -> list[str]:
-    kinds = collections.Counter(look.kind for look in looks)
+def _color_modes(examined: Sequence[_Examined]) -> list[str]:
+    kinds = collections.Counter(look.kind for look in examined)
     shown = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    turned = [look.record.name for look in looks if look.is_turned]
+    turned = [look.record.name for look in examined if look.is_turned]
     return [f"kinds: {shown}", f"rotated by EXIF: {_list(turned)}"]
 
 
-def _boxes(looks: Sequence[_Look]) -> list[str]:
-    shares = [look.box_share for look in looks if look.box_share is not None]
-    problems = [look.box_problem for look in looks if look.box_problem]
+def _boxes(examined: Sequence[_Examined]) -> list[str]:
+    shares = [look.box_share for look in examined if look.box_share is not None]
+    problems = [look.box_problem for look in examined if look.box_problem]
     if not shares and not problems:
         return ["boxes: none"]
     lines = [f"boxes: of {len(shares):,} images"]
@@ -221,13 +223,13 @@ def _boxes(looks: Sequence[_Look]) -> list[str]:
     return lines + [f"  {problem}" for problem in problems]
 
 
-def _duplicates(looks: Sequence[_Look], class_names: Sequence[str]) -> list[str]:
+def _duplicates(examined: Sequence[_Examined], class_names: Sequence[str]) -> list[str]:
     """Groups of the same pixels: within each split, then across the splits."""
-    groups: dict[bytes, list[_Look]] = collections.defaultdict(list)
-    for look in looks:
+    groups: dict[bytes, list[_Examined]] = collections.defaultdict(list)
+    for look in examined:
         groups[look.pixels].append(look)
     found: dict[str, list[str]] = {}
-    for split in dict.fromkeys(look.split for look in looks):
+    for split in dict.fromkeys(look.split for look in examined):
         found[f"within {split}"] = []
     found["between the splits"] = []
     for group in groups.values():
@@ -264,8 +266,8 @@ def _write_sheet(
         if record.name not in bad:
             by_class[record.label].append(record)
     rows = [
-        (label, _spread(by_class[label], _COLUMNS))
-        for label in _spread(sorted(by_class), _ROWS)
+        (label, _evenly_spaced(by_class[label], _COLUMNS))
+        for label in _evenly_spaced(sorted(by_class), _ROWS)
     ]
     shown = [record for _, records in rows for record in records]
     thumbnails = _each(_thumbnail, shown, "contact sheet", workers, progress)
@@ -313,7 +315,7 @@ def _thumbnail(record: Record) -> Image.Image:
     return image.crop((left, top, left + _SIDE_PX, top + _SIDE_PX))
 
 
-def _spread(items: Sequence, count: int) -> list:
+def _evenly_spaced(items: Sequence, count: int) -> list:
     """Up to `count` evenly spaced items, including the first."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

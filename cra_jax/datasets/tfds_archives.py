@@ -20,9 +20,9 @@ BUILD = (
 
 _MAX_LISTED = 8
 
-DEAD = {
+UNAVAILABLE = {
     "cars196": """
-tfds cannot download cars196: Stanford's links have been dead since 2023. Two ways out:
+tfds cannot download cars196: Stanford's links have not worked since 2023. Two ways out:
 (1) Without tfds and TensorFlow: --config.data.source=cars --config.data.path=FOLDER
     reads unpacked copies as they are. On Kaggle:
       rickyyyyyyy/torchvision-stanford-cars: as published
@@ -30,7 +30,7 @@ tfds cannot download cars196: Stanford's links have been dead since 2023. Two wa
       jessicali9530/stanford-cars-dataset: the images; add devkit/ and
         cars_test_annos_withlabels.mat, see below
 (2) With tfds: the archives as published, which none of these copies holds; somebody
-    who had the set before may have kept them. car_devkit.tgz is attached to
+    who had the dataset before may have kept them. car_devkit.tgz is attached to
     https://github.com/pytorch/vision/issues/7545, where people also say how to get
     cars_test_annos_withlabels.mat."""
 }
@@ -48,19 +48,19 @@ class Archive(NamedTuple):
     """Addresses from which tfds downloads it."""
 
 
-def set_of(name: str) -> str:
+def dataset_name(name: str) -> str:
     """The dataset in `set/config:1.0.0`, without config and version."""
     return name.split("/")[0].split(":")[0]
 
 
-def doubt(name: str) -> str:
+def unknown_name_hint(name: str) -> str:
     """A warning if tfds has no code for a dataset of this name; else empty."""
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
-    if set_of(name) in known:
+    if dataset_name(name) in known:
         return ""
-    close = difflib.get_close_matches(set_of(name), known)
+    close = difflib.get_close_matches(dataset_name(name), known)
     meant = f"; meant is {' or '.join(close)}?" if close else ""
     return f"tfds has no dataset of that name{meant}"
 
@@ -73,7 +73,7 @@ def archives(name: str) -> dict[str, Archive]:
     import tensorflow_datasets as tfds
 
     try:
-        infos = tfds.builder_cls(set_of(name)).url_infos or {}
+        infos = tfds.builder_cls(dataset_name(name)).url_infos or {}
     except tfds.core.DatasetNotFoundError:
         return {}
     found: dict[str, Archive] = {}
@@ -86,7 +86,7 @@ def archives(name: str) -> dict[str, Archive]:
     return found
 
 
-def by_hand(name: str, manual: Path) -> str:
+def manual_download_help(name: str, manual: Path) -> str:
     """How to provide archives by hand, for messages; may be empty.
 
     Args:
@@ -96,13 +96,13 @@ def by_hand(name: str, manual: Path) -> str:
     known = archives(name)
     if not 0 < len(known) <= _MAX_LISTED:
         return ""
-    dead = DEAD.get(set_of(name), "")
+    alternative = UNAVAILABLE.get(dataset_name(name), "")
     lines = [
         f"\n    {file}  {archive.size} bytes\n        sha256 {archive.sha256}"
-        + ("" if dead else f"\n        {archive.urls[0]}")
+        + ("" if alternative else f"\n        {archive.urls[0]}")
         for file, archive in known.items()
     ]
     return (
-        f"{dead}\nArchives that tfds takes from {manual} instead of downloading them,"
-        f" bytes and sha256 being checked:{''.join(lines)}"
+        f"{alternative}\nArchives that tfds takes from {manual} instead of downloading"
+        f" them, bytes and sha256 being checked:{''.join(lines)}"
     )

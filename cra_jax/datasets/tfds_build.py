@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cra_jax.datasets import tfds_archives, tfds_read
 from cra_jax.runtime.files import locked
-from cra_jax.runtime.progress import LOG_EVERY_S, say
+from cra_jax.runtime.progress import LOG_EVERY_S, print_line
 
 _TIDYING_S = 10.0
 _UNFINISHED = "incomplete."  # how tfds begins the names of what it is writing
@@ -51,10 +51,10 @@ def build(
       ValueError: TensorFlow is not installed, tfds does not know the dataset, an
         archive is missing, or the build failed; the message says what to do.
     """
-    folder = tfds_read.where_to_build(name, data_dir)
+    folder = tfds_read.build_directory(name, data_dir)
     if folder is None:
         return False
-    if doubt := tfds_archives.doubt(name):
+    if doubt := tfds_archives.unknown_name_hint(name):
         raise ValueError(f"data.name is {name!r}: {doubt}")
     manual = Path(manual_dir or folder / "downloads" / "manual").expanduser().absolute()
     if manual_dir and not manual.is_dir():
@@ -63,12 +63,12 @@ def build(
     _check_modules(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / f".{tfds_archives.set_of(name)}.lock"
+        lock = folder / f".{tfds_archives.dataset_name(name)}.lock"
         with locked(lock, name, show=progress):
             # The process that held the lock may have built it.
-            if tfds_read.where_to_build(name, data_dir) is None:
+            if tfds_read.build_directory(name, data_dir) is None:
                 return False
-            _tell_leftovers(folder / tfds_archives.set_of(name), progress)
+            _report_leftovers(folder / tfds_archives.dataset_name(name), progress)
             reason = _in_own_process(name, folder, manual, progress)
     except OSError as error:
         raise ValueError(
@@ -77,9 +77,10 @@ def build(
         ) from error
     if reason:
         raise ValueError(
-            f"tfds cannot build {name}: {reason}{tfds_archives.by_hand(name, manual)}"
+            f"tfds cannot build {name}: {reason}"
+            + tfds_archives.manual_download_help(name, manual)
         )
-    if tfds_read.where_to_build(name, data_dir) is not None:
+    if tfds_read.build_directory(name, data_dir) is not None:
         raise ValueError(
             f"tfds has built {name}, but not in {folder}: give the name, or its config"
             " and version, as tfds does"
@@ -110,13 +111,14 @@ def _check_archives(name: str, folder: Path, manual: Path) -> None:
                 wrong.append(f"{file} has {size} bytes, not {archive.size}")
         elif not _was_downloaded(name, folder, archive):
             missing[file] = archive.urls
-    if missing and tfds_archives.set_of(name) in tfds_archives.DEAD:
+    if missing and tfds_archives.dataset_name(name) in tfds_archives.UNAVAILABLE:
         wrong.append(f"not there: {', '.join(missing)}")
     elif hosts := _unreachable(itertools.chain(*missing.values())):
         wrong.append(f"not there: {', '.join(missing)}; no network ({hosts})")
     if wrong:
         raise ValueError(
-            f"{manual}: {'; '.join(wrong)}{tfds_archives.by_hand(name, manual)}"
+            f"{manual}: {'; '.join(wrong)}"
+            + tfds_archives.manual_download_help(name, manual)
         )
 
 
@@ -144,13 +146,13 @@ def _was_downloaded(name: str, folder: Path, archive: tfds_archives.Archive) -> 
 
     downloads = folder / "downloads"
     files = {resource.get_dl_fname(url, archive.sha256) for url in archive.urls}
-    places = downloads, downloads / tfds_archives.set_of(name)
+    places = downloads, downloads / tfds_archives.dataset_name(name)
     return any((place / file).exists() for place in places for file in files)
 
 
-def _tell_leftovers(folder: Path, progress: bool) -> None:
+def _report_leftovers(folder: Path, progress: bool) -> None:
     for left in folder.rglob(f"{_UNFINISHED}*") if progress else ():
-        say(
+        print_line(
             f"{left}: left by a build that was killed, unless one is at work; remove it"
         )
 
@@ -165,14 +167,14 @@ def _in_own_process(name: str, folder: Path, manual: Path, progress: bool) -> st
     )
     begun = time.monotonic()
     if progress:
-        say(f"building {name} in {folder}, once, in a process of its own")
+        print_line(f"building {name} in {folder}, once, in a process of its own")
     process.start()
     sender.close()  # so that the end of the process is seen
     try:
         while not receiver.poll(LOG_EVERY_S):
             if progress and not bars:
                 minutes, seconds = divmod(round(time.monotonic() - begun), 60)
-                say(
+                print_line(
                     f"building {name}: {minutes}:{seconds:02} min,"
                     f" {_bytes_below(folder) / 1e6:,.0f} MB in {folder}"
                 )

@@ -40,7 +40,7 @@ class Example(NamedTuple):
     """(x_min, y_min, x_max, y_max) as fractions of the image as it is stored."""
 
 
-class BuiltSet(NamedTuple):
+class BuiltDataset(NamedTuple):
     """A built dataset."""
 
     root: Path
@@ -61,12 +61,12 @@ class _Keys(NamedTuple):
     class_name: str | None
 
 
-def read_set(
+def read_dataset(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
     *,
     progress: bool = True,
-) -> BuiltSet:
+) -> BuiltDataset:
     """Lists the examples of a dataset that was built as array_record.
 
     Args:
@@ -109,17 +109,17 @@ def read_set(
         and len(set(found)) == len(found)
     ):
         label_names = found  # caltech_birds2011 numbers its classes, but names birds
-    return BuiltSet(root, label_names, _unique_names(splits), notes)
+    return BuiltDataset(root, label_names, _unique_names(splits), notes)
 
 
-def where_to_build(
+def build_directory(
     name: str, data_dir: str | os.PathLike[str] | None = None
 ) -> Path | None:
     """The folder to build a dataset in; None if it is built already.
 
     Args:
-      name: as for `read_set`.
-      data_dir: as for `read_set`.
+      name: as for `read_dataset`.
+      data_dir: as for `read_dataset`.
 
     Raises:
       ValueError: the dataset is damaged, or in a format that only TensorFlow reads.
@@ -143,16 +143,18 @@ def _find(name: str, folder: Path) -> Any:
     """The builder of a dataset that must exist."""
     builder = _open(name, folder)
     if builder is None:
-        asked = tfds_archives.set_of(name)
+        asked = tfds_archives.dataset_name(name)
         doubt = ""
         if (folder / asked).is_dir():
             built = sorted(f.name for f in (folder / asked).iterdir() if f.is_dir())
             doubt = f" (of {asked} there is: {', '.join(built) or 'nothing'})"
-        elif unknown := tfds_archives.doubt(name):
+        elif unknown := tfds_archives.unknown_name_hint(name):
             doubt = f" ({unknown})"
         by_hand = ""
-        if asked in tfds_archives.DEAD:  # downloading it cannot succeed
-            by_hand = tfds_archives.by_hand(name, folder / "downloads" / "manual")
+        if asked in tfds_archives.UNAVAILABLE:  # downloading it cannot succeed
+            by_hand = tfds_archives.manual_download_help(
+                name, folder / "downloads" / "manual"
+            )
         raise ValueError(
             f"{folder}: the dataset {name!r} is not built there{doubt};"
             f" {tfds_archives.BUILD}{by_hand}"

@@ -25,7 +25,7 @@ from cra_jax.inference import overlay, predict
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import decoding
-from cra_jax.runtime.progress import say
+from cra_jax.runtime.progress import print_line
 
 LARGEST_BYTES = 20_000_000
 """Limit of an upload."""
@@ -56,7 +56,7 @@ def run(options: RunOptions | None, workdir: Path, *, port: int = 8000) -> None:
       ValueError: there is no such network, or the port cannot be used.
     """
     predictor = predict.open_predictor(options, workdir)
-    say(f"{predictor.network.about}: warming up")
+    print_line(f"{predictor.network.about}: warming up")
     predictor.warm_up()
     with make_server(predictor, port=port) as server:
         print(f"http://{_HOST}:{server.server_port}/  (stop with Ctrl-C)", flush=True)
@@ -120,7 +120,7 @@ class Server(ThreadingHTTPServer):
         """Logs errors, except those of closed connections."""
         error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError)):
-            say(f"demo: {error!r}")
+            print_line(f"demo: {error!r}")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -254,7 +254,7 @@ def describe(answer: Prediction) -> dict[str, Any]:
     size = np.array([width, height], float)
     shown = Image.fromarray(view.image)
     shown.thumbnail((_SHOWN_LONG_SIDE_PX, _SHOWN_LONG_SIDE_PX))
-    colours = Image.fromarray(overlay.heat(view.activation))
+    colours = Image.fromarray(overlay.color_activation(view.activation))
     corners = view.attention_px
     return {
         "classes": [

@@ -33,7 +33,7 @@ def activation_colors(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rgb, share
 
 
-def heat(activation: np.ndarray) -> np.ndarray:
+def color_activation(activation: np.ndarray) -> np.ndarray:
     """Colors a class activation map for an overlay.
 
     Args:
@@ -72,7 +72,9 @@ def draw(
     size = round(width * scale), round(height * scale)
     shown = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     left, top, right, bottom = (round(x * scale) for x in crop_box_px)
-    colours = Image.fromarray(heat(activation)).resize((right - left, bottom - top))
+    colours = Image.fromarray(color_activation(activation)).resize(
+        (right - left, bottom - top)
+    )
     shown.paste(colours, (left, top), colours)
     pen = ImageDraw.Draw(shown)
     line = max(2, round(min(size) / 160))

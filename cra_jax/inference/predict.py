@@ -22,7 +22,7 @@ from cra_jax.inference import overlay, trained
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.runtime import files
-from cra_jax.runtime.progress import Progress, say
+from cra_jax.runtime.progress import Progress, print_line
 
 
 def load(path: str | Path, *, checkpoint: str = "latest") -> Predictor:
@@ -35,7 +35,7 @@ def load(path: str | Path, *, checkpoint: str = "latest") -> Predictor:
     Raises:
       ValueError: the path is none of these, or its files are damaged.
     """
-    return Predictor(trained.find(path, checkpoint=checkpoint))
+    return Predictor(trained.load_network(path, checkpoint=checkpoint))
 
 
 def open_predictor(options: RunOptions | None, workdir: Path) -> Predictor:
@@ -76,8 +76,8 @@ def run(
     """
     paths = find_images(images)
     predictor = open_predictor(options, workdir)
-    say(f"{predictor.network.about}: {_count_images(len(paths))}")
-    folder = trained.home(workdir)
+    print_line(f"{predictor.network.about}: {_count_images(len(paths))}")
+    folder = trained.output_directory(workdir)
     file = folder / "predictions.jsonl"
     unreadable = 0
     taken: collections.Counter[str] = collections.Counter()
@@ -111,7 +111,9 @@ def run(
             f"cannot write into {folder} ({error}): make it writable, and free space "
             "on its disk"
         ) from error
-    say(f"{len(paths) - unreadable:,} predicted, {unreadable:,} unreadable: {file}")
+    print_line(
+        f"{len(paths) - unreadable:,} predicted, {unreadable:,} unreadable: {file}"
+    )
     if unreadable == len(paths):
         raise ValueError(f"none of {_count_images(len(paths))} can be read: see {file}")
 
@@ -155,7 +157,7 @@ def find_images(images: Sequence[str]) -> list[str]:
             some, what = map(str, listing.image_files(path, skipped)), "directory"
             if skipped:
                 kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
-                say(f"{name}: {skipped.total()} other files skipped ({kinds})")
+                print_line(f"{name}: {skipped.total()} other files skipped ({kinds})")
         elif not path.exists() and glob.has_magic(name):
             matched = glob.glob(str(path), recursive=True)
             some = [x for x in matched if os.path.isfile(x)]

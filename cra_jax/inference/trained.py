@@ -82,7 +82,7 @@ def locate(path: str | Path) -> Place:
     Raises:
       ValueError: it is none of these.
     """
-    given, folder = Path(path).expanduser(), home(path)
+    given, folder = Path(path).expanduser(), output_directory(path)
     if (folder / "checkpoints").is_dir():
         return Place(folder, True, given.name if folder != given else "")
     if (folder / "model.safetensors").is_file():
@@ -93,7 +93,7 @@ def locate(path: str | Path) -> Place:
     )
 
 
-def home(path: str | Path) -> Path:
+def output_directory(path: str | Path) -> Path:
     """The directory for output about `path`: itself, or the run of a checkpoint."""
     folder = Path(path).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
@@ -101,7 +101,7 @@ def home(path: str | Path) -> Path:
     return folder
 
 
-def find(path: str | Path, *, checkpoint: str = "latest") -> TrainedNetwork:
+def load_network(path: str | Path, *, checkpoint: str = "latest") -> TrainedNetwork:
     """Loads the network of a run directory, a checkpoint or an export.
 
     Args:

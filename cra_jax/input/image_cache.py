@@ -26,7 +26,7 @@ import numpy as np
 from cra_jax.input.records import Record
 from cra_jax.runtime import files
 from cra_jax.runtime.prefetch import prefetch
-from cra_jax.runtime.progress import Progress, say
+from cra_jax.runtime.progress import Progress, print_line
 
 FORMAT = 2
 """Part of every key: increase it if the files, the decoder or the resize change."""
@@ -103,7 +103,7 @@ class ImageCache:
         except OSError as error:
             then = f"its index could not be removed ({error}): remove that file"
         if record.name not in self._damaged and len(self._damaged) < _NAMED:
-            say(f"warning: {what}: it was read from its original, and {then}")
+            print_line(f"warning: {what}: it was read from its original, and {then}")
         self._damaged.add(record.name)
         return image
 
@@ -184,7 +184,7 @@ def prepare(
         raise ValueError(f"there are no images to cache for {name!r}")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"cache name {name!r}: use only letters, digits and . _ -")
-    log = say if progress else _mute
+    log = print_line if progress else _mute
     key = _key(records, _check_side(short_side_px))
     stem = Path(cache_dir) / f"{name}-{key[:16]}"
 
@@ -367,7 +367,7 @@ def _unreadable(skipped: dict[str, str], count: int) -> str:
 
 
 def _mute(text: str) -> None:
-    """Repositions `say` if no progress is to be reported."""
+    """Prints nothing: used if no progress is to be reported."""
 
 
 def _check_side(short_side_px: int) -> int:

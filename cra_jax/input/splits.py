@@ -106,7 +106,7 @@ class Split:
             if box is not None and tuple(box) != (0, 0, 1, 1)
         }
 
-    def firsts(self, count: int) -> list[int]:
+    def first_of_each_class(self, count: int) -> list[int]:
         """The first image of each of the first `count` classes, as indices."""
         return np.unique(self.labels, return_index=True)[1][:count].tolist()
 

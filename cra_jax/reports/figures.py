@@ -127,7 +127,9 @@ class _Run:
             )
             for run in (self, other)
         )
-        few = self.split.firsts(_MAPS)  # drawings of another seed have the same names
+        few = self.split.first_of_each_class(
+            _MAPS
+        )  # drawings of another seed have the same names
         if mine != theirs or (self.images(few) != other.images(few)).any():
             raise ValueError(
                 f"{other.workdir} was tested on other images than {self.workdir} "
@@ -201,7 +203,7 @@ def _drawings(ours: _Run, theirs: _Run | None) -> Iterable[tuple[str, Callable]]
 
 def _activation(ours: _Run, theirs: _Run | None) -> _Drawing:
     """Fig. 3."""
-    chosen = ours.split.firsts(_MAPS)
+    chosen = ours.split.first_of_each_class(_MAPS)
     boxes = ours.split.boxes_px(ours.crop_px)
     runs = [theirs, ours] if theirs else [ours]
     names = [run.kind for run in runs if run]

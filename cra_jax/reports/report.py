@@ -57,9 +57,9 @@ def write_after_training(options: RunOptions, workdir: Path) -> None:
     path, numbers = workdir / _PAGE, workdir / "metrics.jsonl"
     try:
         known = path.is_file() and path.stat().st_mtime > numbers.stat().st_mtime
-        progress.say(f"report: {path if known else write(options, workdir)}")
+        progress.print_line(f"report: {path if known else write(options, workdir)}")
     except Exception as error:
-        progress.say(
+        progress.print_line(
             f"warning: the report could not be written ({type(error).__name__}: "
             f"{error}); the numbers are safe in {workdir / 'metrics.jsonl'}, and "
             f"`--mode report --workdir {workdir}` tries again"

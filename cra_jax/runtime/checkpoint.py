@@ -106,7 +106,7 @@ class Checkpoints:
         """The step with the highest metric (the newest of equals), or None."""
         return _best(self.steps(), self._metric)
 
-    def set_damaged_aside(self, tell: Callable[[str], None]) -> int | None:
+    def move_damaged(self, tell: Callable[[str], None]) -> int | None:
         """Finds the newest undamaged step, so that training can resume from it.
 
         Newer, damaged steps are moved to `damaged_checkpoints` next to this directory,

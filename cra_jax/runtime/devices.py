@@ -106,18 +106,18 @@ def on_each_device(tree: Any, *, devices: Sequence[Any] | None = None) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def keep(folder: Path) -> None:
+def keep_memory_and_programs(folder: Path) -> None:
     """Keeps freed memory and compiled programs; call it before a device is used.
 
-    Memory: see `keep_memory`. Compiled programs are cached in `folder`, so the next run
-    starts faster. JAX_COMPILATION_CACHE_DIR takes precedence if it is set.
+    Memory: see `keep_freed_memory`. Compiled programs are cached in `folder`, so that
+    the next run starts faster. JAX_COMPILATION_CACHE_DIR takes precedence if it is set.
     """
-    keep_memory()
+    keep_freed_memory()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Keeps freed memory in the process; call it before a device is used.
 
     On a CPU each step allocates its scratch memory again, a gigabyte for ResNet-50, and

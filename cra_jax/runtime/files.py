@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cra_jax.runtime.progress import say
+from cra_jax.runtime.progress import print_line
 
 
 def partial_path(path: Path) -> Path:
@@ -77,7 +77,7 @@ def locked(
                     f"{title} is in use by another process ({holder}): {instead}"
                 ) from None
             if show:
-                say(f"{title}: waiting for another process that uses it")
+                print_line(f"{title}: waiting for another process that uses it")
             fcntl.flock(file, fcntl.LOCK_EX)
         if instead:
             file.truncate(0)

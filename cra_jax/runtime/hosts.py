@@ -119,24 +119,24 @@ def check_same(text: str, what: str) -> None:
         raise ValueError(f"the hosts differ in {what}:\n{lines}")
 
 
-def alone() -> bool:
+def is_only_host() -> bool:
     """Whether there is only one host."""
     return jax.process_count() == 1
 
 
-def largest(number: int) -> int:
+def max_over_hosts(number: int) -> int:
     """The largest number among all hosts."""
     return max(map(int, _gather_texts(str(number))))
 
 
-def told_by_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """The first host's value, on all hosts; any value that JSON can hold."""
     if jax.process_count() == 1:
         return value
     return json.loads(_gather_texts(json.dumps(value if is_first() else None))[0])
 
 
-def arrays_of_first(tree: Any) -> Any:
+def broadcast_arrays(tree: Any) -> Any:
     """The first host's arrays, on all hosts; the trees must have the same shapes."""
     if jax.process_count() == 1:
         return tree

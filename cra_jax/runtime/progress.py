@@ -60,7 +60,7 @@ class Progress:
         left_s = (self._total - self._done) / max(rate, 1e-9)
         done, total, pace = map(self._figure, (self._done, self._total, rate))
         unit = "MB" if self._unit == "B" else self._unit
-        say(
+        print_line(
             f"{self._title}: {done} of {total} {unit}, {pace} {unit}/s,"
             f" {left_s:.0f} s left"
         )
@@ -95,7 +95,7 @@ class Clock:
         return max(seconds, 1e-9)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Prints a line on standard error, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()

@@ -17,6 +17,7 @@ from cra_jax.runtime import files
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METRICS = "metrics.jsonl"
 SNAPSHOTS = "attention.jsonl"
+_RENAMED_FIELDS = {"contrast_dead": "contrast_inactive", "held": "stream_frozen"}
 
 
 class Result(NamedTuple):
@@ -169,8 +170,12 @@ def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without lines that a crash left unfinished."""
-    return read_lines(workdir / METRICS)
+    """The lines of `metrics.jsonl`, without lines that a crash left unfinished.
+
+    Fields that older versions named differently have their present names.
+    """
+    lines = read_lines(workdir / METRICS)
+    return [{_RENAMED_FIELDS.get(k, k): v for k, v in line.items()} for line in lines]
 
 
 def read_snapshots(workdir: Path) -> list[dict[str, Any]]:

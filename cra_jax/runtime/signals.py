@@ -20,7 +20,7 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
 
 
-class Asked:
+class StopRequest:
     """Whether a signal has requested a stop.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
 
 
 @contextmanager
-def heard(then: str) -> Iterator[Asked]:
+def stop_on_signal(then: str) -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM is recorded, and the second ends the process.
 
     A signal that was ignored before, as shells do for background jobs, stays ignored.
@@ -44,15 +44,15 @@ def heard(then: str) -> Iterator[Asked]:
     Args:
       then: what happens after the first signal, for the log line.
     """
-    asked = Asked()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield request
         return
 
     def handle(number: int, frame: object) -> None:
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        asked.number = number
+        request.number = number
         # Not print, which the signal may have interrupted.
         line = (
             f"{signal.Signals(number).name}: {then}; a second signal ends it at once\n"
@@ -65,14 +65,14 @@ def heard(then: str) -> Iterator[Asked]:
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
+def exit_in_one_line() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the block, with cleanup, one line and no traceback.
 
     Raises:

@@ -71,7 +71,7 @@ class Log:
         if not self._mute:
             self._bar.update()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if not self._mute:
             self._bar.write(text, file=sys.stderr)
@@ -89,14 +89,16 @@ class Log:
         if self._bar.disable:
             eta = _duration(numbers["eta_seconds"])
             parts = " ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {step}/{self._total_steps} epoch {epoch} {parts} ETA {eta}")
+            self.print_line(
+                f"step {step}/{self._total_steps} epoch {epoch} {parts} ETA {eta}"
+            )
         else:
             self._bar.set_postfix({"epoch": epoch, **shown}, refresh=False)
 
     def test(self, *, step: int, epoch: int, split: str, numbers: Numbers) -> None:
         """Records the scores of a split."""
         self._record(step, epoch, split, numbers)
-        self.say(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
+        self.print_line(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
 
     def attention(
         self,

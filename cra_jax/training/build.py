@@ -109,7 +109,7 @@ def config_of_run(
     unknown = {key: value for key, value in flat.items() if key not in known}
     if unknown:
         named = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
-        progress.say(
+        progress.print_line(
             f"{workdir / 'config.json'} has keys that this version does not know and "
             f"ignores: {named}"
         )
@@ -242,7 +242,7 @@ def build_training(
         )
     if options.ema_decay:
         step = step_wrappers.average_weights(step, options.ema_decay)
-    step = step_wrappers.keep_good(step)
+    step = step_wrappers.skip_non_finite(step)
     run_steps = devices.train_step(step_wrappers.run_steps(step))
     return Training(network, optimizer, devices.train_step(step), run_steps)
 

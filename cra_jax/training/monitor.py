@@ -1,7 +1,8 @@
 """Detects failing training from its numbers, records it and suggests a fix.
 
-The device skips an update from numbers that are not finite (`keep_good`). `Monitor`
-detects it later, when numbers are fetched anyway, so that no step waits for it.
+The device skips an update from numbers that are not finite (`skip_non_finite`).
+`Monitor` detects it later, when numbers are fetched anyway, so that no step waits
+for it.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 
 from cra_jax.runtime import files, progress, run_directory
 from cra_jax.training import step_wrappers
-from cra_jax.training.step_wrappers import JUDGED_BY
+from cra_jax.training.step_wrappers import MUST_BE_FINITE
 
 BAD_STEPS = "bad_steps.jsonl"
 
@@ -54,9 +55,9 @@ class Monitor:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             files.write_atomically(workdir / BAD_STEPS, text)
 
-    def _say(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         if self._write:
-            progress.say(text)
+            progress.print_line(text)
 
     def check_steps(self, step: int, window: Sequence[Mapping[str, float]]) -> None:
         """Finds failed steps among the last ones; checks each step once.
@@ -69,7 +70,7 @@ class Monitor:
           ValueError: more than ``train.skip_bad_steps`` steps have failed.
         """
         for number, terms in enumerate(window, start=step - len(window) + 1):
-            if number > self._last_checked and not step_wrappers.is_good(terms):
+            if number > self._last_checked and not step_wrappers.is_finite_step(terms):
                 self._record(number, terms)
         self._last_checked = step
 
@@ -89,11 +90,11 @@ class Monitor:
         shown = ", ".join(
             f"{name} {value:.4g}"
             for name, value in terms.items()
-            if name.startswith("loss") or name in JUDGED_BY
+            if name.startswith("loss") or name in MUST_BE_FINITE
         )
         what = f"step {step} failed and its update was skipped: {shown}"
         if self._bad <= allowed:
-            self._say(
+            self._print_line(
                 f"warning: {what} ({self._bad} of train.skip_bad_steps={allowed}; "
                 f"its images are listed in {self._workdir / BAD_STEPS})"
             )
@@ -119,16 +120,16 @@ class Monitor:
         signs = {
             "gamma_saturated": (
                 numbers.get("gamma_saturated", 0) > 0.5,
-                "the attention is stuck in a corner in "
+                "the attention is saturated at its bound in "
                 f"{numbers.get('gamma_saturated', 0):.0%} of the images, where tanh "
                 "has almost no gradient: set art.guard (now "
                 f"{setting['art.guard']}) to 0.9, or lower optim.base_lr (now "
                 f"{setting['optim.base_lr']}), and start again",
             ),
-            "contrast_dead": (
-                numbers.get("contrast_dead", 0) > 0.95,
-                f"{numbers.get('contrast_dead', 0):.0%} of the pairs of Eq. (8) exceed "
-                "the margin and have no gradient: raise contrast.margin (now "
+            "contrast_inactive": (
+                numbers.get("contrast_inactive", 0) > 0.95,
+                f"{numbers.get('contrast_inactive', 0):.0%} of the pairs of Eq. (8) "
+                "exceed the margin and have no gradient: raise contrast.margin (now "
                 f"{setting['contrast.margin']})",
             ),
             "contrast_distance": (
@@ -144,7 +145,7 @@ class Monitor:
         for name, (shows, text) in signs.items():
             if shows and name not in self._warned:
                 self._warned.add(name)
-                self._say(f"warning: at step {step} {text}")
+                self._print_line(f"warning: at step {step} {text}")
 
 
 def read_bad_steps(workdir: Path) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def freeze_alternately(
             return jnp.where(frozen, old, new) if _can_be_frozen(path) else new
 
         after = jax.tree_util.tree_map_with_path(choose, after, state)
-        return after, {**terms, "held": frozen.astype(jnp.float32)}
+        return after, {**terms, "stream_frozen": frozen.astype(jnp.float32)}
 
     return run
 
@@ -112,7 +112,7 @@ def average_weights(step: Step, decay: float) -> Step:
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:
         after, terms = step(state, batch)
-        new = train_step.predicting_part(after.params, after.batch_stats)
+        new = train_step.prediction_variables(after.params, after.batch_stats)
         weight = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(new, state.average, weight)
         return dataclasses.replace(after, average=average), terms
@@ -120,10 +120,10 @@ def average_weights(step: Step, decay: float) -> Step:
     return run
 
 
-JUDGED_BY = ("loss", "gradient_norm")
+MUST_BE_FINITE = ("loss", "gradient_norm")
 
 
-def keep_good(step: Callable) -> Callable:
+def skip_non_finite(step: Callable) -> Callable:
     """Makes a step skip its update if its numbers are not finite.
 
     Args:
@@ -138,13 +138,13 @@ def keep_good(step: Callable) -> Callable:
 
     def guarded(state: Any, batch: Any) -> tuple[Any, Any]:
         after, terms = step(state, batch)
-        good = jnp.array([jnp.isfinite(terms[name]) for name in JUDGED_BY]).all()
+        good = jnp.array([jnp.isfinite(terms[name]) for name in MUST_BE_FINITE]).all()
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
         return kept.replace(step=after.step), terms
 
     return guarded
 
 
-def is_good(terms: Mapping[str, float]) -> bool:
+def is_finite_step(terms: Mapping[str, float]) -> bool:
     """Whether a step with these numbers made its update."""
-    return all(np.isfinite(terms[name]) for name in JUDGED_BY)
+    return all(np.isfinite(terms[name]) for name in MUST_BE_FINITE)

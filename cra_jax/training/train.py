@@ -70,7 +70,7 @@ def run(
                 else None
             )
         first_step = checkpoints.latest_step() if checkpoints else None
-        first_step = hosts.told_by_first(first_step)
+        first_step = hosts.broadcast_from_first(first_step)
         with hosts.all_or_none():
             training = Run(config, workdir, dataset, checkpoints, first_step)
         scores = training.train()
@@ -122,7 +122,7 @@ def _open_directory(
     run_directory.keep_config(
         workdir, build.config_without_hosts(config), allow_change=allow_change or fresh
     )
-    checkpoints.set_damaged_aside(progress.say)
+    checkpoints.move_damaged(progress.print_line)
     return checkpoints
 
 
@@ -234,7 +234,9 @@ class Run:
         )
         # Each evaluation records the attention of these images, because old checkpoints
         # are deleted.
-        self._snapshot_indices = self._data.tests["test"].firsts(self._loop.snapshots)
+        self._snapshot_indices = self._data.tests["test"].first_of_each_class(
+            self._loop.snapshots
+        )
         self._window = Mean()
         self._window_before = []
         self._notes = [*dataset.notes, *_describe(config, dataset, self._data)]
@@ -273,9 +275,9 @@ class Run:
     def _synchronize(self) -> None:
         """Checks that all hosts have the same data; copies the first host's state."""
         hosts.check_same(self._data.digest, "their data (data.source, data.path)")
-        for numbers in hosts.told_by_first(self._window_before):
+        for numbers in hosts.broadcast_from_first(self._window_before):
             self._window.add(numbers)
-        self._state = devices.on_each_device(hosts.arrays_of_first(self._state))
+        self._state = devices.on_each_device(hosts.broadcast_arrays(self._state))
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Trains to the end; returns the scores of each test split."""
@@ -291,14 +293,16 @@ class Run:
                 training_log.Log(self._workdir, mute=not hosts.is_first(), **steps_left)
             )
             for note in self._notes:
-                log.say(note)
+                log.print_line(note)
             if not self._first_step:
                 self._record_first_attention(log)
-            with signals.heard("this step is finished and saved") as stop_request:
+            with signals.stop_on_signal(
+                "this step is finished and saved"
+            ) as stop_request:
                 self._train(log, stop_request)
             if self._checkpoints:
                 self._checkpoints.wait()
-            return hosts.told_by_first(self._scores())
+            return hosts.broadcast_from_first(self._scores())
 
     def terms_of(self, step: int) -> dict[str, float]:
         """Computes the numbers of one step again; writes nothing."""
@@ -310,7 +314,7 @@ class Run:
             )
         return {name: float(value) for name, value in terms.items()}
 
-    def _train(self, log: training_log.Log, stop_request: signals.Asked) -> None:
+    def _train(self, log: training_log.Log, stop_request: signals.StopRequest) -> None:
         loop = self._loop
         every = loop.save_every_steps
         runs = dispatches(
@@ -342,7 +346,11 @@ class Run:
             is_due = epoch_ends and (last or epoch % loop.evaluate_every_epochs == 0)
             top1 = self._evaluate(log, step, epoch) if is_due else None
             # All hosts must stop at the same step, so they communicate at log lines.
-            stop = hosts.largest(stop_request.number) if logs or hosts.alone() else 0
+            stop = (
+                hosts.max_over_hosts(stop_request.number)
+                if logs or hosts.is_only_host()
+                else 0
+            )
             if (
                 last
                 or (epoch_ends and epoch % loop.save_every_epochs == 0)
@@ -353,7 +361,9 @@ class Run:
             if stop:
                 if self._checkpoints:
                     self._checkpoints.wait()
-                log.say(f"saved at step {step}: run the same command again to resume")
+                log.print_line(
+                    f"saved at step {step}: run the same command again to resume"
+                )
                 raise signals.Stopped(stop)
             if epoch_ends:
                 clock.restart()
@@ -366,7 +376,7 @@ class Run:
     ) -> None:
         count = len(self._window)
         self._monitor.check_steps(step, self._window.fetch())
-        numbers = self._window.take(step_wrappers.is_good)
+        numbers = self._window.take(step_wrappers.is_finite_step)
         if not numbers:
             return
         seconds = clock.seconds_a_step(count)

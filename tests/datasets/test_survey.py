@@ -243,9 +243,9 @@ def test_the_sheet_takes_few_of_many(tmp_path):
 
 
 def test_spread():
-    assert survey._spread(range(10), 5) == [0, 2, 4, 6, 8]
-    assert survey._spread(range(3), 5) == [0, 1, 2]
-    assert survey._spread([], 5) == []
+    assert survey._evenly_spaced(range(10), 5) == [0, 2, 4, 6, 8]
+    assert survey._evenly_spaced(range(3), 5) == [0, 1, 2]
+    assert survey._evenly_spaced([], 5) == []
 
 
 def test_a_sheet_that_cannot_be_written(dirty):

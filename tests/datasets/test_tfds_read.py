@@ -111,7 +111,7 @@ def test_file_names_that_train_and_test_share_become_numbers(tmp_path):
         for first in (0, 10)
     )
     build(tmp_path, "shared", features, {"train": train, "test": test})
-    found = tfds_read.read_set("shared", tmp_path).splits
+    found = tfds_read.read_dataset("shared", tmp_path).splits
     assert [e.name for e in found["train"]] == ["train/0", "train/1"]
     assert [e.name for e in found["test"]] == ["test/0", "test/1"]
 
@@ -128,7 +128,7 @@ def test_boxes_that_say_something_else_are_not_used(tmp_path, bbox_format, corne
         "bbox": tfds.features.BBoxFeature(bbox_format=bbox_format),
     }
     build(tmp_path, "boxes", features, {"train": both, "test": both})
-    found = tfds_read.read_set("boxes", tmp_path).splits
+    found = tfds_read.read_dataset("boxes", tmp_path).splits
     assert [e.box for e in found["train"]] == [None, None]
 
 
@@ -136,7 +136,7 @@ def test_numbers_stay_where_the_names_are_not_one_for_each_class(tmp_path):
     features = {**labelled(), "label_name": tfds.features.Text()}
     both = [{**row, "label_name": "bird"} for row in rows(2)]
     build(tmp_path, "same", features, {"train": both, "test": both})
-    assert tfds_read.read_set("same", tmp_path).class_names == ("0", "1")
+    assert tfds_read.read_dataset("same", tmp_path).class_names == ("0", "1")
 
 
 def test_a_set_built_anew_has_other_stamps_and_is_read_anew(tmp_path):
@@ -175,9 +175,9 @@ def test_images_are_prepared(tmp_path):
 
 def test_progress_can_be_silenced(tmp_path, capsys):
     plain(tmp_path)
-    tfds_read.read_set("plain", tmp_path)
+    tfds_read.read_dataset("plain", tmp_path)
     assert "labels of plain: 6 of 6 images" in capsys.readouterr().err
-    tfds_read.read_set("plain", tmp_path, progress=False)
+    tfds_read.read_dataset("plain", tmp_path, progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -195,7 +195,7 @@ def test_validation_serves_where_there_is_no_test(tmp_path):
 
 def test_test_goes_before_validation(tmp_path):
     plain(tmp_path, train=rows(2), validation=rows(4, 10), test=rows(2, 20))
-    found = tfds_read.read_set("plain", tmp_path)
+    found = tfds_read.read_dataset("plain", tmp_path)
     assert len(found.splits["test"]) == 2
     assert found.notes == ("the split 'validation' is not used",)
 
@@ -204,7 +204,7 @@ def test_test_goes_before_validation(tmp_path):
 def test_one_split_is_not_enough(tmp_path, only):
     plain(tmp_path, **{only: rows(2)})
     with pytest.raises(ValueError, match=f"its splits are {only}; train is needed"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
 
 
 # --- what is refused ----------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_set_that_is_not_built(tmp_path):
 
 def test_cars_says_which_archives_go_where(tmp_path):
     with pytest.raises(ValueError, match="dead since 2023") as caught:
-        tfds_read.read_set("cars196:2.1.0", tmp_path)
+        tfds_read.read_dataset("cars196:2.1.0", tmp_path)
     message = str(caught.value)
     assert f"from {tmp_path / 'downloads' / 'manual'} " in message
     assert "--config.data.source=cars" in message
@@ -235,28 +235,28 @@ def test_cars_says_which_archives_go_where(tmp_path):
 
 
 def test_where_a_set_is_to_be_built(tmp_path):
-    assert tfds_read.where_to_build("plain", tmp_path) == tmp_path
+    assert tfds_read.build_directory("plain", tmp_path) == tmp_path
     root = plain(tmp_path)
-    assert tfds_read.where_to_build("plain", tmp_path) is None
-    assert tfds_read.where_to_build("plain:2.0.0", tmp_path) == tmp_path
+    assert tfds_read.build_directory("plain", tmp_path) is None
+    assert tfds_read.build_directory("plain:2.0.0", tmp_path) == tmp_path
     described = root / "dataset_info.json"
     described.write_text(described.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="stored as tfrecord"):
-        tfds_read.where_to_build("plain", tmp_path)
+        tfds_read.build_directory("plain", tmp_path)
 
 
 def test_misspelt_sets_and_versions(tmp_path):
     with pytest.raises(
         ValueError, match=r"no dataset of that name; meant is caltech_bi"
     ):
-        tfds_read.read_set("caltech_birds2O11", tmp_path)
+        tfds_read.read_dataset("caltech_birds2O11", tmp_path)
     with pytest.raises(ValueError, match=r"no dataset of that name\);"):
-        tfds_read.read_set("qqqqqqqq", tmp_path)
+        tfds_read.read_dataset("qqqqqqqq", tmp_path)
     plain(tmp_path)
     with pytest.raises(ValueError, match=r"of plain there is: 1\.0\.0\)"):
-        tfds_read.read_set("plain:9.0.0", tmp_path)
+        tfds_read.read_dataset("plain:9.0.0", tmp_path)
     with pytest.raises(ValueError, match=r"cannot open 'a b' .*names are set"):
-        tfds_read.read_set("a b", tmp_path)
+        tfds_read.read_dataset("a b", tmp_path)
     with pytest.raises(ValueError, match="name is empty"):
         sources.load("tfds", tmp_path)
 
@@ -274,7 +274,7 @@ def test_a_set_that_only_tensorflow_reads(tmp_path):
     text = described.read_text().replace("array_record", "tfrecord")
     described.write_text(text)
     with pytest.raises(ValueError, match=r"stored as tfrecord, .* move that folder aw"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
 
 
 def test_damaged_sets(tmp_path):
@@ -290,23 +290,23 @@ def test_damaged_sets(tmp_path):
     with pytest.raises(decoding.ImageError, match=r"image \d of 'train' cannot be"):
         _ = [record.read(8) for record in records]
     with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
     shard.write_bytes(intact[:-100])
     with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
     shard.unlink()
     with pytest.raises(ValueError, match=r"damaged \(FileNotFoundError.* remove"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
     (root / "dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot open 'plain' .*build it again"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
 
 
 def test_images_without_a_class(tmp_path):
     unlabelled = [{**row, "label": -1} for row in rows(2)]
     plain(tmp_path, train=rows(2), test=unlabelled)
     with pytest.raises(ValueError, match=r"2 of 2 images of 'test' have no class .*-1"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
 
 
 def test_sets_of_another_kind(tmp_path):
@@ -314,13 +314,13 @@ def test_sets_of_another_kind(tmp_path):
     features = {**labelled(), "label": tfds.features.Text()}
     build(tmp_path, "texts", features, {"train": both, "test": both})
     with pytest.raises(ValueError, match="not have uint8 images of one class each"):
-        tfds_read.read_set("texts", tmp_path)
+        tfds_read.read_dataset("texts", tmp_path)
 
     described = plain(tmp_path) / "features.json"
     text = described.read_text().replace('"uint8"', '"uint16"')
     described.write_text(text)
     with pytest.raises(ValueError, match="not have uint8 images of one class each"):
-        tfds_read.read_set("plain", tmp_path)
+        tfds_read.read_dataset("plain", tmp_path)
 
 
 def test_the_keys_that_a_set_names_as_supervised(tmp_path):
@@ -339,6 +339,6 @@ def test_the_keys_that_a_set_names_as_supervised(tmp_path):
     pair = [{"featureKey": "photo"}, {"featureKey": "breed"}]
     info["supervisedKeys"] = {"tuple": {"items": pair}}
     described.write_text(json.dumps(info))
-    found = tfds_read.read_set("dogs", tmp_path)
+    found = tfds_read.read_dataset("dogs", tmp_path)
     assert found.class_names == ("a", "b")
     assert {e.content() for e in found.splits["train"]} == {r["photo"] for r in both}

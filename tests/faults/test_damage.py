@@ -74,7 +74,7 @@ def outcome(folder: Path) -> str:
         read = "found" if f"/checkpoints/{newest} is damaged" in str(error) else ""
     told = []
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        step = checkpoints.set_damaged_aside(told.append) or 0
+        step = checkpoints.move_damaged(told.append) or 0
         assert step == (newest if read == "harmless" else before)
         assert same(checkpoints.restore(step, state(0)), state(step))
         # The run goes on, and saves the step again.
@@ -205,7 +205,7 @@ def test_where_none_is_sound_nothing_is_changed(copy, note):
             ValueError, match=r"every checkpoint in .* is damaged:\n"
         ) as caught,
     ):
-        checkpoints.set_damaged_aside(pytest.fail)
+        checkpoints.move_damaged(pytest.fail)
     for step in STEPS:
         assert f"checkpoint {copy / 'checkpoints' / str(step)} is damaged" in str(
             caught.value
@@ -243,7 +243,7 @@ def test_a_checkpoint_from_before_checksums_is_read(copy):
     (newest / "metrics").mkdir()
     (newest / "metrics" / "metrics").write_text('{"best_metric": 0.95}')
     with Checkpoints(copy / "checkpoints") as checkpoints:
-        assert checkpoints.set_damaged_aside(pytest.fail) == STEPS[1]
+        assert checkpoints.move_damaged(pytest.fail) == STEPS[1]
         assert checkpoints.meta(STEPS[1]) == {"class_names": ["a", "b"]}
         assert checkpoints.best_step() == STEPS[1]
         assert same(checkpoints.restore(STEPS[1], state(0)), state(STEPS[1]))

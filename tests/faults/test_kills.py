@@ -109,7 +109,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     code = """
         import os, signal, time
         from cra_jax.runtime import signals
-        with signals.heard("it is written down") as asked:
+        with signals.stop_on_signal("it is written down") as asked:
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked.number == signal.SIGTERM
             os.kill(os.getpid(), signal.SIGINT)
@@ -132,7 +132,7 @@ def test_it_is_heard_after_jax_has_joined_a_cluster():
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         jax.distributed.initialize(f"localhost:{port}", 1, 0)
-        with signals.heard("heard") as asked:
+        with signals.stop_on_signal("heard") as asked:
             os.kill(os.getpid(), signal.SIGTERM)
             print(asked.number)
     """
@@ -148,7 +148,7 @@ def test_other_work_ends_in_one_line(name, code, said):
     text = f"""
         import os, signal, sys, time
         from cra_jax.runtime import signals
-        with signals.in_one_line():
+        with signals.exit_in_one_line():
             try:
                 os.kill(os.getpid(), signal.{name})
                 time.sleep(60)

@@ -116,13 +116,16 @@ def test_a_refused_update_changes_nothing_but_the_count(cache_dir):
             after = jax.tree.map(lambda x: x + 1, state)
             return after, {"loss": jax.numpy.float32(1), "gradient_norm": norm}
 
-        return jax.jit(step_wrappers.keep_good(step))
+        return jax.jit(step_wrappers.skip_non_finite(step))
 
     before = start()
     for norm, same in ((np.float32("nan"), True), (np.float32(3), False)):
         after, terms = step_with(norm)(start(), {})
         assert int(after.step) == 1
-        assert step_wrappers.is_good({k: float(v) for k, v in terms.items()}) != same
+        assert (
+            step_wrappers.is_finite_step({k: float(v) for k, v in terms.items()})
+            != same
+        )
         for name in ("params", "batch_stats", "opt_state"):
             one, other = (
                 jax.tree.leaves(getattr(state, name)) for state in (before, after)
@@ -135,7 +138,7 @@ def test_a_refused_update_changes_nothing_but_the_count(cache_dir):
 
 SIGNS = {
     "gamma_saturated": (0.6, 0.4, "set art.guard (now 0.95) to 0.9"),
-    "contrast_dead": (1.0, 0.9, "raise contrast.margin (now 0.7)"),
+    "contrast_inactive": (1.0, 0.9, "raise contrast.margin (now 0.7)"),
     "contrast_distance": (0.001, 0.2, "lower optim.base_lr (now 0.05) or loss.cntr"),
 }
 

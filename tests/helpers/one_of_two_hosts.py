@@ -137,11 +137,11 @@ def talk(index, port, folder):
             if index:
                 raise ValueError("no such folder: mine")
 
-    say(
+    report(
         {
             "shard": hosts.shard,
-            "told": lambda: hosts.told_by_first({"text": f"é {index}"}),
-            "arrays": lambda: hosts.arrays_of_first(np.arange(3) + index).tolist(),
+            "told": lambda: hosts.broadcast_from_first({"text": f"é {index}"}),
+            "arrays": lambda: hosts.broadcast_arrays(np.arange(3) + index).tolist(),
             "sum": lambda: hosts.sum_over_hosts(np.arange(3) + index).tolist(),
             "same": lambda: hosts.check_same("alike", "it"),
             "different": lambda: hosts.check_same("like " + "me" * index, "looks"),
@@ -163,7 +163,7 @@ def learn(index, port, folder):
     more = {**together, "data.test_size": 20 + index}
     no_folder = {**together, "data.source": "folder"}
     no_folder["data.path"] = str(folder / ("nowhere" if index else "."))
-    say(
+    report(
         {
             "train": lambda: train.run(config(folder, **together), mine),
             "resume": lambda: train.run(
@@ -182,7 +182,7 @@ def learn(index, port, folder):
 def be_stopped(index, port, folder):
     """Trains as `launch.py` does, for so long that a signal ends it."""
     changes = _together(index, port) | {"train.epochs": 12}
-    with signals.in_one_line():
+    with signals.exit_in_one_line():
         train.run(config(folder, **changes), folder / ("nowhere" if index else "run"))
 
 
@@ -196,7 +196,7 @@ def _together(index, port):
     }
 
 
-def say(calls):
+def report(calls):
     """Makes the calls, and prints what comes of each."""
     for name, call in calls.items():
         try:

@@ -416,13 +416,13 @@ def test_a_folder_that_cannot_be_written_is_said(run, album):
 
 def test_heat_is_clear_where_nothing_speaks_for_the_class():
     activation = np.array([[-3.0, 0.0], [1.0, 2.0]])
-    colours = overlay.heat(activation)
+    colours = overlay.color_activation(activation)
     assert colours.shape == (2, 2, 4)
     assert_array_equal(colours[0, :, 3], 0)
     assert 0 < colours[1, 0, 3] < colours[1, 1, 3] < 255
     grey = colours[..., :3] @ [0.299, 0.587, 0.114]
     assert grey[1, 1] > grey[1, 0]
-    assert_array_equal(overlay.heat(-np.ones((3, 3)))[..., 3], 0)
+    assert_array_equal(overlay.color_activation(-np.ones((3, 3)))[..., 3], 0)
 
 
 def test_an_overlay_draws_in_its_place_and_leaves_the_rest():

@@ -50,7 +50,9 @@ def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: An
                 log.test(step=6 * epoch, epoch=epoch, split="test", numbers=tests)
             if kind != "baseline":
                 turned = [[0.4, -0.1 * epoch, 0.1], [0.1 * epoch, 0.4, 0]]
-                indices = build.open_split(config, dataset, "test").firsts(4)
+                indices = build.open_split(config, dataset, "test").first_of_each_class(
+                    4
+                )
                 log.attention(
                     step=6 * epoch,
                     epoch=epoch,

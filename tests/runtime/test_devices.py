@@ -73,6 +73,6 @@ print(found[1])
 """
     again = [
         int(subprocess.check_output([sys.executable, "-c", code.format(call=call)]))
-        for call in ("", "devices.keep_memory()")
+        for call in ("", "devices.keep_freed_memory()")
     ]
     assert again[0] > 20 * again[1]

@@ -145,10 +145,10 @@ def test_one_of_several_hosts_that_was_not_told(monkeypatch):
 def test_one_host_speaks_to_itself():
     hosts.start()
     assert hosts.shard() == (0, 1)
-    assert hosts.told_by_first({"a": (1,)}) == {"a": (1,)}
+    assert hosts.broadcast_from_first({"a": (1,)}) == {"a": (1,)}
     hosts.check_same("anything", "what it has")
     hosts.wait_for_all()
     assert_array_equal(hosts.sum_over_hosts(np.arange(3)), np.arange(3))
-    assert_array_equal(hosts.arrays_of_first(np.arange(3)), np.arange(3))
+    assert_array_equal(hosts.broadcast_arrays(np.arange(3)), np.arange(3))
     with pytest.raises(ValueError, match=r"^as it is$"), hosts.all_or_none():
         raise ValueError("as it is")

@@ -306,7 +306,7 @@ def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
     assert lines[0] == "data: tfds, 2 classes, there already"
     assert lines[-2].startswith("all was there already")
 
-    found = tfds_read.read_set("hand_drawn", tmp_path / "sets")
+    found = tfds_read.read_dataset("hand_drawn", tmp_path / "sets")
     assert found.class_names == ("wren", "tit")
     for split, examples in found.splits.items():
         contents = {e.content(): found.class_names[e.label] for e in examples}
@@ -362,7 +362,7 @@ def test_a_build_that_fails(act, message, tmp_path, builder):
         tfds_build.build(
             "hand_drawn", tmp_path / "sets", manual_dir=tmp_path / "by hand"
         )
-    assert tfds_read.where_to_build("hand_drawn", tmp_path / "sets") is not None
+    assert tfds_read.build_directory("hand_drawn", tmp_path / "sets") is not None
 
 
 def test_archives_that_were_never_placed(tmp_path, builder):

@@ -72,7 +72,7 @@ def test_n_cls_but_its_classifier_is_held_by_turns_and_then_trains_again(plain):
     for _ in range(4):
         state, terms = run(state, _batch())
         states.append(state)
-        held.append(float(terms["held"]))
+        held.append(float(terms["stream_frozen"]))
     assert held == [0, 1, 1, 0]
     for number, (before, after) in enumerate(itertools.pairwise(states)):
         for name in ("params", "opt_state", "batch_stats"):
@@ -123,7 +123,7 @@ def _counting_step(all_mean=lambda tree: tree):
         params,
         stats,
         optimizer.init(params),
-        train_step.predicting_part(params, stats),
+        train_step.prediction_variables(params, stats),
     ).started_from(params, stats)
     return step, state
 
@@ -176,7 +176,9 @@ def test_devices_and_several_steps_at_once_give_the_same_average():
 
 def test_a_step_that_went_wrong_is_in_no_average():
     step, state = _counting_step()
-    run = jax.jit(step_wrappers.keep_good(step_wrappers.average_weights(step, 0.9)))
+    run = jax.jit(
+        step_wrappers.skip_non_finite(step_wrappers.average_weights(step, 0.9))
+    )
     bad = _batch() | {"label": np.full(8, -1, np.int32)}
     after, terms = run(state, bad)
     assert np.isnan(terms["loss"])
@@ -188,7 +190,7 @@ def test_an_average_begins_anew_from_weights_that_training_starts_from():
     other = jax.tree.map(lambda x: x + 1, (state.params, state.batch_stats))
     started = state.started_from(*other)
     jax.tree.map(
-        assert_array_equal, started.average, train_step.predicting_part(*other)
+        assert_array_equal, started.average, train_step.prediction_variables(*other)
     )
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(started)]
     assert len(set(pointers)) == len(pointers)
@@ -220,4 +222,4 @@ def test_what_is_off_is_not_in_the_program(tmp_path):
     _, held = traced(
         **{"optim.freeze_first_epochs": 1, "optim.freeze_period_epochs": 1}
     )
-    assert held - terms == {"held"}
+    assert held - terms == {"stream_frozen"}

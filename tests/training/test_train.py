@@ -385,6 +385,6 @@ def test_attention_in_a_corner_is_warned_of_with_the_cure(cache_dir, tmp_path, c
     changes |= {"train.epochs": 1}
     train.run(tiny_config.config(cache_dir, **changes), tmp_path)
     assert (
-        "warning: at step 4 the attention is stuck in a corner"
+        "warning: at step 4 the attention is saturated at its bound"
         in capsys.readouterr().err
     )
