@@ -1,0 +1,1 @@
+"""The command `cra-jax`: its flags, its help, and the module that runs each mode."""

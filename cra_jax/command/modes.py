@@ -1,0 +1,84 @@
+"""What each mode does, and the module that does it."""
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+
+class Mode(NamedTuple):
+    """A value of `--mode`.
+
+    Attributes:
+      module: the module below `cra_jax` whose `run` does it.
+      summary: what it does, in a line of the help.
+    """
+
+    module: str
+    summary: str
+
+
+MODES = {
+    "train": Mode("training.train", "train a network; the default"),
+    "prepare": Mode("training.prepare", "download and decode all that training needs"),
+    "data": Mode("training.preview", "describe the dataset, and draw some of it"),
+    "weights": Mode(
+        "training.preview", "list the pretrained weights that training would load"
+    ),
+    "eval": Mode("inference.evaluate", "evaluate a run on its test splits"),
+    "export": Mode("inference.export", "write the plain network of a run to export/"),
+    "predict": Mode("inference.predict", "predict the classes of images"),
+    "demo": Mode("inference.demo", "serve a local web page that predicts images"),
+    "figures": Mode("reports.figures", "draw the figures of a run"),
+    "report": Mode("reports.report", "write report/index.html of a run"),
+    "compare": Mode("reports.compare", "compare several runs with each other"),
+}
+
+_OF_A_RUN = ("eval", "export", "predict", "demo", "figures", "report")
+
+
+def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
+    """Runs the mode that the flags name.
+
+    Args:
+      workdir: the run directory.
+      rest: arguments that are no flags: images of `predict`, runs of `compare`.
+      values: the parsed flags.
+
+    Raises:
+      ValueError: as the mode.
+    """
+    logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
+    from cra_jax.inference import run_options
+    from cra_jax.input import image_cache
+    from cra_jax.runtime import devices, signals
+    from cra_jax.training import build, check_config
+
+    devices.keep_memory_and_programs(image_cache.default_cache_dir(None) / "compiled")
+    mode, subject = values.mode, values.config
+    baseline = values.baseline and Path(values.baseline)
+    if mode in _OF_A_RUN:
+        given = any(re.match("--?config(=|$)", a) for a in sys.argv)
+        # Prediction takes exports and checkpoints, too, which have no config to change.
+        is_run = mode not in ("predict", "demo") or (workdir / "checkpoints").is_dir()
+        if not given and is_run:
+            changes = config_flags.get_override_values(values["config"])
+            subject = build.config_of_run(workdir, subject, changes)
+        if mode == "eval":
+            check_config.check_normalization(subject)
+        takes_options = given or is_run
+        subject = run_options.from_config(subject) if takes_options else None
+    more = {
+        "train": {"allow_change": values.allow_config_change},
+        **{look: {"what": look} for look in ("data", "weights")},
+        **{draw: {"baseline": baseline} for draw in ("figures", "report")},
+        "predict": {"images": [*values.images, *rest], "overlays": values.overlay},
+        "demo": {"port": values.port},
+        "compare": {"runs": [Path(run) for run in rest]},
+    }.get(mode, {})
+    with signals.exit_in_one_line():
+        import_module(f"cra_jax.{MODES[mode].module}").run(subject, workdir, **more)
