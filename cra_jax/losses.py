@@ -5,17 +5,12 @@ Shapes: ``b`` batch size, ``p`` pairs, ``d`` feature size, ``k`` classes.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jax import Array
-
-# Euclidean norm along the last axis; its gradient at 0 is 0 instead of NaN.
-_norm = partial(optax.safe_norm, min_norm=0.0, axis=-1)
 
 DISTANCES = ("euclidean", "squared")
 PAIRS = ("random", "all")
@@ -36,6 +31,8 @@ def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Ar
     Source of the smoothing: Szegedy et al., "Rethinking the Inception architecture for
       computer vision", 2016, Sec. 7. The paper has none.
     """
+    import optax  # here, because prediction does without
+
     if not smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
@@ -150,6 +147,13 @@ def l2_normalize(features: Array) -> Array:
     """Scales features to length 1, ``[..., d] -> [..., d]``; zeros stay zeros."""
     norm = _norm(features)[..., None]
     return features / jnp.where(norm > 0, norm, 1)
+
+
+def _norm(vectors: Array) -> Array:
+    """Euclidean norm along the last axis; its gradient at 0 is 0 instead of NaN."""
+    import optax  # here, because prediction without an attention head does without
+
+    return optax.safe_norm(vectors, min_norm=0.0, axis=-1)
 
 
 def neighbour_pairs(batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,18 @@
 """The import rule holds, and some names stay in one file."""
 
 import ast
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from cra_jax.inference import export, run_options
+from tests.helpers import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "cra_jax").rglob("*.py"))
@@ -32,7 +39,9 @@ def test_only_one_file_names_pmap_and_devices(path):
 
 
 @pytest.mark.parametrize(
-    "path", [f for f in FILES if f.parent.name == "cra_jax"], ids=_named
+    "path",
+    [f for f in FILES if f.parent.name == "cra_jax" and not f.stem.startswith("__")],
+    ids=_named,
 )
 def test_the_method_imports_no_folder(path):
     method = {f.stem for f in path.parent.glob("*.py")}
@@ -68,3 +77,63 @@ def test_four_modules_are_reached_from_the_package_itself():
     assert {"predict", "resnet", "weights", "efficientnet"} <= set(dir(cra_jax))
     with pytest.raises(AttributeError, match="no attribute 'images'"):
         cra_jax.images  # noqa: B018
+
+
+TRAINING_ONLY = ("optax", "orbax", "tensorstore", "ml_collections")
+NEVER = (
+    *("tensorflow", "tensorflow_datasets", "pyarrow", "tensorboardX"),
+    *("matplotlib", "jinja2", "torch"),
+)
+
+
+def test_prediction_imports_what_it_needs_alone(tmp_path):
+    """From an export, then from a checkpoint, then by the command: what is new there.
+
+    Overlays are drawn in matplotlib's colors; without them it stays out.
+    """
+    config = tiny_run.save(tmp_path)
+    export.run(run_options.from_config(config), tmp_path)
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "green.png")
+    code = (
+        "import json, sys; import cra_jax\n"
+        f"loaded, run = [], {str(tmp_path)!r}\n"
+        "def predict(path):\n"
+        "  assert len(cra_jax.load(path)(f'{run}/green.png').classes) == 5\n"
+        "predict(f'{run}/export'); loaded.append(list(sys.modules))\n"
+        "predict(run); loaded.append(list(sys.modules))\n"
+        "sys.argv = ['cra-jax', '--mode=predict', f'--workdir={run}', '--images']\n"
+        "sys.argv.append(f'{run}/green.png')\n"
+        "from cra_jax.command.main import main\ntry: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "loaded.append(list(sys.modules))\n"
+        "print(json.dumps(loaded))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    by_export, by_run, by_command = map(set, json.loads(done.stdout.splitlines()[-1]))
+    assert not by_export & {*NEVER, *TRAINING_ONLY}
+    assert not by_run & {*NEVER, "cra_jax.training.train"}
+    assert not by_command & {*NEVER, "cra_jax.training.train"}
+    assert {"jax", "cra_jax.inference.predictor"} <= by_export
+    assert "orbax" in by_run  # so the assertions above see what is imported
+
+
+def test_the_package_has_a_version_and_loads_without_jax():
+    code = (
+        "import sys, cra_jax; assert 'jax' not in sys.modules\n"
+        "print(cra_jax.__version__, callable(cra_jax.load))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+\w* True\n", done.stdout)

@@ -56,7 +56,6 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     from cra_jax.inference import run_options
     from cra_jax.input import image_cache
     from cra_jax.runtime import devices, signals
-    from cra_jax.training import build, check_config
 
     devices.keep_memory_and_programs(image_cache.default_cache_dir(None) / "compiled")
     mode, subject = values.mode, values.config
@@ -66,9 +65,13 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         # Prediction takes exports and checkpoints, too, which have no config to change.
         is_run = mode not in ("predict", "demo") or (workdir / "checkpoints").is_dir()
         if not given and is_run:
+            from cra_jax.training import build
+
             changes = config_flags.get_override_values(values["config"])
             subject = build.config_of_run(workdir, subject, changes)
         if mode == "eval":
+            from cra_jax.training import check_config
+
             check_config.check_normalization(subject)
         takes_options = given or is_run
         subject = run_options.from_config(subject) if takes_options else None

@@ -1,16 +1,23 @@
 """The archives that tfds builds a dataset from, and messages on how to get them."""
 
 import difflib
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-EXTRA = "tfds-build"
-"""The optional dependencies of this package that building a dataset needs."""
+READ_MODULES = ("tensorflow_datasets", "importlib_resources")
+"""The modules that reading a dataset needs, from the extra `tfds`."""
 
 MODULES = {"tensorflow": "tensorflow", "cv2": "opencv-python-headless"}
-"""What they install: module -> a package that has it."""
+"""What building needs, from the extra `tfds-build`: module -> a package that has it."""
 
-INSTALL = f'pip install ".[{EXTRA}]", or pip install {" ".join(MODULES.values())}'
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this package, for messages."""
+    return f'pip install "cra_jax[{extra}]" (in a checkout: pip install ".[{extra}]")'
+
+
+INSTALL = f"{how_to_install('tfds-build')}, or pip install {' '.join(MODULES.values())}"
 
 BUILD = (
     "build it once, by the same command with --mode prepare (that needs TensorFlow:"
@@ -46,6 +53,20 @@ class Archive(NamedTuple):
     """Hex digest."""
     urls: tuple[str, ...]
     """Addresses from which tfds downloads it."""
+
+
+def check_installed() -> None:
+    """Checks that the package that reads datasets of tfds is installed.
+
+    Raises:
+      ValueError: it is not; says how to install it.
+    """
+    missing = [m for m in READ_MODULES if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ValueError(
+            f"data.source='tfds' needs {' and '.join(missing)}, which this Python does "
+            f"not have: {how_to_install('tfds')}"
+        )
 
 
 def dataset_name(name: str) -> str:

@@ -130,6 +130,7 @@ def build_directory(
 
 def _folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     """The directory of the datasets of tfds."""
+    tfds_archives.check_installed()
     from tensorflow_datasets.core import constants
 
     if not name:

@@ -12,7 +12,6 @@ import numpy as np
 from cra_jax.art_module import TrainedHead
 from cra_jax.backbones import families, weights
 from cra_jax.inference import run_options
-from cra_jax.inference.restore import restore, restore_attention
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.runtime import run_directory
 
@@ -125,6 +124,9 @@ def of_run(options: RunOptions, workdir: Path) -> TrainedNetwork:
     Raises:
       ValueError: there is no such checkpoint, or it is of another backbone.
     """
+    # Here, because exports need no orbax.
+    from cra_jax.inference.restore import restore, restore_attention
+
     restored, data = restore(options, workdir), options.data
     return TrainedNetwork(
         backbone=restored.backbone,

@@ -195,7 +195,7 @@ def _read(workdir: Path) -> Run:
         )
     scores = {(line["split"], line["protocol"]): line for line in lines}
     # What an older run does not know of had its default.
-    flat = (run_summary.recipe() or {}) | run_directory.flatten(settings)
+    flat = run_summary.recipe() | run_directory.flatten(settings)
     return Run(workdir, flat, scores, run_summary.title(settings))
 
 
@@ -364,7 +364,7 @@ def _partners(a: Group, b: Group, test: Test) -> list[tuple[Run, Run]]:
 
 def _departures(tables: Mapping[Test, Iterable[Row]]) -> Iterable[str]:
     """What is not the paper's in groups that stand beside a figure of the paper's."""
-    recipe = run_summary.recipe() or {}
+    recipe = run_summary.recipe()
     groups = {
         r.group.letter: r.group for rows in tables.values() for r in rows if r.paper
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from cra_jax.model import KINDS
 from cra_jax.reports import html_page, paper_results, uncertainty
-from cra_jax.runtime import run_directory
+from cra_jax.runtime import config_files, run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 
 _HARDEST = 10
@@ -67,12 +67,10 @@ def order(key: tuple[str, str]) -> tuple:
     return (split != "test", split, protocol != "center")
 
 
-def recipe() -> dict[str, Any] | None:
-    """The paper's recipe, flat; None where this is installed without `configs/`."""
-    try:
-        module = importlib.import_module("configs.cub")
-    except ModuleNotFoundError:
-        return None
+def recipe() -> dict[str, Any]:
+    """The paper's recipe, flat."""
+    config_files.make_importable()
+    module = importlib.import_module("configs.cub")
     return run_directory.flatten(module.get_config().to_dict())
 
 

@@ -51,7 +51,7 @@ def recorded(
         "ended": None,
         "outcome": None,
         "first_step": first_step,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "code": describe_code(),
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -71,6 +71,14 @@ def recorded(
     finally:
         start["ended"] = _now()
         _write(workdir, starts)
+
+
+def _command() -> str:
+    """The command line, as `cra-jax ...` or as `python FILE ...`."""
+    program = Path(sys.argv[0]).name
+    if program == "cra-jax":
+        return shlex.join([program, *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv])
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from cra_jax.runtime import files
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METRICS = "metrics.jsonl"
 SNAPSHOTS = "attention.jsonl"
-_RENAMED_FIELDS = {"contrast_inactive": "contrast_inactive", "held": "stream_frozen"}
+_RENAMED_FIELDS = {"contrast_dead": "contrast_inactive", "held": "stream_frozen"}
 
 
 class Result(NamedTuple):

@@ -4,6 +4,7 @@ Most options are checked when they are built. This module checks combinations.
 """
 
 from cra_jax import schedule
+from cra_jax.datasets import tfds_archives
 from cra_jax.inference import run_options
 from cra_jax.runtime import devices
 from cra_jax.training import build, pretrained
@@ -50,6 +51,8 @@ def _check_batch(config: build.Config) -> None:
 
 
 def _check_data(config: build.Config) -> None:
+    if config.data.source == "tfds":
+        tfds_archives.check_installed()
     if config.data.on_device and not config.data.prepare:
         raise ValueError(
             "data.on_device=True needs the image cache, and data.prepare=False: set "
