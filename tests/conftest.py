@@ -6,10 +6,12 @@ The environment is set before anything imports jax, because jax reads it only on
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+_JAXLIB = tuple(int(number) for number in version("jaxlib").split(".")[:2])
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 
 if "jax" in sys.modules:
@@ -21,8 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # The same arithmetic, compiled in half the time, run more slowly; programs that tests
 # start inherit it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users have it.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    # XLA's older way to fuse compiles these sooner (optimized ones later).
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    # XLA's older way to fuse compiles these sooner (optimized ones later). jaxlib 0.11
+    # no longer has it, and XLA ends the process at a flag that it does not know.
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if _JAXLIB < (0, 11) else []
 _given = os.environ.get("XLA_FLAGS", "")
 _ours = [flag for flag in _FLAGS if flag.partition("=")[0] not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_ours]).strip()

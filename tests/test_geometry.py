@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import geometry
+from tests.helpers.torch_or_skip import torch
 from tests.oracles import equations
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -462,7 +463,6 @@ def test_gradient_to_gamma_through_the_whole_module(x64):
 
 
 def test_sampler_agrees_with_torch():
-    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(21)
     image = rng.normal(size=(2, 31, 45, 3)).astype(np.float32)
     grid = rng.uniform(-1.3, 1.3, (2, 20, 24, 2)).astype(np.float32)

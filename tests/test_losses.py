@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import losses
+from tests.helpers.torch_or_skip import torch
 from tests.oracles import equations
 
 pytestmark = pytest.mark.usefixtures("optimized")

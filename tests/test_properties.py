@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.io
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -25,6 +24,7 @@ from cra_jax.backbones import torch_files, torch_names
 from cra_jax.datasets import csv_file, listing, matlab_files, sources
 from cra_jax.runtime import run_directory
 from tests.helpers import dataset_folders
+from tests.helpers.torch_or_skip import torch
 
 few = settings(max_examples=25, deadline=None)
 many = settings(max_examples=200, deadline=None)

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from flax.traverse_util import unflatten_dict
-from torch import nn
 
 from cra_jax import model
 from cra_jax.art_module import ArtConfig
@@ -25,6 +23,7 @@ from cra_jax.backbones import (
 from cra_jax.backbones.efficientnet import Architecture, Stage
 from cra_jax.input import decoding
 from cra_jax.training import pretrained
+from tests.helpers.torch_or_skip import nn, torch
 from tests.helpers.torch_parity import (
     assert_stages_equal,
     assert_trees_close,

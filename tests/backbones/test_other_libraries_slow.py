@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from flax.traverse_util import flatten_dict
 
 from configs import cub
@@ -23,6 +21,7 @@ from cra_jax.inference import run_options
 from cra_jax.inference.restore import restore
 from cra_jax.input import batches, decoding, normalize
 from tests.helpers import photographs
+from tests.helpers.torch_or_skip import safetensors_torch, torch
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 
 pytestmark = pytest.mark.slow
@@ -190,7 +189,7 @@ def test_transformers_names_are_read_as_its_own_file_has_them(arch, tmp_path):
         weights.load_torch(tmp_path / "model.safetensors", arch=arch),
     )
     back = TorchResNet(arch, 7)
-    back.load_state_dict(safetensors.torch.load_file(tmp_path / "ours.safetensors"))
+    back.load_state_dict(safetensors_torch.load_file(tmp_path / "ours.safetensors"))
     assert len(loaded) == len(flatten_dict(to_linen(back.state_dict().items())))
     images = np.random.default_rng(0).normal(size=(3, 3, 65, 96)).astype(np.float32)
     np.testing.assert_allclose(

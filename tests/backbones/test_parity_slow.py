@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-import torch
 from flax.traverse_util import flatten_dict
 
 from cra_jax.backbones import resnet
 from cra_jax.training.optimizer import make_optimizer
+from tests.helpers.torch_or_skip import torch
 from tests.helpers.torch_parity import noise, to_numpy, to_torch
 from tests.oracles.torch_resnet import LAYERS, TorchResNet, randomize, to_linen
 

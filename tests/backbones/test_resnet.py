@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from cra_jax.backbones import batch_norm, convolutions, layers, max_pooling, resnet
 from cra_jax.backbones.batch_norm import BatchNorm
+from tests.helpers.torch_or_skip import torch
 from tests.helpers.torch_parity import (
     assert_stages_equal,
     assert_trees_close,

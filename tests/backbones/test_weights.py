@@ -12,16 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
-import safetensors.torch
-import torch
 from flax.traverse_util import unflatten_dict
-from torch._utils import _rebuild_tensor_v2
 
 from configs.quickstart import get_config
 from cra_jax.backbones import families, hub, resnet, torch_files, weights
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import check_config, pretrained
+from tests.helpers.torch_or_skip import safetensors_torch, torch
 from tests.helpers.torch_parity import flat
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 
@@ -36,7 +33,7 @@ def save(state: Any, folder, kind):
     """Saves as torch's users do."""
     path = folder / f"weights.{kind}"
     if kind == "safetensors":
-        safetensors.torch.save_file(state, path)
+        safetensors_torch.save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip.pth")
     return path
@@ -98,7 +95,7 @@ def test_scores_survive_the_way_in_and_out(arch, stem, tmp_path):
 
     exported = tmp_path / "new folder" / "model.safetensors"
     weights.save_torch(exported, jax.tree.map(jnp.asarray, variables))
-    state = safetensors.torch.load_file(exported)
+    state = safetensors_torch.load_file(exported)
     for name, tensor in theirs.state_dict().items():
         assert state[name].dtype == tensor.dtype, name
         if not name.endswith("num_batches_tracked"):
@@ -357,7 +354,7 @@ def test_a_view_outside_its_storage_is_refused(view, tmp_path):
 
     class Tensor:
         def __reduce__(self):
-            return _rebuild_tensor_v2, (Reference(), *view, False, {})
+            return torch._utils._rebuild_tensor_v2, (Reference(), *view, False, {})
 
     class Reference:
         pass

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import timing
-from benchmarks.torch_baseline import CRACNN
 from configs.cub import get_config
 from cra_jax.training import build
+from tests.helpers.torch_or_skip import torch
 from tests.oracles.torch_resnet import randomize, to_linen
 
 SIDE = 64
@@ -21,6 +20,9 @@ def test_the_peer_has_the_same_loss(kind):
     config.art.size_px = SIDE // 2
     network = build.build_network(config, 5)
     loss_of = build.build_loss(config, network, steps_per_epoch=1)
+    torch.manual_seed(0)
+    from benchmarks.torch_baseline import CRACNN  # needs PyTorch
+
     peer = CRACNN("resnet10", 5, art_px=SIDE // 2, baseline=kind == "baseline")
     rng = np.random.default_rng(0)
     images = rng.normal(size=(4, SIDE, SIDE, 3)).astype(np.float32)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -26,6 +25,7 @@ from cra_jax.input import decoding
 from cra_jax.runtime import provenance, run_directory
 from cra_jax.training import monitor
 from tests.helpers import dataset_folders
+from tests.helpers.torch_or_skip import torch
 from tests.input import test_image_cache
 from tests.oracles.torch_resnet import TorchResNet
 

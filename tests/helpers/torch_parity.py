@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 from flax.traverse_util import flatten_dict
+
+from tests.helpers.torch_or_skip import torch
 
 
 def noise(*shape, seed=0, dtype: Any = np.float32):

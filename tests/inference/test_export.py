@@ -10,10 +10,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
-from safetensors.torch import load_file as torch_load_file
 
 from benchmarks import free_at_test_time
 from configs import cub
@@ -25,6 +23,7 @@ from cra_jax.input.decoding import read
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 from tests.helpers import photographs, tiny_config
+from tests.helpers.torch_or_skip import safetensors_torch, torch
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 
 CLASSES = ["auk", "boobook", "crake", "dotterel"]
@@ -225,7 +224,7 @@ def test_an_export_scores_photographs_as_an_independent_network_does(
     paths = photographs.paths(shared_data, 6)
     crops = np.stack([photographs.crop(path, about) for path in paths])
 
-    state = torch_load_file(tmp_path / "export" / "model.safetensors")
+    state = safetensors_torch.load_file(tmp_path / "export" / "model.safetensors")
     net = TorchResNet("resnet18", photographs.SPECIES).eval()
     net.load_state_dict(state, strict=True)
     with torch.no_grad():

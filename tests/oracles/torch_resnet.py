@@ -6,8 +6,8 @@ Also the map between its `state_dict` names and the linen variables' paths.
 import re
 
 import numpy as np
-import torch
-from torch import nn
+
+from tests.helpers.torch_or_skip import nn, torch
 
 LAYERS = {
     "resnet10": ("basic", [1, 1, 1, 1]),

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cra_jax import losses, train_step
@@ -19,6 +18,7 @@ from cra_jax.inference.restore import restore
 from cra_jax.runtime import run_directory, training_log
 from cra_jax.training import check_config, mixing, train
 from tests.helpers import tiny_config
+from tests.helpers.torch_or_skip import torch
 
 SIZE = (24, 20)
 BOXES = np.array(  # top, bottom, left, right: small, large, cut off, thin, none

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from cra_jax.training import optimizer
+from tests.helpers.torch_or_skip import torch
 
 RATE = [0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01, 0.001, 0.001, 0.001]
 

@@ -6,9 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
 from numpy.testing import assert_array_equal
-from safetensors.torch import load_file
 
 from cra_jax.inference import evaluate, export, run_options
 from cra_jax.inference.restore import restore, restore_attention
@@ -17,6 +15,7 @@ from cra_jax.runtime import run_directory, training_log
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, preview, train
 from tests.helpers import tiny_config
+from tests.helpers.torch_or_skip import safetensors_torch, torch
 from tests.oracles.torch_resnet import TorchResNet
 
 
@@ -254,7 +253,7 @@ def test_an_export_holds_the_plain_network_alone_and_scores_the_same(finished):
     config, workdir, scores = finished
     export.run(run_options.from_config(config), workdir)
     described = json.loads((workdir / "export" / "config.json").read_text())
-    arrays = load_file(workdir / "export" / "model.safetensors")
+    arrays = safetensors_torch.load_file(workdir / "export" / "model.safetensors")
     width, stem = config.model.width, config.model.stem
     network = TorchResNet(described["architecture"], 8, width=width, stem=stem).eval()
     network.load_state_dict(arrays, strict=True)
