@@ -351,10 +351,11 @@ def test_a_saved_model_or_checkpoint_says_what_to_save(tmp_path):
 def test_a_view_outside_its_storage_is_refused(view, tmp_path):
     path = save({"a": torch.arange(8.0)}, tmp_path, "zip.pth")
     outside = tmp_path / "outside.pth"
+    from torch._utils import _rebuild_tensor_v2
 
     class Tensor:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (Reference(), *view, False, {})
+            return _rebuild_tensor_v2, (Reference(), *view, False, {})
 
     class Reference:
         pass
