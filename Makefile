@@ -1,6 +1,10 @@
 # make run    set up and run the main job (python launch.py, the quickstart)
 # make test   set up and run the tests (under 10 minutes on 2 cores)
 # make test-slow  the longer proofs
+# make test-python PYTHON=python3.12  a part of the tests (4 minutes on 2 cores) with that
+#   Python (3.11 to 3.13) and the versions of its lock file, requirements/py312.txt
+# make lock   writes the lock files: all that requirements.txt installs on Linux, in its
+#   newest versions, for each Python
 # make reproduce  the paper's tables, cell by cell; ARGS="--cars DIR --only ..."
 # make study  does it help? Runs what docs/study.md misses; ARGS="--cub DIR --cars DIR"
 # make scale  writes docs/scale.md: what the paper's tables take on which machine
@@ -11,7 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow check format reproduce study scale faults soak clean
+.PHONY: run test test-slow test-python lock check format reproduce study scale faults soak clean
 
 run: $(VENV)/.runtime
 	$(BIN)/python launch.py
@@ -21,6 +25,33 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# What depends most on the versions of Python and jax: one file of each subject.
+PORTABLE_TESTS := tests/test_requirements.py tests/test_imports.py tests/test_configs.py \
+	tests/test_geometry.py tests/test_losses.py tests/test_schedule.py \
+	tests/test_train_step.py tests/test_launch.py tests/runtime/test_checkpoint.py \
+	tests/runtime/test_devices.py tests/runtime/test_provenance.py tests/datasets \
+	tests/input tests/inference/test_restore.py tests/inference/test_predict.py \
+	tests/inference/test_export.py tests/training/test_train.py
+
+# Recursive (=), so that only these targets start the interpreter to ask for its version.
+PYTHON_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCKED = $(VENV)-$(PYTHON_VERSION)
+LOCK = requirements/py$(subst .,,$(PYTHON_VERSION)).txt
+
+test-python:
+	test -x $(LOCKED)/bin/pip || $(PYTHON) -m venv $(LOCKED)
+	$(LOCKED)/bin/python -m pip install --quiet -c $(LOCK) -r requirements-dev.txt
+	cp $(LOCK) $(LOCKED)/lock.txt
+	$(LOCKED)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal $(PORTABLE_TESTS)
+
+lock: $(VENV)/.dev
+	for version in 3.11 3.12 3.13; do \
+		$(BIN)/uv pip compile requirements.txt --upgrade --quiet --no-annotate \
+			--python-version $$version --python-platform linux \
+			--custom-compile-command "make lock" \
+			--output-file requirements/py$$(echo $$version | tr -d .).txt || exit 1; \
+	done
 
 reproduce: $(VENV)/.runtime
 	$(BIN)/python -m benchmarks.reproduce $(ARGS)
@@ -49,7 +80,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-3.* .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
