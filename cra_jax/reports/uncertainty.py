@@ -65,6 +65,11 @@ def wilson(successes: int, count: int) -> Interval:
 
     Source: Wilson (1927).
     """
+    if count < 1 or not 0 <= successes <= count:  # scipy 1.18 answers NaN
+        raise ValueError(
+            f"{successes} of {count} is no proportion: the count must be at least 1, "
+            "and the successes between 0 and the count"
+        )
     test = scipy.stats.binomtest(successes, count)
     low, high = test.proportion_ci(LEVEL, method="wilson")
     return Interval(float(low), float(high))

@@ -38,7 +38,8 @@ def test_train_step_means_over_devices_and_donates():
     run = devices.train_step(step)
     first, metrics = run(state, devices.split({"x": np.arange(16.0)}))
     assert float(metrics["total"]) == 120 / 8
-    np.testing.assert_allclose(first["x"], np.arange(3) + 15)
+    # A copy: on CPUs, jax 0.11 donates no buffer that numpy holds.
+    np.testing.assert_allclose(jnp.copy(first["x"]), np.arange(3) + 15)
     second, _ = run(first, devices.split({"x": np.arange(16.0)}))
     np.testing.assert_allclose(second["x"], np.arange(3) + 30)
     assert first["x"].is_deleted()
