@@ -1,4 +1,4 @@
-"""The ART module: where the attention is, what is cut out, what reaches Gamma."""
+"""The ART module: attention parameters Gamma, crops, and gradients to Gamma."""
 
 from functools import partial
 from typing import Any
@@ -19,22 +19,22 @@ from tests.helpers.echo_network import (
     GAMMA,
     IMAGES,
     SIZE,
+    as_images,
     constant_head,
     make_network,
     run,
-    seen_by,
 )
 from tests.oracles import equations
 
 
-def test_training_starts_at_the_expected_attention():
+def test_initial_gamma_is_close_to_init():
     out = run(make_network(init=(0.1, -0.2, 0.45, 0.3)))
-    # The kernel is near 0, not 0: images differ a little from the first step on.
+    # The kernel is near 0, not 0: Gamma differs slightly between images from the start.
     assert_allclose(out.attention.gamma_res, [[0.1, -0.2, 0.45, 0.3]] * 2, atol=5e-3)
     assert np.ptp(np.asarray(out.attention.gamma_res), axis=0).max() > 0
 
 
-def test_an_attention_that_stays_in_the_image_starts_where_it_is_told_to():
+def test_initial_gamma_is_close_to_init_if_attention_stays_inside():
     init = (0.3, -0.2, 0.45, 0.1)
     network = make_network(init=init, inside=True)
     assert_allclose(run(network).attention.gamma_res, [init] * 2, atol=5e-3)
@@ -42,15 +42,15 @@ def test_an_attention_that_stays_in_the_image_starts_where_it_is_told_to():
     assert_allclose(far.attention.gamma_res, [[0.5, -0.5, 0.5, 0.0]] * 2, atol=1e-5)
 
 
-def test_soft_edges_tend_to_the_set_difference(monkeypatch):
+def test_soft_redundancy_converges_to_the_hard_redundancy(monkeypatch):
     monkeypatch.setattr(art_module, "_SOFTNESS", 1e-4)
-    hard = seen_by(run(make_network(), constant_head(GAMMA)).redundancy_logits)
+    hard = as_images(run(make_network(), constant_head(GAMMA)).redundancy_logits)
     soft = run(make_network(redundancy="soft"), constant_head(GAMMA))
-    assert_allclose(seen_by(soft.redundancy_logits), hard, atol=1e-4)
+    assert_allclose(as_images(soft.redundancy_logits), hard, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_the_head_sees_features_of_length_one_unless_told_otherwise(normalized):
+def test_attention_head_normalizes_its_features_by_default(normalized):
     kernel = np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)
     head = {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(4)}
     out = run(make_network(normalize_head=normalized), head)
@@ -61,7 +61,7 @@ def test_the_head_sees_features_of_length_one_unless_told_otherwise(normalized):
 
 
 def _gradient_to_gamma(network, gamma, weights):
-    """Of a weighted sum of what the second stream sees, with respect to the bias."""
+    """Returns the gradient of a weighted sum of N_ar's inputs to the head's bias."""
     images = jnp.asarray(IMAGES, jnp.float32)
     variables = network.init(jax.random.key(0), images)
 
@@ -88,7 +88,9 @@ WEIGHTS = (
 FREE: Any = {"gradient_clip": 0.0, "guard": 0.0}
 
 
-def test_a_hard_redundancy_sends_no_gradient_and_a_soft_one_does(monkeypatch):
+def test_soft_redundancy_has_a_gradient_to_gamma_and_hard_redundancy_has_none(
+    monkeypatch,
+):
     monkeypatch.setattr(art_module, "_SOFTNESS", 0.1)
     only_redundancy = (0 * WEIGHTS[0], WEIGHTS[1])
     hard = _gradient_to_gamma(make_network(**FREE), GAMMA, only_redundancy)
@@ -97,29 +99,29 @@ def test_a_hard_redundancy_sends_no_gradient_and_a_soft_one_does(monkeypatch):
     assert np.abs(_gradient_to_gamma(soft, GAMMA, only_redundancy)).min() > 1e-3
 
 
-def test_the_guard_stops_what_pushes_outwards_and_pulls_back():
+def test_guard_replaces_outward_gradients_by_a_restoring_gradient():
     gamma = jnp.array([[2.0, -2.0, 0.1, 9.0]] * 2)
     edge = np.arctanh(0.9)
-    pull_in = art_module._GUARD_STRENGTH * (2 - edge) / 2  # a mean over two images
-    restoring = np.array([pull_in, -pull_in, 0, 0])
-    for push, passed in ((-1.0, [0, 1, 1, 1]), (1.0, [1, 0, 1, 1])):
-        value, pull = jax.vjp(lambda g: art_module.guard_gradient(g, 0.9), gamma)
+    inward = art_module._GUARD_STRENGTH * (2 - edge) / 2  # a mean over two images
+    restoring = np.array([inward, -inward, 0, 0])
+    for cotangent, passed in ((-1.0, [0, 1, 1, 1]), (1.0, [1, 0, 1, 1])):
+        value, vjp = jax.vjp(lambda g: art_module.guard_gradient(g, 0.9), gamma)
         assert_array_equal(value, gamma)
-        # Descent moves every entry by -push: it is stopped where that is outwards.
-        expected = push * np.array(passed) + restoring
-        for row in pull(jnp.full((2, 4), push))[0]:
+        # A descent step is -cotangent; the guard removes it where it points outwards.
+        expected = cotangent * np.array(passed) + restoring
+        for row in vjp(jnp.full((2, 4), cotangent))[0]:
             assert_allclose(row, expected, rtol=1e-5)
 
 
-def test_a_guarded_gamma_comes_back_against_a_steady_push():
-    """What an unguarded one does not: its loss is flat out there."""
+def test_guarded_gamma_returns_to_the_bound_under_a_constant_gradient():
+    """Without the guard, Gamma moves far beyond the bound, where the loss is flat."""
 
     def descend(guard):
         gamma = jnp.array([[0.0, 0.0, 1.0, 0.0]])
 
         def loss(gamma):
-            held = art_module.guard_gradient(gamma, guard) if guard else gamma
-            return -jnp.tanh(held)[0, 0]
+            guarded = art_module.guard_gradient(gamma, guard) if guard else gamma
+            return -jnp.tanh(guarded)[0, 0]
 
         velocity = jnp.zeros_like(gamma)
         for _ in range(400):
@@ -131,21 +133,21 @@ def test_a_guarded_gamma_comes_back_against_a_steady_push():
     assert descend(0.9) == pytest.approx(np.arctanh(0.9), abs=0.1)
 
 
-def test_the_guard_acts_in_the_network_beyond_its_share_alone():
-    for share, held in ((0.9, True), (0.99, False)):
+def test_guard_acts_only_beyond_its_share_of_the_range():
+    for share, acts in ((0.9, True), (0.99, False)):
         network = make_network(guard=share, gradient_clip=0.0)
         gamma = np.array([1.6, 0.0, 0.8, 0.0])  # tanh 1.6 = 0.92
         free = _gradient_to_gamma(make_network(**FREE), gamma, WEIGHTS)
-        outwards = WEIGHTS * np.sign(free[0])  # descent then pushes gamma1 inwards
+        outwards = WEIGHTS * np.sign(free[0])  # descent then moves gamma1 inwards
         inwards_gradient = _gradient_to_gamma(network, gamma, outwards)
         outwards_gradient = _gradient_to_gamma(network, gamma, -outwards)
         assert inwards_gradient[0] > 0
-        # Guarded, the push is gone and what restores is left: it points inwards, too.
-        assert (outwards_gradient[0] > 0) == held
+        # The guard leaves only the restoring gradient, which also points inwards.
+        assert (outwards_gradient[0] > 0) == acts
         assert outwards_gradient[1] != 0
 
 
-def test_the_gradient_of_an_image_is_clipped_entry_by_entry():
+def test_gradient_of_each_image_is_clipped_entry_by_entry():
     def loss(matrix):
         return (
             art_module.clip_gradient(matrix, 0.5) * jnp.array([[3.0, -4.0, 0.2]])
@@ -155,32 +157,32 @@ def test_the_gradient_of_an_image_is_clipped_entry_by_entry():
     steep = tuple(1e3 * w for w in WEIGHTS)
     clipped = make_network(gradient_clip=1.0, guard=0.0)
     gradient = _gradient_to_gamma(clipped, GAMMA, steep)
-    # Place is two entries of the matrix, each at most 1 / b for each of b images.
+    # The position is two matrix entries; each gradient is at most 1 / b for b images.
     slope = 1 - np.tanh(np.array(GAMMA[:2])) ** 2
     assert (np.abs(gradient[:2]) <= slope * (1 + 1e-6)).all()
     assert np.abs(_gradient_to_gamma(make_network(**FREE), GAMMA, steep)).max() > 10
 
 
-class Loud(nn.Module):
-    """An `Echo` whose pooled feature has a weight of its own."""
+class ScaledEcho(nn.Module):
+    """An `Echo` that multiplies its pooled feature by a parameter."""
 
     stride_px = 1
 
     @nn.compact
     def __call__(self, images, train=False):
-        volume = self.param("volume", nn.initializers.ones, ())
+        scale = self.param("scale", nn.initializers.ones, ())
         flat = images.reshape(len(images), -1)
-        return Outputs(flat, images, volume * images.mean((1, 2)))
+        return Outputs(flat, images, scale * images.mean((1, 2)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
+def test_gradient_share_scales_gammas_gradient_to_the_classification_stream(share):
     images = jnp.asarray(IMAGES, jnp.float32)
     options = {**FREE, "size_px": SIZE, "normalize_head": False, "inside": False}
 
     def gradients(share):
         config = ArtConfig(gradient_share=share, **options)
-        network = model.create("cra", Loud, config)
+        network = model.create("cra", ScaledEcho, config)
         params = network.init(jax.random.key(0), images)["params"]
         params = {**params, "attention_head": {**params["attention_head"]}}
         params["attention_head"]["kernel"] = jnp.full((3, 4), 0.3)
@@ -190,15 +192,15 @@ def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
             return (out.attention_logits * WEIGHTS[0]).sum()
 
         value, gradient = jax.value_and_grad(loss)(params)
-        reached = gradient["classification_stream"]["volume"]
-        return value, reached, gradient["attention_head"]
+        stream = gradient["classification_stream"]["scale"]
+        return value, stream, gradient["attention_head"]
 
-    value, reached, head = gradients(share)
-    value_of_all, all_of_it, head_of_all = gradients(1.0)
-    assert abs(all_of_it) > 0.1
-    assert_allclose(value, value_of_all, rtol=1e-6)
-    assert_allclose(reached, share * all_of_it, rtol=1e-4)
-    jax.tree.map(partial(assert_allclose, rtol=1e-4), head, head_of_all)
+    value, stream, head = gradients(share)
+    full_value, full_stream, full_head = gradients(1.0)
+    assert abs(full_stream) > 0.1
+    assert_allclose(value, full_value, rtol=1e-6)
+    assert_allclose(stream, share * full_stream, rtol=1e-4)
+    jax.tree.map(partial(assert_allclose, rtol=1e-4), head, full_head)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(share):
         ({"gradient_share": 1.5}, r"art.gradient_share=1.5 must be in \[0, 1\]"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_wrong_art_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         make_network(**options)
 
@@ -223,7 +225,7 @@ def test_wrong_options_are_named(options, message):
 CROP = 64
 
 
-def test_the_corners_are_where_the_sampler_looks(x64):
+def test_corners_px_are_the_corners_of_the_sampling_grid(x64):
     rng = np.random.default_rng(0)
     matrices = rng.normal(size=(5, 2, 3))
     grid = np.asarray(geometry.affine_grid(jnp.asarray(matrices), (9, 9)))
@@ -234,7 +236,7 @@ def test_the_corners_are_where_the_sampler_looks(x64):
 
 
 @pytest.mark.parametrize("gamma", [(0.2, -0.3, 0.4, 1.0), (0.0, 0.9, 0.3, -3.0)])
-def test_gamma_comes_back_from_its_matrix(gamma):
+def test_gamma_of_inverts_the_attention_matrix(gamma):
     assert_allclose(art_module.gamma_of(equations.attention_matrix(gamma)), gamma)
     x, y, scale, angle = gamma
     turned = art_module.gamma_of(equations.attention_matrix((x, y, -scale, angle)))
@@ -244,7 +246,9 @@ def test_gamma_comes_back_from_its_matrix(gamma):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", ["cra", "stn"])
-def test_the_head_says_what_the_network_in_training_says(kind, normalize):
+def test_trained_head_gives_the_attention_matrix_of_the_training_network(
+    kind, normalize
+):
     config = ArtConfig(size_px=16, alpha_p=0.8, alpha_s=0.6, normalize_head=normalize)
     network = model.create(
         kind,
@@ -275,12 +279,11 @@ def test_the_head_says_what_the_network_in_training_says(kind, normalize):
     classified: Any = jax.jit(backbone.apply)(plain, images)
     found = head(classified.pooled)
     assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert np.ptp(np.asarray(found), axis=0).max() > 1e-3  # not the bias alone
+    assert np.ptp(np.asarray(found), axis=0).max() > 1e-3  # not only the bias
 
 
 @pytest.mark.parametrize("redundancy", art_module.REDUNDANCIES)
-def test_what_figures_show_is_what_the_second_stream_sees(redundancy):
-
+def test_views_are_the_inputs_of_the_regularization_stream(redundancy):
     config = ArtConfig(size_px=8, redundancy=redundancy)
     network = model.create("cra", Echo, config)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
@@ -288,14 +291,14 @@ def test_what_figures_show_is_what_the_second_stream_sees(redundancy):
     out = jax.jit(network.apply)(variables, images)
     assert isinstance(out, model.Outputs)
     assert out.attention is not None
-    # A run keeps matrices alone; figures make the rest from them.
+    # A run saves only the matrices; figures compute the rest from them.
     matrices = np.asarray(out.attention.matrix)
     gamma_res = jnp.asarray(art_module.gamma_of(matrices))
-    kept = art_module.Attention(out.attention.gamma, gamma_res, jnp.asarray(matrices))
-    shown = art_module.views(images, kept, config)
+    saved = art_module.Attention(out.attention.gamma, gamma_res, jnp.asarray(matrices))
+    views = art_module.views(images, saved, config)
     for found, logits in (
-        (shown.attention, out.attention_logits),
-        (shown.redundancy, out.redundancy_logits),
+        (views.attention, out.attention_logits),
+        (views.redundancy, out.redundancy_logits),
     ):
         assert found is not None
         assert logits is not None

@@ -1,4 +1,4 @@
-"""How the streams are wired: what each sees, what each owns, what reaches Gamma."""
+"""The two streams, the baseline and the STN: inputs, outputs and parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +11,36 @@ from tests.helpers.echo_network import (
     GAMMA,
     IMAGES,
     SIZE,
+    as_images,
     constant_head,
     make_network,
     run,
-    seen_by,
 )
 from tests.oracles import equations
 
 
-def test_the_second_stream_sees_attention_and_redundancy():
+def test_regularization_stream_gets_attention_and_redundancy():
     out = run(make_network(), constant_head(GAMMA))
     gamma_res = equations.restrict(np.array([GAMMA] * 2))
     assert_allclose(out.attention.gamma_res, gamma_res, rtol=1e-6)
     grid = equations.attention_grid(gamma_res, (SIZE, SIZE))
     assert_allclose(
-        seen_by(out.attention_logits),
+        as_images(out.attention_logits),
         equations.bilinear_sample(IMAGES, grid),
         atol=2e-5,
     )
     whole = equations.regular_grid((SIZE, SIZE))[None].repeat(2, 0)
     rest = equations.bilinear_sample(IMAGES, whole)
     rest *= equations.redundancy(gamma_res, (SIZE, SIZE))[..., None]
-    assert_allclose(seen_by(out.redundancy_logits), rest, atol=2e-5)
+    assert_allclose(as_images(out.redundancy_logits), rest, atol=2e-5)
 
 
-def test_the_stn_learns_all_six_parameters():
+def test_stn_has_six_parameters_and_no_redundancy():
     theta = np.array([0.7, 0.1, -0.2, -0.15, 0.6, 0.3])
     out = run(make_network("stn"), constant_head(theta))
     grid = equations.affine_grid(np.array([theta.reshape(2, 3)] * 2), (SIZE, SIZE))
     assert_allclose(
-        seen_by(out.attention_logits),
+        as_images(out.attention_logits),
         equations.bilinear_sample(IMAGES, grid),
         atol=2e-5,
     )
@@ -49,14 +49,14 @@ def test_the_stn_learns_all_six_parameters():
     assert out.redundancy_logits is None
 
 
-def test_the_stn_starts_where_cra_cnn_does():
+def test_stn_starts_with_the_attention_of_cra_cnn():
     init = (0.1, -0.2, 0.45, 0.3)
     stn, cra = (run(make_network(kind, init=init)) for kind in ("stn", "cra"))
     expected = [equations.attention_matrix(g).ravel() for g in cra.attention.gamma_res]
     assert_allclose(stn.attention.gamma, expected, atol=0.01)
 
 
-def test_every_kind_has_the_plain_backbone_and_the_same_weights_for_it():
+def test_classification_stream_is_the_plain_backbone_in_every_model():
     images = jnp.zeros((2, 12, 12, 3))
     trees = {
         kind: make_network(kind).init(jax.random.key(1), images) for kind in model.KINDS

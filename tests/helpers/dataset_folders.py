@@ -1,4 +1,4 @@
-"""Small folders in the layouts of published datasets, and what is read from them."""
+"""Small directories in the layouts of published datasets."""
 
 import random
 from pathlib import Path
@@ -19,7 +19,7 @@ def save_image(file: Path, seed: int = 0, size=(12, 10), **options) -> None:
 
 
 def tree(root: Path, *files: str) -> Path:
-    """Makes files in a scrambled order; images are real, other files are text."""
+    """Makes files in random order: real images, and text files for all other names."""
     for i, name in enumerate(random.Random(0).sample(files, len(files))):
         if Path(name).suffix.lower() in listing.SUFFIXES:
             save_image(root / name, i)
@@ -41,7 +41,7 @@ CUB_FILES = ("001.Wren/w1.jpg", "001.Wren/w2.jpg", "002.Tit/t1.jpg", "002.Tit/t2
 
 
 def cub_tree(root: Path, *, boxes: Any = True, **changes) -> Path:
-    """A small CUB; `changes` replace whole lists, "" removes one."""
+    """Makes a small CUB; `changes` replace the text of lists, "" removes a list."""
     for i, file in enumerate(CUB_FILES):
         save_image(root / "images" / file, i, size=(100, 50))
     lists = {
@@ -67,7 +67,7 @@ CAR_LABELS = {"train": (3, 1, 2, 1), "test": (2, 3)}
 
 
 def save_mat(file: Path, variable: str, rows: list[dict]) -> None:
-    """Writes a MATLAB struct array, as the devkit has it."""
+    """Writes a MATLAB struct array, as in the devkit of Stanford Cars."""
     array = np.empty((1, len(rows)), [(key, object) for key in rows[0]])
     for i, row in enumerate(rows):
         array[0, i] = tuple(row.values())
@@ -103,7 +103,7 @@ def devkit_tree(
 
 
 def nabirds_tree(root: Path, **changes) -> Path:
-    """CUB's lists, but for ids that are words and names of groups without images."""
+    """Makes a small NABirds: CUB's lists with text ids and classes without images."""
     lists = {
         "images": "".join(f"a-{i} {file}\n" for i, file in enumerate(CUB_FILES)),
         "image_class_labels": "a-0 817\na-1 817\na-2 1010\na-3 1010\n",
@@ -115,7 +115,7 @@ def nabirds_tree(root: Path, **changes) -> Path:
 
 
 def aircraft_tree(root: Path, **changes) -> Path:
-    """Three images of 100 x 70 pixels, of which the lowest 20 rows are a banner."""
+    """Makes three images of 100 x 70 pixels, whose lowest 20 rows are a banner."""
     data = root / "fgvc-aircraft-2013b" / "data"
     lists = {
         "variants": "An-12\nF/A-18\n",
@@ -167,7 +167,7 @@ def dogs_tree(
 
 
 def csv_tree(root: Path, text: str, *, encoding="utf-8") -> Path:
-    """Images 1 to 8 of 100 x 50 pixels, and a CSV beside them."""
+    """Makes images 1 to 8 of 100 x 50 pixels and a CSV file; returns the CSV file."""
     for i in range(1, 9):
         save_image(root / "photos" / f"{i}.png", i, size=(100, 50))
     file = root / "list.csv"

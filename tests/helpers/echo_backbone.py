@@ -1,4 +1,4 @@
-"""A backbone whose scores are the pixels of its image: the input of a stream."""
+"""A backbone that returns the pixels of its images as scores."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from cra_jax.backbones.layers import Outputs
 
 
 class Echo(nn.Module):
-    """Scores = pixels; the pooled feature has one entry, the mean; no BatchNorm."""
+    """Scores = pixels; pooled feature = mean of each channel; no BatchNorm."""
 
     stride_px = 1
 

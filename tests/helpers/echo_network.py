@@ -1,4 +1,4 @@
-"""CRA-CNN whose streams echo what they see, so that tests can look at it."""
+"""CRA-CNN whose streams return their input images as scores."""
 
 from typing import Any
 
@@ -33,12 +33,12 @@ def run(network, head=None, train=False):
 
 
 def constant_head(gamma):
-    """A head that gives every image the same Gamma."""
+    """Returns parameters of a head that gives every image the same Gamma."""
     gamma = jnp.asarray(gamma, jnp.float32)
     return {"kernel": jnp.zeros((3, len(gamma))), "bias": gamma}
 
 
-def seen_by(logits):
+def as_images(logits):
     return np.asarray(logits).reshape(2, SIZE, SIZE, 3)
 
 

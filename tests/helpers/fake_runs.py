@@ -1,4 +1,4 @@
-"""Run directorys that were never trained: what pages are tested with."""
+"""Run directories without training, to test reports and study pages."""
 
 import json
 from pathlib import Path
@@ -18,16 +18,16 @@ def make(
     scores: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a run directory whose network got the first `right` images right.
+    """Writes a run directory whose network classifies `right` images correctly.
 
     Args:
-      workdir: the folder.
-      variant: of `configs/cub.py`.
-      right: of the images.
-      labels: of all images, of 2 classes.
-      seed: of the run.
-      scores: more of the line of scores.
-      changes: of settings, as {"train.epochs": 3}.
+      workdir: the run directory.
+      variant: the variant of `configs/cub.py`.
+      right: the number of correct images, counted from the first.
+      labels: the labels of all images, of 2 classes.
+      seed: the seed of the run.
+      scores: further fields of the metrics line of the test split.
+      changes: config keys and values, as {"train.epochs": 3}.
     """
     workdir.mkdir(parents=True)
     config = get_config(variant)

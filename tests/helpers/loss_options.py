@@ -1,4 +1,4 @@
-"""The paper's numbers of Eq. (7), (8) and (9), for tests to change."""
+"""The paper's numbers of Eq. (7), (8) and (9)."""
 
 import math
 

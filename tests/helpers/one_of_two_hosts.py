@@ -1,8 +1,8 @@
-"""One of two hosts: what tests start twice, as a user would, with `begin`.
+"""A program that runs as one of two hosts; `begin` starts it twice.
 
-    python one_of_two_hosts.py talk|train|stop INDEX PORT FOLDER
+    python one_of_two_hosts.py communicate|train|stop INDEX PORT DIRECTORY
 
-Prints a JSON line of what each call said or raised.
+Prints one JSON line for each call: its result or its error.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # the tests import it, too, for its config
+if __name__ == "__main__":  # tests import this file, too
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
@@ -30,8 +30,8 @@ from tests.helpers import tiny_config
 HERE = Path(__file__).resolve().parent
 
 
-def begin(what, folder):
-    """Starts two hosts; returns their processes."""
+def begin(mode, folder):
+    """Starts two hosts in a mode; returns their processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -47,7 +47,7 @@ def begin(what, folder):
             [
                 sys.executable,
                 __file__,
-                what,
+                mode,
                 str(index),
                 str(port),
                 folder,
@@ -61,24 +61,24 @@ def begin(what, folder):
     ]
 
 
-def start(what, folder):
-    """Of each of two hosts what its calls said, and all that it printed."""
-    started = begin(what, folder)
-    said = []
+def start(mode, folder):
+    """Runs two hosts to their end; returns (results, stdout, stderr) of each."""
+    started = begin(mode, folder)
+    outputs = []
     try:
         for process in started:
             out, err = process.communicate(timeout=900)
             assert process.returncode == 0, err[-3000:]
             lines = [json.loads(x) for x in out.splitlines() if x.startswith("{")]
-            said.append(({k: v for x in lines for k, v in x.items()}, out, err))
+            outputs.append(({k: v for x in lines for k, v in x.items()}, out, err))
     finally:
         for process in started:
             process.kill()
-    return said
+    return outputs
 
 
 def config(folder, **changes):
-    """A run of 2 steps an epoch, whose numbers no number of devices changes."""
+    """Returns a config of 2 steps an epoch with equal results on any device count."""
     return tiny_config.config(
         folder / "cache",
         **{
@@ -93,8 +93,8 @@ def config(folder, **changes):
     )
 
 
-def talk(index, port, folder):
-    """What hosts tell each other; a step, and a pass over a split."""
+def communicate(index, port, folder):
+    """Calls the functions of `hosts`, a training step and an evaluation."""
     del folder
     hosts.start(f"localhost:{port}", count=2, index=index)
 
@@ -132,12 +132,12 @@ def talk(index, port, folder):
         )
         return found.logits.tolist(), found.labels.tolist(), len(batches[0]["label"])
 
-    def fails_on_the_second():
+    def fail_on_second_host():
         with hosts.all_or_none():
             if index:
                 raise ValueError("no such folder: mine")
 
-    report(
+    print_results(
         {
             "shard": hosts.shard,
             "told": lambda: hosts.broadcast_from_first({"text": f"é {index}"}),
@@ -145,7 +145,7 @@ def talk(index, port, folder):
             "sum": lambda: hosts.sum_over_hosts(np.arange(3) + index).tolist(),
             "same": lambda: hosts.check_same("alike", "it"),
             "different": lambda: hosts.check_same("like " + "me" * index, "looks"),
-            "fails": fails_on_the_second,
+            "fails": fail_on_second_host,
             "steps": steps,
             "scores": scores,
             "devices": devices.describe_devices,
@@ -153,40 +153,40 @@ def talk(index, port, folder):
     )
 
 
-def learn(index, port, folder):
-    """Trains, goes on, evaluates; then three mistakes, of which one host makes two."""
-    together = _together(index, port)
+def train_and_evaluate(index, port, folder):
+    """Trains, resumes and evaluates; then makes three errors, two on one host only."""
+    options = _host_options(index, port)
     run = folder / "run"
-    # Only the first host's run directory counts, where hosts share no disk.
-    mine = folder / "nowhere" if index else run
-    two_epochs = {**together, "train.epochs": 2}
-    more = {**together, "data.test_size": 20 + index}
-    no_folder = {**together, "data.source": "folder"}
+    # Only the first host's run directory is used if hosts share no disk.
+    own_run = folder / "nowhere" if index else run
+    two_epochs = {**options, "train.epochs": 2}
+    other_data = {**options, "data.test_size": 20 + index}
+    no_folder = {**options, "data.source": "folder"}
     no_folder["data.path"] = str(folder / ("nowhere" if index else "."))
-    report(
+    print_results(
         {
-            "train": lambda: train.run(config(folder, **together), mine),
+            "train": lambda: train.run(config(folder, **options), own_run),
             "resume": lambda: train.run(
-                config(folder, **two_epochs), mine, allow_change=True
+                config(folder, **two_epochs), own_run, allow_change=True
             ),
             "eval": lambda: evaluate.run(
                 run_options.from_config(config(folder, **two_epochs)), run
             ),
-            "changed": lambda: train.run(config(folder, **together), mine),
-            "other data": lambda: train.run(config(folder, **more), folder / "b"),
+            "changed": lambda: train.run(config(folder, **options), own_run),
+            "other data": lambda: train.run(config(folder, **other_data), folder / "b"),
             "no folder": lambda: train.run(config(folder, **no_folder), folder / "c"),
         }
     )
 
 
-def be_stopped(index, port, folder):
-    """Trains as `launch.py` does, for so long that a signal ends it."""
-    changes = _together(index, port) | {"train.epochs": 12}
+def train_until_stopped(index, port, folder):
+    """Trains as `launch.py` does, long enough to be stopped by a signal."""
+    changes = _host_options(index, port) | {"train.epochs": 12}
     with signals.exit_in_one_line():
         train.run(config(folder, **changes), folder / ("nowhere" if index else "run"))
 
 
-def _together(index, port):
+def _host_options(index, port):
     jax.config.update("jax_disable_most_optimizations", True)
     logging.set_verbosity(logging.ERROR)
     return {
@@ -196,16 +196,20 @@ def _together(index, port):
     }
 
 
-def report(calls):
-    """Makes the calls, and prints what comes of each."""
+def print_results(calls):
+    """Prints the result or the error of each call."""
     for name, call in calls.items():
         try:
-            said = call()
+            result = call()
         except ValueError as error:
-            said = f"ValueError: {error}"
-        print(json.dumps({name: said}), flush=True)
+            result = f"ValueError: {error}"
+        print(json.dumps({name: result}), flush=True)
 
 
 if __name__ == "__main__":
-    what = {"talk": talk, "train": learn, "stop": be_stopped}[sys.argv[1]]
-    what(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    function = {
+        "communicate": communicate,
+        "train": train_and_evaluate,
+        "stop": train_until_stopped,
+    }[sys.argv[1]]
+    function(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""A third family, as small as possible: what a new family has to provide."""
+"""A minimal third family of backbones, with all that a family must provide."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -32,7 +32,7 @@ PUBLISHED = {
 
 
 class Patches(nn.Module):
-    """Convolutions of stride 2, as many as the architecture says."""
+    """A sequence of convolutions of stride 2; the architecture gives their number."""
 
     arch: str
     num_classes: int

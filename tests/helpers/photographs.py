@@ -1,4 +1,4 @@
-"""Real photographs, exports, and what somebody else would make of both."""
+"""Real photographs, exports, and independent preprocessing of photographs."""
 
 import json
 from pathlib import Path
@@ -15,18 +15,18 @@ SPECIES = 10
 
 
 def paths(shared_data: Path, count: int) -> list[Path]:
-    """Photographs of birds, of as many species as there are."""
+    """Returns paths of bird photographs, in turn from each species."""
     folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
     species = sorted(path for path in folder.iterdir() if path.is_dir())
     assert len(species) == SPECIES
-    ranks = [sorted(folder.glob("*.jpg")) for folder in species]
-    return [ranks[i % SPECIES][i // SPECIES] for i in range(count)]
+    by_species = [sorted(folder.glob("*.jpg")) for folder in species]
+    return [by_species[i % SPECIES][i // SPECIES] for i in range(count)]
 
 
 def crop(path: Path, about: dict[str, Any]) -> np.ndarray:
-    """What the network should see, `[crop_px, crop_px, 3]`, by an export's own words.
+    """Returns the crop `[crop_px, crop_px, 3]` described by an export's config.json.
 
-    With Pillow and NumPy alone: nothing of this package.
+    Uses only Pillow and NumPy, not this package.
     """
     assert about["interpolation"] == "bicubic, antialiased"
     assert about["crop"] == "centre, from (side - crop_px) // 2"
@@ -41,16 +41,16 @@ def crop(path: Path, about: dict[str, Any]) -> np.ndarray:
 
 
 def normalize(crops: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-    """Float32 `[b, 3, h, w]`, as torch's networks want them."""
+    """Returns the crops as float32 `[b, 3, h, w]`, for networks in torch."""
     normal = (crops / 255 - about["mean"]) / np.array(about["std"])
     return normal.transpose(0, 3, 1, 2).astype(np.float32)
 
 
 def export_run(config: Any, variables: Any, workdir: Path) -> dict[str, Any]:
-    """A CRA-CNN whose classification stream has these variables, exported.
+    """Exports a CRA-CNN whose streams have these variables.
 
     Returns:
-      What `export/config.json` says.
+      The content of `export/config.json`.
     """
     network = build.build_network(config, SPECIES)
     assert network.regularization_stream is not None

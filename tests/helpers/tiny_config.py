@@ -1,4 +1,4 @@
-"""The smallest run that has everything: drawings of 32 px, a ResNet of width 8."""
+"""The config of a very small run: drawings of 32 px, a ResNet of width 8."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from configs.quickstart import get_config
 
 
 def config(cache_dir: Path, **changes: Any) -> Any:
-    """A config that trains in seconds; `changes` as {"train.epochs": 3}."""
+    """Returns a config that trains in seconds; `changes` as {"train.epochs": 3}."""
     tiny = get_config()
     tiny.update_from_flattened_dict(
         {

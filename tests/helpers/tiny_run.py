@@ -1,4 +1,4 @@
-"""A run directory of random weights, as a tiny training leaves it."""
+"""A run directory with checkpoints of random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 from tests.helpers import tiny_config
 
-# What a stranger may call a class.
+# A class name from an untrusted source.
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 CLASSES = ("auk", "boobook", HOSTILE, "dotterel", "egret", "fulmar")
 
@@ -20,7 +20,7 @@ CLASSES = ("auk", "boobook", HOSTILE, "dotterel", "egret", "fulmar")
 def save(folder: Path, kind: str = "cra", *, seed: int = 0, **changes: Any) -> Any:
     """Saves steps 6 and 7 of a run with `CLASSES`; returns its config.
 
-    Scores differ from image to image and from step to step, and Gamma does, too.
+    Scores and Gamma differ between images and between steps.
     """
     config = tiny_config.config(folder / "cache", **{"model.kind": kind, **changes})
     network = build.build_network(config, len(CLASSES))

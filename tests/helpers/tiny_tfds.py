@@ -1,4 +1,4 @@
-"""Small sets of tfds, really built as array_record, without TensorFlow."""
+"""Small tfds datasets, built as array_record files without TensorFlow."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def jpeg(seed: int, orientation: int = 1) -> bytes:
 def build(
     folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Examples]
 ) -> Path:
-    """Builds `<folder>/<name>/1.0.0`; bytes become files, which tfds stores as is."""
+    """Builds `<folder>/<name>/1.0.0`; tfds stores bytes values unchanged."""
 
     def info(self):
         return tfds.core.DatasetInfo(
@@ -53,8 +53,8 @@ def build(
     }
     folder.mkdir(exist_ok=True)
     with registered.skip_registration():
-        kind = type(name, (tfds.core.GeneratorBasedBuilder,), body)
-    builder = kind(data_dir=folder, file_format="array_record")
+        builder_class = type(name, (tfds.core.GeneratorBasedBuilder,), body)
+    builder = builder_class(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
     return folder / name / "1.0.0"
 
@@ -76,6 +76,6 @@ def plain(folder: Path, **splits: Examples) -> Path:
 
 
 def build_registered(name: str, folder: Path) -> None:
-    """Builds a set that tfds knows, in a process of its own, without TensorFlow."""
+    """Builds a dataset registered in tfds without TensorFlow; runs in a subprocess."""
     tfds_archives.MODULES.clear()
     tfds_build.build(name, folder)

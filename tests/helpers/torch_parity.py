@@ -1,4 +1,4 @@
-"""Networks in torch and in linen side by side: conversions and comparisons."""
+"""Conversions and comparisons between torch and linen."""
 
 from functools import partial
 from typing import Any
@@ -11,28 +11,28 @@ from tests.helpers.torch_or_skip import torch
 
 
 def noise(*shape, seed=0, dtype: Any = np.float32):
-    """Standard normal numbers."""
+    """Draws standard normal numbers."""
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def to_torch(images):
-    """`[b, h, w, c]` -> a tensor `[b, c, h, w]`."""
+    """Returns `[b, h, w, c]` as a tensor `[b, c, h, w]`."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def to_numpy(tensor):
-    """A tensor `[b, c, h, w]` -> `[b, h, w, c]`; of another rank, as it is."""
+    """Returns a tensor `[b, c, h, w]` as `[b, h, w, c]`; other ranks unchanged."""
     array = tensor.detach().numpy()
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
 def flat(tree) -> dict[Any, Any]:
-    """`flatten_dict` with a type that is easier to use."""
+    """Calls `flatten_dict`; its type is easier to use."""
     return flatten_dict(tree)
 
 
 def assert_trees_close(actual, expected, **tolerance):
-    """The same paths, and values within the tolerance."""
+    """Checks that the paths are the same and the values within the tolerance."""
     actual, expected = flat(actual), flat(expected)
     assert actual.keys() == expected.keys()
     for path, value in expected.items():
@@ -42,7 +42,7 @@ def assert_trees_close(actual, expected, **tolerance):
 
 
 def assert_stages_equal(torch_model, net, variables, images, train):
-    """Compares all activations; returns linen's new statistics and all names."""
+    """Compares all activations; returns linen's new statistics and the names."""
     with torch.no_grad():
         expected = torch_model.train(train).stages(to_torch(images))
     apply = partial(
@@ -61,7 +61,7 @@ def assert_stages_equal(torch_model, net, variables, images, train):
     assert expected.keys() <= seen.keys()
     for name, value in expected.items():
         value = to_numpy(value)
-        # Rounding is relative to what was added up: to the scale of the whole array.
+        # The rounding of a sum is relative to the scale of the whole array.
         limit = 1e-4 * max(1, np.abs(value).max())
         np.testing.assert_allclose(seen[name], value, rtol=0, atol=limit, err_msg=name)
     return state["batch_stats"], expected.keys()

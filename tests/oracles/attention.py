@@ -1,4 +1,4 @@
-"""Where a network looks, by counting points: the tests' second opinion."""
+"""Class activations and overlaps of attention, computed by counting points."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def class_activation(features, kernel, chosen):
 
 
 def share_inside(activation, box, rows, columns, crop, fine=20):
-    """Share of the positive activation in a box, over a lattice of fine**2 a pixel."""
+    """Returns the share of positive activation in a box, on fine**2 points a pixel."""
     points = (np.arange(crop * fine) + 0.5) / fine - 0.5
     inside = total = 0.0
     for y in points:
@@ -30,9 +30,9 @@ def share_inside(activation, box, rows, columns, crop, fine=20):
 
 
 def iou(matrix, box, crop, lattice):
-    """Overlap of the image of [-1, 1]^2 under a matrix with a box, over a lattice.
+    """Returns the IoU of a box and the image of [-1, 1]^2 under a matrix.
 
-    `lattice` [n, 2] in pixels, evenly spread over a region that holds both.
+    `lattice` [n, 2]: points in pixels, evenly spread over a region around both.
     """
     matrix = np.asarray(matrix, np.float64)
     both = either = 0

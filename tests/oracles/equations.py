@@ -1,9 +1,8 @@
-"""The paper's equations as slow, obvious loops in float64: the tests' second opinion.
+"""The paper's equations as slow, simple loops in float64, to test the package.
 
-Nothing here is shared with the package. Each function follows the printed equation, not
-a rewritten form of it, so that an error of algebra in the package shows up as a
-difference. Frame: a point is (x, y); -1 and +1 are the centres of the first and the
-last pixel.
+No code is shared with the package. Each function follows the printed equation, not a
+rewritten form, so that an algebra error in the package gives a difference. Frame: a
+point is (x, y); -1 and +1 are the centres of the first and the last pixel.
 """
 
 import math
@@ -52,10 +51,10 @@ def attention_grid(gamma_res, size):
 
 
 def covered(point, gamma_res):
-    """Tells whether `point` lies in the image of the square [-1, 1]^2 under Eq. (4).
+    """Returns whether `point` lies in the image of the square [-1, 1]^2 under Eq. (4).
 
-    It asks which (u, v) the matrix sends to `point` by solving the 2 x 2 system. A
-    matrix of scale 0 sends the whole square to one point, and covers that alone.
+    Solves the 2 x 2 system for the (u, v) that the matrix maps to `point`. A matrix of
+    scale 0 maps the whole square to one point and covers only that point.
     """
     matrix = attention_matrix(gamma_res)
     offset = np.asarray(point, np.float64) - matrix[:, 2]
@@ -66,9 +65,9 @@ def covered(point, gamma_res):
 
 
 def edge_distance(point, gamma_res):
-    """Returns how far `point` is from the attention's outline, along its own axes.
+    """Returns the distance of `point` to the attention's outline, along its axes.
 
-    Tests use it to leave out ties, which rounding decides either way.
+    Tests use it to skip ties, which depend on rounding.
     """
     g1, g2, g3, g4 = (float(g) for g in gamma_res)
     x, y = point[0] - g1, point[1] - g2
@@ -91,8 +90,8 @@ def redundancy(gamma_res, size):
 def restrict(gamma, alpha_p=1.0, alpha_s=0.5, inside=False):
     """[..., 4] -> [..., 4]. Eq. (6).
 
-    `inside`: the places' bound is also the room that is left on each side of an
-    attention in the middle, found by its corners. (Not in the paper.)
+    `inside`: the position is also bounded by the distance between the image border and
+    the corners of an attention in the centre. (Not in the paper.)
     """
     gamma = np.asarray(gamma, np.float64)
     out = np.zeros_like(gamma)
@@ -140,7 +139,7 @@ def restriction_loss(
     threshold=(0.4, 0.4, 0.4, math.pi),
     eps=1e-300,
 ):
-    """[b, 4] -> [b]. Eq. (7), with an eps too small to be seen beside any excess."""
+    """[b, 4] -> [b]. Eq. (7), with an eps that is negligible beside any excess."""
     out = np.zeros(len(gamma_res))
     for b in range(len(gamma_res)):
         total = 0.0
@@ -184,7 +183,7 @@ def smoothed_cross_entropy(scores, label, smoothing):
 
 
 def learning_rate(epoch, base=1e-3, first_epochs=50, period_epochs=45, factor=0.1):
-    """Returns the rate of a whole epoch, counted from 0, by living through them all.
+    """Returns the rate of an epoch, counted from 0, by a loop over the epochs.
 
     Source: Sec. 4.1: base, a decay after 50 epochs, then one for every 45 epochs.
     """
@@ -197,7 +196,7 @@ def learning_rate(epoch, base=1e-3, first_epochs=50, period_epochs=45, factor=0.
 
 
 def cosine_learning_rate(step, total, base, warm):
-    """Loshchilov and Hutter, 2017, Eq. (5), after `warm` steps of a linear rise."""
+    """Loshchilov and Hutter, 2017, Eq. (5), after `warm` steps of linear warm-up."""
     if step < warm:
         return base * (step + 1) / warm
     return base * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
@@ -217,10 +216,10 @@ def restriction_weight(epoch, first_epochs=50, period_epochs=45):
 
 
 def full_protocol(features, window, weight, bias):
-    """[h, w, c] features of one whole image -> [k] scores, averaged over places.
+    """[h, w, c] features of one whole image -> [k] scores, averaged over positions.
 
     Every `window` x `window` part of the feature map is mean-pooled and classified
-    (`weight` [c, k], `bias` [k]); the mean of the outputs comes back.
+    (`weight` [c, k], `bias` [k]); the function returns the mean of the outputs.
 
     Source: Sec. 4.3: "average the final prediction scores" without cropping.
     """
@@ -238,7 +237,7 @@ def full_protocol(features, window, weight, bias):
 
 
 def redundancy_weight(gamma_res, size, softness):
-    """Returns [b, h, w]: Eq. (5) with each of the four edges made a logistic curve."""
+    """Returns [b, h, w]: Eq. (5) with a logistic curve for each of the four edges."""
     g = regular_grid(size)
     out = np.zeros((len(gamma_res), *size))
     for b in range(len(gamma_res)):

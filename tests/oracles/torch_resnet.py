@@ -1,4 +1,4 @@
-"""A plain PyTorch ResNet with torchvision's names, written apart from our own.
+"""A plain PyTorch ResNet with torchvision's names, independent of the package.
 
 Also the map between its `state_dict` names and the linen variables' paths.
 """
@@ -61,12 +61,12 @@ class Bottleneck(nn.Module):
 
 
 class TorchResNet(nn.Module):
-    """`forward` gives logits; `stages` gives every activation by the linen name."""
+    """`forward` returns logits; `stages` returns every activation by linen name."""
 
     def __init__(self, arch, num_classes, width=64, stem="imagenet"):
         super().__init__()
-        kind, layers = LAYERS[arch]
-        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[kind]
+        block_type, layers = LAYERS[arch]
+        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[block_type]
         self.inplanes = width
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
@@ -114,7 +114,7 @@ class TorchResNet(nn.Module):
 
 
 def randomize(model, seed):
-    """Weights of the usual scale, and norms far from the identity."""
+    """Draws weights of the usual scale, and norms far from the identity."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(like):
@@ -160,13 +160,13 @@ def linen_path(name):
 
 
 def to_linen_array(array):
-    """Torch's `OIHW` and `OI` kernels as linen's `HWIO` and `IO`; vectors stay."""
+    """Returns torch's `OIHW` and `OI` kernels as linen's `HWIO` and `IO`."""
     array = np.asarray(array)
     return array.transpose((2, 3, 1, 0)) if array.ndim == 4 else array.T
 
 
 def to_linen(named_tensors):
-    """Nested variables from `(name, tensor)` pairs, without the step counters."""
+    """Returns nested variables of `(name, tensor)` pairs, without step counters."""
     tree = {}
     for name, tensor in named_tensors:
         if name.endswith("num_batches_tracked"):
@@ -175,6 +175,6 @@ def to_linen(named_tensors):
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        # A copy: torch updates its own memory in place.
+        # A copy, because torch updates its memory in place.
         node[leaf] = to_linen_array(tensor.detach().numpy()).copy()
     return tree

@@ -1,4 +1,4 @@
-"""Two real processes train as one, and what one of them gets wrong both say."""
+"""Training on two hosts: two processes, shared results and shared errors."""
 
 import json
 import re
@@ -18,46 +18,47 @@ TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
-def talk(tmp_path_factory):
-    return one_of_two_hosts.start("talk", tmp_path_factory.mktemp("talk"))
+def host_results(tmp_path_factory):
+    """Returns the results, stdout and stderr of two hosts that communicate."""
+    return one_of_two_hosts.start("communicate", tmp_path_factory.mktemp("communicate"))
 
 
-def test_what_the_first_host_has_all_have(talk):
-    for index, (said, *_) in enumerate(talk):
-        assert said["shard"] == [index, 2]
-        assert said["told"] == {"text": "é 0"}
-        assert said["arrays"] == [0, 1, 2]
-        assert said["sum"] == [1, 3, 5]
-        assert said["devices"] == "4 x cpu on 2 hosts"
+def test_all_hosts_get_the_values_of_the_first(host_results):
+    for index, (results, *_) in enumerate(host_results):
+        assert results["shard"] == [index, 2]
+        assert results["told"] == {"text": "é 0"}
+        assert results["arrays"] == [0, 1, 2]
+        assert results["sum"] == [1, 3, 5]
+        assert results["devices"] == "4 x cpu on 2 hosts"
 
 
-def test_what_is_wrong_on_one_host_is_said_on_both(talk):
-    for said, *_ in talk:
-        assert said["same"] is None
+def test_error_on_one_host_is_raised_on_both(host_results):
+    for results, *_ in host_results:
+        assert results["same"] is None
         expected = "ValueError: the hosts differ in looks:\n  host 0: like \n  host 1: "
-        assert said["different"] == expected + "like me"
-        assert said["fails"] == "ValueError: host 1: no such folder: mine"
+        assert results["different"] == expected + "like me"
+        assert results["fails"] == "ValueError: host 1: no such folder: mine"
 
 
-def test_a_step_is_of_all_rows_and_a_pass_of_all_images(talk):
-    for said, *_ in talk:
-        assert said["steps"] == [[22.5, 22.5], 7.5]
-        logits, labels, share = said["scores"]
+def test_step_uses_all_rows_and_evaluation_all_images(host_results):
+    for results, *_ in host_results:
+        assert results["steps"] == [[22.5, 22.5], 7.5]
+        logits, labels, share = results["scores"]
         assert labels == list(range(13))
         assert logits == [[i / 2, i / 2] for i in range(13)]
-        assert share == 4  # of 8: 5, rounded up to four devices
+        assert share == 4  # half of 8, which is 5 rounded up to four devices
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder of a training of two hosts, and what `host_of_two.start` returns."""
+    """Returns the directory and the outputs of a training on two hosts."""
     folder = tmp_path_factory.mktemp("pair")
     return folder, one_of_two_hosts.start("train", folder)
 
 
 @pytest.mark.slow
-def test_two_hosts_give_the_numbers_of_one(pair, tmp_path):
-    """Four devices of two hosts, against the eight of this one."""
+def test_two_hosts_give_the_metrics_of_one_host(pair, tmp_path):
+    """Compares four devices on two hosts with eight devices on one host."""
     folder, _ = pair
     assert devices.device_count() == 8
     train.run(one_of_two_hosts.config(folder), tmp_path)
@@ -70,7 +71,7 @@ def test_two_hosts_give_the_numbers_of_one(pair, tmp_path):
     for line, other in zip(found, expected, strict=True):
         assert line.keys() == other.keys()
         for name, value in other.items():
-            # A spread is within a device's share, and time is what it is.
+            # Standard deviations depend on the device count, and times differ.
             if not re.search("_std$|_second$|_seconds$", name):
                 if not isinstance(value, str):
                     value = pytest.approx(value, rel=2e-3, abs=2e-4)
@@ -84,7 +85,7 @@ def test_two_hosts_give_the_numbers_of_one(pair, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_first_host_writes_and_speaks_and_all_know_the_scores(pair):
+def test_only_the_first_host_writes_and_prints(pair):
     folder, ((first, out, err), (second, other_out, other_err)) = pair
     assert first["train"] == second["train"]
     assert first["resume"] == second["resume"]
@@ -95,7 +96,7 @@ def test_the_first_host_writes_and_speaks_and_all_know_the_scores(pair):
     assert "resumes from step 2" in err
     assert "top-1" not in other_out + other_err
     saved = json.loads((folder / "run" / "config.json").read_text())
-    assert "hosts" not in saved  # other hosts may go on with it
+    assert "hosts" not in saved  # other hosts may resume the run
     starts = json.loads((folder / "run" / "provenance.json").read_text())["starts"]
     assert [x["outcome"] for x in starts] == ["finished", "finished"]
 
@@ -112,14 +113,14 @@ def test_the_first_host_writes_and_speaks_and_all_know_the_scores(pair):
         ("no folder", r"host 1: .*nowhere.*there is no such folder"),
     ],
 )
-def test_what_one_host_gets_wrong_both_say(pair, call, message):
+def test_error_of_one_host_is_raised_on_both_hosts(pair, call, message):
     _, ((first, *_), (second, *_)) = pair
     assert first[call] == second[call]
     assert re.search(message, first[call], re.DOTALL), first[call]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
         ({"coordinator": "node0", "count": 2}, "hosts.coordinator=HOST:PORT"),
         ({"coordinator": "node0:1234"}, r"count=0, index=0: .*\(2 or more\)"),
@@ -131,18 +132,18 @@ def test_what_one_host_gets_wrong_both_say(pair, call, message):
         ),
     ],
 )
-def test_settings_that_do_not_fit(settings, message):
+def test_wrong_host_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        hosts.start(**settings)
+        hosts.start(**options)
 
 
-def test_one_of_several_hosts_that_was_not_told(monkeypatch):
+def test_missing_host_options_on_several_hosts_are_an_error(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match=r"one of 4 hosts: .*hosts.coordinator=auto"):
         hosts.start()
 
 
-def test_one_host_speaks_to_itself():
+def test_single_host_gets_its_own_values():
     hosts.start()
     assert hosts.shard() == (0, 1)
     assert hosts.broadcast_from_first({"a": (1,)}) == {"a": (1,)}
