@@ -1,6 +1,6 @@
-"""Set-up that every test shares: eight CPU devices, and the fixtures below.
+"""Setup shared by all tests: eight CPU devices and the fixtures below.
 
-The environment is set before anything imports jax, because jax reads it only once.
+The environment is set before any import of jax, because jax reads it only once.
 """
 
 import os
@@ -20,36 +20,36 @@ if "jax" in sys.modules:
         "remove the pytest plugin (-p ...) that imports it"
     )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The same arithmetic, compiled in half the time, run more slowly; programs that tests
-# start inherit it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles all as users have it.
+# Fewer optimizations: the results are the same, compiling takes half the time, running
+# takes longer. Programs that tests start inherit the variable. With
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0, programs compile as they do for users.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    # XLA's older way to fuse compiles these sooner (optimized ones later). jaxlib 0.11
-    # no longer has it, and XLA ends the process at a flag that it does not know.
-    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if _JAXLIB < (0, 11) else []
+    # XLA's older fusion compiles unoptimized programs faster (optimized ones slower).
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 _given = os.environ.get("XLA_FLAGS", "")
 _ours = [flag for flag in _FLAGS if flag.partition("=")[0] not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_ours]).strip()
 
 import jax  # noqa: E402
 
-# Jobs in the background ignore Ctrl-C, and so would the programs that tests start.
+# Background jobs ignore Ctrl-C; programs that tests start would inherit this.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def x64():
-    """Runs the test in 64 bits, so that values can be compared to 12 digits."""
+    """Enables 64-bit values in the test, so that 12 digits can be compared."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Returns the folder of real photographs; skips the test where there is none.
+    """Returns the directory of real photographs; skips the test if there is none.
 
-    The environment variable CRA_JAX_SHARED_DATA overrides the usual place, the folder
-    `shared/data` beside the repository.
+    The environment variable CRA_JAX_SHARED_DATA overrides the default, the directory
+    `shared/data` next to the repository.
     """
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("CRA_JAX_SHARED_DATA") or beside)
@@ -63,9 +63,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def compile_once(tmp_path_factory):
-    """Runs of the same shapes share their compiled programs, as runs of users do.
+    """Shares compiled programs between tests and between pytest-xdist workers.
 
-    So do the processes that share the tests.
+    User runs share their compiled programs in the same way.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
@@ -74,7 +74,7 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """With the optimizations of users' programs, but for the way to fuse (above)."""
+    """Enables the optimizations of user programs, except for the fusion (see above)."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -1,4 +1,4 @@
-"""The variants `released` and `modern`: what each changes, and nothing else."""
+"""The config keys that the variants `released`, `modern` and `paper` change."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from cra_jax.runtime import run_directory
 from cra_jax.training import check_config, step_wrappers
 
 
-def _changed(module, variant):
+def _changed_keys(module, variant):
     flat = [
         run_directory.flatten(module.get_config(name).to_dict())
         for name in ("", variant)
@@ -20,7 +20,7 @@ def _changed(module, variant):
 
 
 @pytest.mark.parametrize("module", [cub, cars])
-def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
+def test_released_changes_only_the_options_of_the_released_code(module):
     changed = {
         "bn.group_size": 4,
         "contrast.distance": "squared",
@@ -34,39 +34,39 @@ def test_released_differs_from_the_paper_in_what_the_released_code_does(module):
         "art.inside": False,
         "art.guard": 0.0,
     }
-    assert _changed(module, "released") == changed
+    assert _changed_keys(module, "released") == changed
     config = module.get_config("released,resnet101")
     assert config.model.backbone == "resnet101"
     check_config.check(config)
 
     options, restriction = config.optim, config.restriction
-    rates, on, held = [], [], []
+    rates, restricted, frozen = [], [], []
     for epoch in range(config.train.epochs):
         lengths = options.first_epochs, options.period_epochs
         rates.append(_at(schedule.learning_rate, epoch, *lengths, base=options.base_lr))
         lengths = restriction.first_epochs, restriction.period_epochs
-        on.append(_at(schedule.restriction_weight, epoch, *lengths))
+        restricted.append(_at(schedule.restriction_weight, epoch, *lengths))
         lengths = options.freeze_first_epochs, options.freeze_period_epochs
-        held.append(_at(step_wrappers.is_frozen, epoch, *lengths))
+        frozen.append(_at(step_wrappers.is_frozen, epoch, *lengths))
     assert rates == pytest.approx([1e-3] * 50 + [1e-4] * 90 + [1e-5] * 60)
-    assert on == [1] * 140 + [0] * 60
-    assert held == [0] * 50 + [1] * 45 + [0] * 45 + [1] * 45 + [0] * 15
+    assert restricted == [1] * 140 + [0] * 60
+    assert frozen == [0] * 50 + [1] * 45 + [0] * 45 + [1] * 45 + [0] * 15
 
 
-def _at(door, epoch, first_epochs, period_epochs, **options):
+def _at(function, epoch, first_epochs, period_epochs, **options):
     lengths = {"first_epochs": first_epochs, "period_epochs": period_epochs}
-    return float(door(epoch, steps_per_epoch=1, **lengths, **options))
+    return float(function(epoch, steps_per_epoch=1, **lengths, **options))
 
 
 @pytest.mark.parametrize("variant", ["released,baseline", "baseline,released"])
-def test_of_a_baseline_nothing_is_held_as_nothing_else_could_train(variant):
+def test_released_baseline_freezes_nothing(variant):
     for module in (cub, quickstart):
         config = module.get_config(variant)
         assert config.contrast.distance == "squared"
         assert config.optim.freeze_period_epochs == 0
 
 
-def test_the_quickstart_takes_released_in_its_own_proportions():
+def test_released_quickstart_scales_the_schedules_to_its_own_length():
     config = quickstart.get_config("released")
     assert (config.bn.group_size, config.contrast.distance) == (4, "squared")
     options, restriction = config.optim, config.restriction
@@ -78,31 +78,31 @@ def test_the_quickstart_takes_released_in_its_own_proportions():
 
 
 @pytest.mark.parametrize("module", [cub, cars])
-def test_modern_adds_what_costs_nothing_at_test_time(module):
-    assert _changed(module, "modern") == {
+def test_modern_adds_weight_averages_and_label_smoothing(module):
+    assert _changed_keys(module, "modern") == {
         "optim.ema_decay": 0.999,
         "loss.label_smoothing": 0.1,
     }
     check_config.check(module.get_config("baseline,modern"))
 
 
-def test_modern_from_scratch_averages_over_fewer_steps():
-    assert _changed(quickstart, "modern") == {
+def test_modern_quickstart_averages_over_fewer_steps():
+    assert _changed_keys(quickstart, "modern") == {
         "optim.ema_decay": 0.99,
         "loss.label_smoothing": 0.1,
     }
     check_config.check(quickstart.get_config("modern,stn"))
 
 
-def test_an_unknown_variant_is_named_with_those_there_are():
+def test_unknown_variant_is_an_error_that_lists_the_known_ones():
     for module in (cub, cars, quickstart):
         with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released, modern"):
             module.get_config("baseline,relaesd")
 
 
 @pytest.mark.parametrize("module", [cub, cars, quickstart])
-def test_the_paper_has_no_guards(module):
-    assert _changed(module, "paper") == {
+def test_paper_variant_turns_off_the_guards(module):
+    assert _changed_keys(module, "paper") == {
         "art.gradient_clip": 0.0,
         "art.normalize_head": False,
         "art.inside": False,
@@ -111,6 +111,6 @@ def test_the_paper_has_no_guards(module):
     check_config.check(module.get_config("paper,resnet18"))
 
 
-def test_options_of_the_art_module_have_one_default():
+def test_art_defaults_of_config_and_dataclass_are_equal():
     art = cub.get_config().art.to_dict()
     assert art == dataclasses.asdict(ArtConfig())

@@ -1,4 +1,4 @@
-"""Grids and sampler against loops over the paper's equations, in 64 bits."""
+"""Grids and sampler compared with loops over the paper's equations, in 64 bits."""
 
 import math
 import re
@@ -17,8 +17,7 @@ from tests.oracles import equations
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
-# Compiled: as training runs them, and op by op they would take minutes here. One test
-# below compares the two ways.
+# Compiled, as in training; run op by op, the tests would take minutes.
 affine_grid = jax.jit(geometry.affine_grid, static_argnums=1)
 attention_grid = jax.jit(geometry.attention_grid, static_argnums=1)
 redundancy_grid = jax.jit(geometry.redundancy_grid, static_argnums=1)
@@ -51,13 +50,13 @@ GAMMAS = np.array(
 
 
 def random_gamma(seed, count=8):
-    """Restricted parameters all over their range, the angles over many turns."""
+    """Draws restricted parameters over their whole range, angles over many turns."""
     rng = np.random.default_rng(seed)
     return rng.uniform([-1, -1, -0.5, -20], [1, 1, 0.5, 20], (count, 4))
 
 
 def on_the_edge(gammas, size):
-    """Points of G so close to an attention's outline that rounding decides."""
+    """Marks points of G so close to an attention's outline that rounding decides."""
     grid = equations.regular_grid(size)
     distance = [
         [[equations.edge_distance(p, g) for p in row] for row in grid] for g in gammas
@@ -65,11 +64,11 @@ def on_the_edge(gammas, size):
     return np.array(distance) < 1e-9
 
 
-def points(rng, count, size, kind):
-    """`count` points (x, y), each at least 0.05 pixel off every whole coordinate.
+def points(rng, count, size, region):
+    """Draws points (x, y), each at least 0.05 pixel from every integer coordinate.
 
-    `kind`: "inside" the image; "straddling": at least one coordinate within one pixel
-    outside the border; "outside": at least one coordinate further out than that.
+    `region`: "inside": inside the image; "straddling": at least one coordinate is at
+    most one pixel outside the border; "outside": at least one is further outside.
     """
     limits = np.array([size[1], size[0]]) - 1
     fraction = rng.uniform(0.05, 0.95, (count, 2))
@@ -80,14 +79,14 @@ def points(rng, count, size, kind):
         "outside": np.where(rng.random((count, 2)) < 0.5, -3, limits + 1),
     }
     which = np.ones((count, 2), bool)
-    which[::3, 0] = False  # one axis out, the other in: both ways, and both out
+    which[::3, 0] = False  # only x outside, only y outside, both outside
     which[1::3, 1] = False
-    whole = np.where(which, sides[kind], inside)
+    whole = np.where(which, sides[region], inside)
     return (whole + fraction) / limits * 2 - 1
 
 
 def scatters(function, *arguments):
-    """The scatters among the compiled operations, fused and expanded ones included."""
+    """Returns the scatters in the compiled program, including fused ones."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     assert text
     return re.findall(r"\bscatter(?:-add)?\b", text)
@@ -114,9 +113,7 @@ def test_restrict_has_the_papers_bounds_as_defaults(x64):
 
 
 @pytest.mark.parametrize("alphas", [(1.0, 0.5), (0.4, 0.3), (1.0, 0.7)])
-def test_an_attention_that_stays_inside_has_the_room_that_its_corners_leave(
-    x64, alphas
-):
+def test_restrict_inside_bounds_the_position_by_the_attentions_corners(x64, alphas):
     alpha_p, alpha_s = alphas
     gamma = np.random.default_rng(1).normal(0, 3, (2, 20, 4))
     gamma[0, :3, 2:] = [[0, 0], [40, 0], [-40, math.pi / 4]]
@@ -129,7 +126,7 @@ def test_an_attention_that_stays_inside_has_the_room_that_its_corners_leave(
 
 @settings(deadline=None)  # the first call compiles
 @given(st.lists(st.floats(-60, 60), min_size=4, max_size=4))
-def test_an_attention_that_stays_inside_sees_no_padding(gamma):
+def test_restrict_inside_keeps_the_corners_in_the_image(gamma):
     gamma_res = geometry.restrict(jnp.array([gamma], jnp.float32), inside=True)
     grid = geometry.attention_grid(gamma_res, (2, 2))  # its corners
     assert jnp.abs(grid).max() <= 1 + 1e-6
@@ -156,8 +153,8 @@ def test_attention_grid_is_equation_4(x64, size):
     )
 
 
-def test_attention_without_turn_is_a_crop_around_its_place():
-    # y points down: +gamma2 looks at the lower half.
+def test_attention_without_rotation_is_a_crop_around_its_centre():
+    # y points down: a positive gamma2 moves the attention to the lower half.
     grid = attention_grid(jnp.array([[0.25, 0.5, 0.5, 0.0]]), (3, 5))
     assert_allclose(grid[0, 0, 0], [-0.25, 0.0], atol=1e-6)
     assert_allclose(grid[0, -1, -1], [0.75, 1.0], atol=1e-6)
@@ -165,9 +162,11 @@ def test_attention_without_turn_is_a_crop_around_its_place():
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("seed", [3, 4])
-def test_gradient_of_attention_grid_after_restrict(x64, seed, inside):
+def test_gradient_of_attention_grid_after_restrict_is_the_finite_difference(
+    x64, seed, inside
+):
     gammas = np.random.default_rng(seed).normal(0, 1, (3, 4))
-    # Where an attention that stays inside meets scale 0 there is a kink, with no slope.
+    # With `inside`, the function is not differentiable at scale 0.
     gammas[0] = [0, 0, 0.3 * inside, 0.1 * inside]
     cotangent = np.random.default_rng(seed + 10).normal(size=(3, 4, 5, 2))
 
@@ -189,7 +188,7 @@ def gradient(function, argnums: int | tuple[int, ...] = 0):
 
 
 def finite_difference(function, at, step=1e-6):
-    """The gradient of a scalar function of an array, by central differences."""
+    """Returns the gradient of a scalar function of an array by central differences."""
     slope = np.zeros_like(at)
     for index in np.ndindex(*at.shape):
         up, down = at.copy(), at.copy()
@@ -206,25 +205,25 @@ def finite_difference(function, at, step=1e-6):
 def test_redundancy_grid_is_equation_5(x64, size):
     gammas = np.concatenate([GAMMAS, random_gamma(5, 12)])
     ties = on_the_edge(gammas, size)
-    assert ties.mean() < 0.02  # only scale 0 on a grid point may be such a tie
+    assert ties.mean() < 0.02  # only scale 0 on a grid point is a tie
     got = np.asarray(redundancy_grid(jnp.asarray(gammas), size))
     stays = equations.redundancy(gammas, size)
     whole = np.broadcast_to(equations.regular_grid(size), got.shape)
-    assert 0.5 < stays.mean() < 0.99, "the case should hold both kinds of points"
+    assert 0.5 < stays.mean() < 0.99, "the data must have covered and uncovered points"
     assert_allclose(got[stays & ~ties], whole[stays & ~ties], rtol=1e-12, atol=1e-14)
-    # "Far outside" is anything that reaches no pixel of even the smallest image.
+    # "Far outside": no pixel of even the smallest image has an influence.
     far = np.abs(got).max(-1) >= 3
     assert_array_equal(far[~ties], ~stays[~ties])
 
 
-def test_scale_zero_covers_its_own_point_alone():
+def test_scale_zero_covers_only_its_centre():
     grid = redundancy_grid(jnp.array([[0.0, 0.5, 0.0, 0.0]]), (5, 5))
     covered = np.abs(np.asarray(grid[0])).max(-1) > 1
     assert_array_equal(np.argwhere(covered), [[3, 2]])
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 9), (9, 2), (6, 7), (64, 48)])
-def test_covered_points_sample_exactly_zero(shape):
+def test_covered_points_are_sampled_as_exactly_zero(shape):
     gammas = jnp.asarray(np.concatenate([GAMMAS, random_gamma(6)]), jnp.float32)
     image = jnp.ones((len(gammas), *shape, 1))
     grid = redundancy_grid(gammas, (11, 12))
@@ -236,7 +235,7 @@ def test_covered_points_sample_exactly_zero(shape):
     assert_allclose(got[stays & ~ties], 1, atol=1e-5)
 
 
-def test_points_that_stay_are_bitwise_the_regular_grid():
+def test_uncovered_points_are_bitwise_the_regular_grid():
     gammas = jnp.asarray(random_gamma(7), jnp.float32)
     whole = affine_grid(jnp.asarray(IDENTITY, jnp.float32), (14, 10))
     grid = np.asarray(redundancy_grid(gammas, (14, 10)))
@@ -245,7 +244,7 @@ def test_points_that_stay_are_bitwise_the_regular_grid():
     assert 0 < moved.mean() < 0.5
 
 
-def test_no_gradient_flows_through_the_set_difference(x64):
+def test_hard_redundancy_has_no_gradient_to_gamma(x64):
     image = np.random.default_rng(8).random((len(GAMMAS), 6, 7, 2))
 
     def total(gamma):
@@ -263,7 +262,7 @@ def test_soft_redundancy_is_a_product_of_logistic_edges(x64, softness):
     assert_allclose(got, want, rtol=1e-11, atol=1e-15, strict=True)
 
 
-def test_soft_redundancy_hardens_into_equation_5(x64):
+def test_soft_redundancy_converges_to_equation_5(x64):
     gammas, size = random_gamma(10), (9, 11)
     weight = redundancy_weight(jnp.asarray(gammas), size, softness=1e-11)
     ties = on_the_edge(gammas, size)
@@ -272,7 +271,7 @@ def test_soft_redundancy_hardens_into_equation_5(x64):
     )
 
 
-def test_soft_redundancy_has_the_gradient_that_the_hard_one_lacks(x64):
+def test_soft_redundancy_has_the_gradient_of_equation_5(x64):
     gammas = random_gamma(11, 3)
     cotangent = np.random.default_rng(12).normal(size=(3, 5, 8))
 
@@ -292,24 +291,24 @@ def test_soft_redundancy_has_the_gradient_that_the_hard_one_lacks(x64):
 # --- the sampler
 
 
-@pytest.mark.parametrize("kind", ["inside", "straddling", "outside"])
+@pytest.mark.parametrize("region", ["inside", "straddling", "outside"])
 @pytest.mark.parametrize("shape", [(5, 7), (6, 2), (2, 2)])
-def test_sampler_is_the_sum_over_all_pixels(x64, shape, kind):
+def test_sampler_equals_the_sum_over_all_pixels(x64, shape, region):
     rng = np.random.default_rng(13)
     image = rng.normal(size=(2, *shape, 3))
-    grid = points(rng, 24, shape, kind).reshape(2, 4, 3, 2)
+    grid = points(rng, 24, shape, region).reshape(2, 4, 3, 2)
     got = bilinear_sample(jnp.asarray(image), jnp.asarray(grid))
     want = equations.bilinear_sample(image, grid)
     assert_allclose(got, want, rtol=1e-12, atol=1e-14, strict=True)
-    if kind == "outside":
+    if region == "outside":
         assert_array_equal(got, 0)
     else:
         assert np.abs(want).min() > 0
 
 
-def test_sampler_on_whole_pixels_and_borders(x64):
+def test_sampler_is_exact_at_pixel_centres_and_beyond_the_border(x64):
     rng = np.random.default_rng(14)
-    image = rng.normal(size=(1, 5, 9, 2))  # 4 and 8 steps: exact in binary
+    image = rng.normal(size=(1, 5, 9, 2))  # 4 and 8 steps are exact in binary
     y, x = np.meshgrid(np.arange(-2, 7), np.arange(-2, 11), indexing="ij")
     grid = np.stack([x / 4 - 1, y / 2 - 1], -1)[None]
     got = bilinear_sample(jnp.asarray(image), jnp.asarray(grid))
@@ -319,7 +318,7 @@ def test_sampler_on_whole_pixels_and_borders(x64):
 
 @pytest.mark.parametrize("place", [-3.5, 3.5, 1e4, -1e30, np.inf, -np.inf])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_far_outside_is_exactly_zero_with_zero_gradient(place, axis):
+def test_samples_far_outside_are_exactly_zero_with_zero_gradient(place, axis):
     grid = jnp.zeros((1, 1, 1, 2)).at[..., axis].set(place)
     image = jnp.ones((1, 2, 3, 1))
 
@@ -336,8 +335,8 @@ def test_identity_grid_returns_the_image():
     identity = jnp.asarray(IDENTITY, jnp.float32)
     exact = bilinear_sample(image, affine_grid(identity, (5, 9)))
     assert_array_equal(exact, image)
-    # Where the spacing is no binary fraction, coordinates carry float32's rounding: at
-    # most 4 units in the last place of 448, times the contrast between two pixels.
+    # If the spacing is no binary fraction, coordinates are rounded to float32: by at
+    # most 4 units in the last place of 448, times the difference of two pixels.
     image = jax.random.uniform(jax.random.key(1), (1, 448, 448, 1))
     close = bilinear_sample(image, affine_grid(identity, (448, 448)))
     assert_allclose(close, image, atol=4 * np.spacing(np.float32(448)))
@@ -360,28 +359,28 @@ def test_flip_grid_returns_the_flipped_image(axis):
     assert_array_equal(got, jnp.flip(image, axis=2 - axis))
 
 
-def test_quarter_turn_of_the_attention_turns_the_image(x64):
-    # x' = -y, y' = x: the crop's right shows what lies below the centre. Frame and
-    # all: the image turns the other way, against the clock.
+def test_quarter_turn_of_the_attention_rotates_the_image(x64):
+    # x' = -y, y' = x: the right of the crop shows the region below the centre. The
+    # image thus rotates in the opposite direction, counterclockwise.
     image = np.random.default_rng(16).normal(size=(1, 5, 5, 1))
     grid = attention_grid(jnp.array([[0.0, 0.0, 1.0, math.pi / 2]]), (5, 5))
     got = bilinear_sample(jnp.asarray(image), grid)[0, ..., 0]
     assert_allclose(got, np.rot90(image[0, ..., 0]), atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["inside", "straddling", "outside"])
+@pytest.mark.parametrize("region", ["inside", "straddling", "outside"])
 @pytest.mark.parametrize("shape", [(5, 7), (3, 2)])
-def test_gradient_to_the_grid(x64, shape, kind):
+def test_sampler_gradient_to_the_grid_is_the_finite_difference(x64, shape, region):
     rng = np.random.default_rng(17)
     image = rng.normal(size=(2, *shape, 2))
-    grid = points(rng, 18, shape, kind).reshape(2, 3, 3, 2)
+    grid = points(rng, 18, shape, region).reshape(2, 3, 3, 2)
     cotangent = rng.normal(size=(2, 3, 3, 2))
 
     def total(grid):
         return (bilinear_sample(jnp.asarray(image), grid) * cotangent).sum()
 
     got = np.asarray(gradient(total)(jnp.asarray(grid)))
-    # Within a cell the sample is linear in x and in y: a long step loses nothing.
+    # Within a cell, the sample is linear in x and in y: a long step is exact.
     step = 0.01 * 2 / (max(shape) - 1)
     for axis in (0, 1):
         shift = step * np.eye(2)[axis]
@@ -389,18 +388,18 @@ def test_gradient_to_the_grid(x64, shape, kind):
         change -= equations.bilinear_sample(image, grid - shift)
         want = (change * cotangent).sum(-1) / (2 * step)
         assert_allclose(got[..., axis], want, rtol=1e-9, atol=1e-11)
-    if kind == "outside":
+    if region == "outside":
         assert_array_equal(got, 0)
     else:
         assert np.abs(got).max() > 0.1
 
 
-def test_gradient_to_the_image(x64):
+def test_sampler_gradient_to_the_image_is_the_finite_difference(x64):
     rng = np.random.default_rng(18)
     shape = (4, 3)
     image = rng.normal(size=(2, *shape, 2))
-    kinds = ("inside", "straddling", "outside")
-    grid = np.concatenate([points(rng, 8, shape, kind) for kind in kinds])
+    regions = ("inside", "straddling", "outside")
+    grid = np.concatenate([points(rng, 8, shape, region) for region in regions])
     grid = grid.reshape(2, 4, 3, 2)
     cotangent = rng.normal(size=(2, 4, 3, 2))
 
@@ -415,7 +414,7 @@ def test_gradient_to_the_image(x64):
     assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
-def test_gradients_through_two_stacked_samplers(x64):
+def test_gradients_of_two_stacked_samplers_are_the_finite_differences(x64):
     rng = np.random.default_rng(19)
     image = rng.normal(size=(1, 4, 5, 1))
     first = points(rng, 12, (4, 5), "inside").reshape(1, 3, 4, 2)
@@ -433,18 +432,18 @@ def test_gradients_through_two_stacked_samplers(x64):
         jnp.asarray(image), jnp.asarray(first), jnp.asarray(second)
     )
     arguments = [image, first, second]
-    for place, slope in enumerate(got):
+    for position, slope in enumerate(got):
 
-        def written_out(changed, place=place):
-            replaced = [*arguments[:place], changed, *arguments[place + 1 :]]
+        def written_out(changed, position=position):
+            replaced = [*arguments[:position], changed, *arguments[position + 1 :]]
             return stacked(equations.bilinear_sample)(*replaced)
 
-        want = finite_difference(written_out, arguments[place], step=1e-4)
+        want = finite_difference(written_out, arguments[position], step=1e-4)
         assert np.abs(want).max() > 0.1
         assert_allclose(slope, want, rtol=1e-8, atol=1e-10)
 
 
-def test_gradient_to_gamma_through_the_whole_module(x64):
+def test_gradient_to_gamma_through_all_equations_is_the_finite_difference(x64):
     rng = np.random.default_rng(20)
     image = rng.normal(size=(3, 6, 8, 2))
     gammas = rng.normal(0, 0.7, (3, 4))
@@ -462,7 +461,8 @@ def test_gradient_to_gamma_through_the_whole_module(x64):
     assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_sampler_agrees_with_torch():
+def test_sampler_equals_torch_grid_sample():
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(21)
     image = rng.normal(size=(2, 31, 45, 3)).astype(np.float32)
     grid = rng.uniform(-1.3, 1.3, (2, 20, 24, 2)).astype(np.float32)
@@ -511,7 +511,7 @@ def test_bfloat16_images_get_float32_gradients_to_the_grid():
     assert_allclose(to_grid, wide, rtol=1e-5, atol=1e-4)
 
 
-def test_vmap_is_one_by_one(x64):
+def test_vmap_equals_a_loop(x64):
     rng = np.random.default_rng(22)
     image = jnp.asarray(rng.normal(size=(3, 2, 5, 6, 2)))
     gammas = jnp.asarray(random_gamma(23, 6).reshape(3, 2, 4))
@@ -532,7 +532,7 @@ def test_vmap_is_one_by_one(x64):
             assert_allclose(got[k], want, rtol=1e-12, atol=1e-14)
 
 
-def test_training_gradient_holds_no_scatter():
+def test_gradient_to_gamma_has_no_scatter():
     image = jnp.ones((2, 12, 12, 3))
     gammas = jnp.asarray(random_gamma(24, 2), jnp.float32)
 
@@ -543,11 +543,11 @@ def test_training_gradient_holds_no_scatter():
         return jnp.square(attention).sum() + jnp.square(redundancy).sum()
 
     assert not scatters(jax.grad(total, 0), gammas, image)
-    # The same search does find it where someone asks for the image's gradient.
+    # The search does find the scatter in the gradient to the image.
     assert scatters(jax.grad(total, 1), gammas, image)
 
 
-def test_a_tpu_gathers_the_same_pixels_from_planes():
+def test_both_gather_functions_return_the_same_pixels():
     rng = np.random.default_rng(5)
     image = jnp.asarray(rng.normal(size=(2, 9, 11, 3)))
     top, left = (jnp.asarray(rng.integers(0, n, (2, 5, 4))) for n in (8, 10))
@@ -559,7 +559,7 @@ def test_a_tpu_gathers_the_same_pixels_from_planes():
         assert_array_equal(planes[i], want)
 
 
-def test_each_platform_gathers_as_it_likes():
+def test_each_platform_uses_its_own_gather_function():
     image, grid = jnp.ones((2, 9, 11, 3)), jnp.zeros((2, 5, 4, 2))
     traced = jax.jit(bilinear_sample).trace(image, grid)
 
@@ -567,11 +567,11 @@ def test_each_platform_gathers_as_it_likes():
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return re.findall(r"gather.*?slice_sizes = array<i64: ([\d, ]+)>", text)
 
-    assert gathered("tpu") == ["1, 3, 1"]  # of a function that is called four times
+    assert gathered("tpu") == ["1, 3, 1"]  # in a function that is called four times
     assert gathered("cpu") == gathered("cuda") == ["1, 2, 2, 3"]
 
 
-def test_no_nan_at_the_traps():
+def test_no_value_or_gradient_is_nan_at_edge_cases():
     gammas = jnp.asarray(GAMMAS, jnp.float32)
     image = jnp.ones((len(gammas), 6, 7, 1))
 
@@ -581,7 +581,7 @@ def test_no_nan_at_the_traps():
         redundancy = bilinear_sample(image, redundancy_grid(gamma, (4, 5)))
         return attention.sum() + redundancy.sum() + weight.sum()
 
-    with jax.debug_nans(True):  # raises after each door, forwards and backwards
+    with jax.debug_nans(True):  # checks each function's values and gradients
         slopes = jax.grad(total, (0, 1))(gammas, image)
     assert all(bool(jnp.isfinite(slope).all()) for slope in slopes)
 
@@ -618,7 +618,7 @@ def test_covered_area_of_an_upright_attention_inside_the_image(x, y, scale):
     rows, columns = covered.any(1), covered.any(0)
     assert_array_equal(covered, rows[:, None] & columns)  # a rectangle
     for axis, length in ((rows, height), (columns, width)):
-        # A stretch of 2 scale holds scale (n - 1) spacings, give or take one point.
+        # A length of 2 scale has scale (n - 1) grid steps, within one point.
         assert abs(axis.sum() - scale * (length - 1)) <= 1 + 1e-9
         assert np.diff(np.flatnonzero(axis)).max(initial=1) == 1  # without holes
 

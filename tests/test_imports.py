@@ -1,4 +1,4 @@
-"""The import rule holds, and some names stay in one file."""
+"""The import rules of the package."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ def _named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_the_contract_of_pyproject_is_kept():
+def test_import_contract_of_pyproject_is_kept():
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +31,7 @@ def test_the_contract_of_pyproject_is_kept():
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f != DEVICES], ids=_named)
-def test_only_one_file_names_pmap_and_devices(path):
+def test_only_devices_py_names_pmap_and_device_functions(path):
     code = ast.unparse(ast.parse(path.read_text()))
     for name in ("pmap(", "pmean", "psum", "axis_name", "jax.devices", "device_count"):
         used = [line for line in code.splitlines() if name in line]
@@ -43,7 +43,7 @@ def test_only_one_file_names_pmap_and_devices(path):
     [f for f in FILES if f.parent.name == "cra_jax" and not f.stem.startswith("__")],
     ids=_named,
 )
-def test_the_method_imports_no_folder(path):
+def test_method_files_import_no_subpackage(path):
     method = {f.stem for f in path.parent.glob("*.py")}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
@@ -54,7 +54,7 @@ def test_the_method_imports_no_folder(path):
             assert parts <= method
 
 
-def test_the_package_needs_no_tensorflow_or_torch():
+def test_no_file_imports_tensorflow_or_torch():
     for path in [*FILES, *(ROOT / "configs").glob("*.py"), ROOT / "launch.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
@@ -68,7 +68,7 @@ def test_the_package_needs_no_tensorflow_or_torch():
                 assert name.split(".")[0] not in ("tensorflow", "torch"), path
 
 
-def test_four_modules_are_reached_from_the_package_itself():
+def test_package_exposes_four_modules():
     import cra_jax
     from cra_jax import efficientnet, predict, resnet, weights
 

@@ -1,4 +1,4 @@
-"""Attention at two scales: what N_ar sees of the inner one, and what it learns from."""
+"""The inner attention: a second, smaller crop that N_ar also classifies."""
 
 import dataclasses
 from functools import partial
@@ -36,7 +36,7 @@ def _network(**options: Any):
 
 
 def _variables(gammas, dtype=jnp.float32):
-    """Of an Echo network that gives image i, whose mean colour is e_i, Gamma i."""
+    """Makes an Echo network give Gamma i to image i, whose mean colour is e_i."""
     gammas = jnp.asarray(gammas, dtype)
     head = {"kernel": gammas[:3] - gammas[3], "bias": gammas[3]}
     streams = ("classification_stream", "regularization_stream")
@@ -48,7 +48,7 @@ def _variables(gammas, dtype=jnp.float32):
 
 
 def _images():
-    """`IMAGES` whose mean colours are the unit vectors, and 0 of the last."""
+    """Returns `IMAGES` with mean colours e_0, e_1, e_2 and 0."""
     return IMAGES - IMAGES.mean((1, 2), keepdims=True) + np.eye(4, 3)[:, None, None]
 
 
@@ -64,7 +64,7 @@ def _run(train=False, **options):
 
 
 def _crop(gammas, share, inside=False):
-    """What the inner attention shows, by the oracles."""
+    """Returns the inner attention's crops, computed by the oracles."""
     gamma_res = equations.restrict(gammas, inside=inside)
     gamma_res[:, 2] *= share
     grid = equations.attention_grid(gamma_res, (SIZE, SIZE))
@@ -72,7 +72,7 @@ def _crop(gammas, share, inside=False):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_the_inner_attention_has_the_place_the_angle_and_a_share_of_the_scale(inside):
+def test_inner_attention_has_the_same_centre_and_angle_and_a_smaller_scale(inside):
     out = _run(inner_scale=SHARE, inside=inside)
     assert_allclose(out.attention.gamma, GAMMAS, rtol=1e-5, atol=1e-6)
     for logits, share in ((out.inner_logits, SHARE), (out.attention_logits, 1.0)):
@@ -80,7 +80,7 @@ def test_the_inner_attention_has_the_place_the_angle_and_a_share_of_the_scale(in
         assert_allclose(logits, crop.reshape(4, -1), atol=3e-5)
 
 
-def test_all_that_the_paper_has_is_the_same_beside_it():
+def test_inner_attention_changes_no_other_output():
     paper, both = _run(), _run(inner_scale=SHARE)
     assert paper.inner_logits is None
     assert both.inner_logits is not None
@@ -110,7 +110,7 @@ def _mixed(labels):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_second_classification_loss_is_the_mean_of_both_attentions(mixed):
+def test_loss_cls2_is_the_mean_over_both_attentions(mixed):
     labels: Any = _mixed(jnp.asarray(LABELS)) if mixed else jnp.asarray(LABELS)
     right = LABELS
     if mixed:
@@ -118,7 +118,7 @@ def test_the_second_classification_loss_is_the_mean_of_both_attentions(mixed):
     paper, both = (_terms(labels, inner_scale=share) for share in (0.0, SHARE))
     scores = _crop(GAMMAS, SHARE).reshape(4, -1)
 
-    def entropy(labels):
+    def cross_entropy(labels):
         return np.array(
             [
                 equations.smoothed_cross_entropy(row, label, 0)
@@ -126,22 +126,24 @@ def test_the_second_classification_loss_is_the_mean_of_both_attentions(mixed):
             ]
         )
 
-    inner = entropy(LABELS)
+    inner = cross_entropy(LABELS)
     if mixed:
-        inner = labels.own_weight * inner + labels.other_weight * entropy(LABELS[::-1])
+        inner = labels.own_weight * inner + labels.other_weight * cross_entropy(
+            LABELS[::-1]
+        )
     want = (paper["loss_cls2"] + float(np.mean(inner))) / 2
     assert both["loss_cls2"] == pytest.approx(want, rel=2e-5)
     assert both["loss_cls2"] != pytest.approx(paper["loss_cls2"], rel=1e-3)
-    moved = both["loss"] - paper["loss"]
-    assert moved == pytest.approx(0.7 * (want - paper["loss_cls2"]), rel=1e-3)
+    change = both["loss"] - paper["loss"]
+    assert change == pytest.approx(0.7 * (want - paper["loss_cls2"]), rel=1e-3)
     assert both.pop("inner_top1") == np.mean(scores.argmax(-1) == right)
-    # L_res, L_cntr and what is said of Gamma are of the first attention.
+    # L_res, L_cntr and the statistics of Gamma depend on the first attention only.
     assert both.keys() == paper.keys()
     changed = {name for name, value in paper.items() if both[name] != value}
     assert changed == {"loss_cls2", "loss"}
 
 
-def test_the_share_of_right_answers_is_the_inner_attentions_own():
+def test_inner_top1_is_the_accuracy_of_the_inner_attention():
     best = _crop(GAMMAS, SHARE).reshape(4, -1).argmax(-1)
     assert _terms(jnp.asarray(best), inner_scale=SHARE)["inner_top1"] == 1.0
     some = np.where([True, False, False, True], best, best - 1)
@@ -149,7 +151,7 @@ def test_the_share_of_right_answers_is_the_inner_attentions_own():
 
 
 def _seen(network, images):
-    """Gamma of each image -> what N_ar sees of the attentions, outer and inner."""
+    """Returns a function: Gamma of each image -> N_ar's outer and inner inputs."""
 
     def of(gammas):
         out: Any = network.apply(_variables(gammas, gammas.dtype), images)
@@ -158,7 +160,7 @@ def _seen(network, images):
     return of
 
 
-def test_the_inner_attentions_gradient_reaches_gamma(x64):
+def test_gradient_of_the_inner_attention_to_gamma_is_the_finite_difference(x64):
     weights = np.random.default_rng(2).normal(size=(4, SIZE, SIZE, 3))
     images = jnp.asarray(_images())
     seen = _seen(_network(**RAW, inner_scale=SHARE), images)
@@ -177,26 +179,26 @@ def test_the_inner_attentions_gradient_reaches_gamma(x64):
     assert np.abs(got).max(0).min() > 0.1
 
 
-def test_one_limit_holds_for_what_both_attentions_send_to_the_matrix():
-    """An image's pull on Gamma is bounded as without an inner attention."""
+def test_gradient_clip_bounds_the_sum_of_both_attentions_gradients():
+    """The bound on an image's gradient is the same as without an inner attention."""
     images = jnp.asarray(_images(), jnp.float32)
     options = {**RAW, "gradient_clip": 0.8}
     seen = _seen(_network(**options, inner_scale=SHARE), images)
     gammas = jnp.asarray(GAMMAS, jnp.float32)
 
     @jax.jit
-    def pull(weights):
-        """Of a mean over the images, times their number: of each one's own loss."""
+    def gradient(weights):
+        """Returns the gradient of each image's own loss (the mean loss times 4)."""
         return 4 * jax.grad(lambda g: (seen(g) * weights).sum() / 4)(gammas)
 
     slope = 1 - np.tanh(GAMMAS[:, :2]) ** 2
     alone = 1e4 * np.random.default_rng(3).normal(size=(2, 4, SIZE * SIZE * 3))
     reached = []
     for weights in (alone * [[[1]], [[0]]], alone * [[[0]], [[1]]], alone):
-        place = np.abs(pull(weights)[:, :2])
-        assert_allclose(place, 0.8 * slope, rtol=1e-4)  # all are far beyond the limit
-        reached.append(np.abs(pull(1e-8 * weights)).max())
-    assert min(reached) > 1e-6  # and all are something below it
+        place = np.abs(gradient(weights)[:, :2])
+        assert_allclose(place, 0.8 * slope, rtol=1e-4)  # all exceed the limit
+        reached.append(np.abs(gradient(1e-8 * weights)).max())
+    assert min(reached) > 1e-6  # and none is 0 below it
 
 
 class Small(nn.Module):
@@ -212,7 +214,7 @@ class Small(nn.Module):
         return layers.Outputs(nn.Dense(5)(pooled), features, pooled)
 
 
-def test_training_learns_from_both_attentions():
+def test_training_lowers_the_loss_of_both_attentions():
     paper, network = (
         model.create("cra", Small, ArtConfig(size_px=16, inner_scale=share))
         for share in (0.0, 0.5)
@@ -237,7 +239,7 @@ def test_training_learns_from_both_attentions():
     }
     batch["image"] //= 1 + batch["label"][:, None, None, None].astype(np.uint8)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=32)
-    # What is trained, kept and used to predict is as without an inner attention.
+    # The parameters are the same as without an inner attention.
     images = jnp.zeros((2, 32, 32, 3))
     shapes = jax.eval_shape(paper.init, jax.random.key(0), images)
     assert jax.eval_shape(lambda: state.params) == shapes["params"]
@@ -250,7 +252,7 @@ def test_training_learns_from_both_attentions():
     assert history[-1]["inner_top1"] > history[0]["inner_top1"]
 
 
-def test_the_config_switches_it_on(tmp_path):
+def test_config_turns_on_the_inner_attention(tmp_path):
     for share in (0.0, 0.25):
         config = tiny_config.config(tmp_path, **{"art.inner_scale": share})
         assert build.build_network(config, 5).art.inner_scale == share
@@ -269,6 +271,6 @@ def test_the_config_switches_it_on(tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, changes, message):
+def test_wrong_inner_scale_is_an_error(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         check_config.check(tiny_config.config(tmp_path, **changes))

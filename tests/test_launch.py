@@ -1,4 +1,4 @@
-"""What a user types: modes, variants, overrides, and mistakes that end in one line."""
+"""The command line: modes, variants, overrides and one-line errors."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """One home for prepared images and compiled programs."""
+    """Returns one cache directory for prepared images and compiled programs."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -36,7 +36,7 @@ def _command(*arguments):
 
 
 def _environment(cache):
-    """As a user has it, one CPU device; only compiled more quickly (conftest.py)."""
+    """Returns a user's environment with one CPU device (fast compile: conftest.py)."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     del environment["XLA_FLAGS"]
     return environment
@@ -54,7 +54,7 @@ def _launch(cache, *arguments, cwd):
 
 
 def _overrides(**changes):
-    """The tiny config as flags over the quickstart's."""
+    """Returns flags that turn the quickstart config into the tiny config."""
     tiny_values = flatten(tiny_config.config(Path("cache"), **changes).to_dict())
     plain = flatten(tiny_config.get_config().to_dict())
     return [
@@ -64,7 +64,7 @@ def _overrides(**changes):
     ]
 
 
-def test_train_then_eval(cache, tmp_path):
+def test_modes_train_eval_export_and_data_run_after_each_other(cache, tmp_path):
     workdir = tmp_path / "run"
     config = f"--config={ROOT}/configs/quickstart.py:baseline"
     trained = _launch(
@@ -76,7 +76,7 @@ def test_train_then_eval(cache, tmp_path):
     assert "of 40 images" in summary[-2]
     assert "strongest activation in the box" in summary[-2]
     assert "step 4/12 epoch 1 loss" in trained.stderr
-    # Without --config, the run's own config; an override is laid over it.
+    # Without --config, eval uses the run's config; an override changes it.
     evaluated = _launch(
         cache,
         "--mode=eval",
@@ -92,7 +92,7 @@ def test_train_then_eval(cache, tmp_path):
     assert exported.returncode == 0, exported.stderr
     names = json.loads((workdir / "export" / "config.json").read_text())["class_names"]
     assert len(names) == 8
-    looked = _launch(
+    data = _launch(
         cache,
         "--mode=data",
         config,
@@ -100,8 +100,8 @@ def test_train_then_eval(cache, tmp_path):
         *_overrides(),
         cwd=tmp_path,
     )
-    assert looked.returncode == 0, looked.stderr
-    assert "train: 96 images of 8 classes" in looked.stdout
+    assert data.returncode == 0, data.stderr
+    assert "train: 96 images of 8 classes" in data.stdout
     assert (workdir / "data.png").stat().st_size > 1000
     again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -134,7 +134,7 @@ def test_train_then_eval(cache, tmp_path):
         (["--mode=eval", "--workdir=empty"], "error: empty holds no run"),
     ],
 )
-def test_a_mistake_ends_in_one_message(cache, tmp_path, arguments, message):
+def test_user_error_ends_in_one_message(cache, tmp_path, arguments, message):
     arguments = [a.format(root=ROOT) for a in arguments]
     done = _launch(cache, *arguments, cwd=tmp_path)
     assert done.returncode == 1
@@ -143,7 +143,7 @@ def test_a_mistake_ends_in_one_message(cache, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_config_and_variant_builds():
+def test_every_config_and_variant_is_valid():
     from configs import cars, cub, quickstart
 
     for module in (cub, cars, quickstart):
@@ -152,14 +152,14 @@ def test_every_config_and_variant_builds():
             config.train.batch_size = 64
             check_config.check(config)
             for name in variant.split(","):
-                kind = name in ("baseline", "stn")
+                is_kind = name in ("baseline", "stn")
                 assert not name or name == (
-                    config.model.kind if kind else config.model.backbone
+                    config.model.kind if is_kind else config.model.backbone
                 )
 
 
-def test_the_papers_numbers_are_the_defaults():
-    """Sec. 4.1, typed from the paper."""
+def test_defaults_of_configs_cub_are_the_papers_numbers():
+    """Source: Sec. 4.1."""
     from configs.cub import get_config
 
     config = get_config()
@@ -179,8 +179,8 @@ def test_the_papers_numbers_are_the_defaults():
 
 
 @pytest.mark.slow
-def test_the_papers_config_takes_steps_at_its_size():
-    """ResNet-50, 448 px, 200 classes; two images, which a CPU can hold."""
+def test_default_config_lowers_the_loss_at_full_size():
+    """ResNet-50, 448 px, 200 classes; two images, to fit into a CPU's memory."""
     from configs.cub import get_config
     from cra_jax import train_step
     from cra_jax.training import build, optimizer
@@ -219,8 +219,8 @@ def _newest_arrays(workdir):
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments_changes_no_bit(cache, tmp_path):
-    """The same command until it is done; killed at moments that the seed draws."""
+def test_run_killed_at_random_moments_ends_with_the_same_bits(cache, tmp_path):
+    """Repeats the same command until it ends, killed at moments drawn by the seed."""
     seed = int(os.environ.get("CRA_JAX_KILL_SEED", "0"))
     rng = random.Random(seed)
     options = [
@@ -240,7 +240,7 @@ def test_sigkill_at_random_moments_changes_no_bit(cache, tmp_path):
             text=True,
         )
         assert process.stderr is not None
-        # From the first step on, so that each try gets somewhere.
+        # Kill only after the first step, so that each start makes progress.
         for line in process.stderr:
             resumed += "resumes from step" in line
             if line.startswith("step "):

@@ -14,29 +14,29 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cra_cnn_colab.ipynb"
 
 
-def _notebook(**settings):
-    """The notebook with other values in its cell of settings."""
+def _notebook(**parameters):
+    """Returns the notebook with other values in its cell of parameters."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-    for name, value in settings.items():
+    for name, value in parameters.items():
         lines = cell.source.splitlines()
-        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"{name} = ")]
-        lines[place] = f"{name} = {value!r}"
+        (index,) = [i for i, line in enumerate(lines) if line.startswith(f"{name} = ")]
+        lines[index] = f"{name} = {value!r}"
         cell.source = "\n".join(lines)
     return notebook
 
 
-def test_it_holds_no_results():
+def test_notebook_has_no_saved_outputs():
     notebook = _notebook()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
 
 
 @pytest.mark.slow
-def test_it_runs_from_end_to_end(tmp_path, monkeypatch):
+def test_notebook_runs_without_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.delenv("XLA_FLAGS")  # one device, as a user has
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as for a user
     plain = flatten(tiny_config.get_config().to_dict())
     short = flatten(tiny_config.config(tmp_path / "cache").to_dict())
     changes = [f"--config.{k}={v}" for k, v in short.items() if plain[k] != v]
@@ -46,7 +46,7 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch):
         QUICKSTART=" ".join(["--config=configs/quickstart.py", *changes]),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of Jupyter's own packages
+        warnings.simplefilter("ignore")  # warnings of Jupyter's packages
         NotebookClient(
             notebook,
             timeout=500,
@@ -54,20 +54,20 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch):
             resources={"metadata": {"path": str(NOTEBOOK.parent)}},
         ).execute()
     outputs = [o for c in notebook.cells for o in c.get("outputs", ())]
-    said = "".join(o.get("text", "") for o in outputs if o.output_type == "stream")
-    assert "strongest activation in the box" in said
-    assert "it is a " in said
-    assert "skipped: set TRAIN_ON_CUB" in said
-    assert "(2, 8) ('" in said
+    printed = "".join(o.get("text", "") for o in outputs if o.output_type == "stream")
+    assert "strongest activation in the box" in printed
+    assert "it is a " in printed
+    assert "skipped: set TRAIN_ON_CUB" in printed
+    assert "(2, 8) ('" in printed
     images = [o for o in outputs if "image/png" in o.get("data", {})]
     drawn = list((tmp_path / "runs" / "quickstart" / "report").glob("*.png"))
     assert len(drawn) >= 3
-    assert len(images) == len(drawn) + 1  # and the image that was predicted
+    assert len(images) == len(drawn) + 1  # and the predicted image
     for name in ("quickstart", "quickstart-baseline"):
         assert read_metrics(tmp_path / "runs" / name)[-1]["split"] == "test_shifted"
 
 
-def test_a_cell_that_fails_stops_it(tmp_path, monkeypatch):
+def test_failing_cell_stops_the_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = _notebook(QUICKSTART="--config=nowhere.py", RUNS=str(tmp_path / "runs"))
     client = NotebookClient(

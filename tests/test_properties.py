@@ -1,4 +1,4 @@
-"""What holds for every input: of the readers of files, and of the geometry."""
+"""Property tests of the file readers and the geometry."""
 
 import contextlib
 import csv
@@ -36,13 +36,13 @@ names = words.filter(lambda text: text.strip(". "))
 
 
 @contextlib.contextmanager
-def folder():
-    """Hypothesis calls a test many times, and pytest's own folder is made once."""
+def new_directory():
+    """Makes a new directory for each example; `tmp_path` is made once for a test."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path).resolve()
 
 
-# --- lists -------------------------------------------------------------------------
+# --- dataset lists ------------------------------------------------------------------
 
 
 @few
@@ -52,12 +52,12 @@ def folder():
     st.sampled_from(["\n", "\r\n"]),
     st.booleans(),
 )
-def test_a_csv_gives_back_what_was_written(labels, separator, line_end, marked):
-    with folder() as root:
+def test_csv_is_read_as_it_was_written(labels, separator, line_end, with_bom):
+    with new_directory() as root:
         rows = [[f"a,b {i}.jpg", label, "train"] for i, label in enumerate(labels)]
         for file, *_ in rows:
             (root / file).touch()
-        encoding = "utf-8-sig" if marked else "utf-8"
+        encoding = "utf-8-sig" if with_bom else "utf-8"
         with open(root / "list.csv", "w", newline="", encoding=encoding) as file:
             writer = csv.writer(file, delimiter=separator, lineterminator=line_end)
             writer.writerows([["path", "label", "split"], *rows])
@@ -72,8 +72,8 @@ def test_a_csv_gives_back_what_was_written(labels, separator, line_end, marked):
 
 @many
 @given(st.text(), st.sampled_from(["", "path,label\n", "label;split;path\n"]))
-def test_any_text_is_a_csv_of_files_below_it_or_an_error(text, header):
-    with folder() as root:
+def test_any_text_is_a_csv_of_files_in_its_folder_or_an_error(text, header):
+    with new_directory() as root:
         (root / "list.csv").write_text(header + text, encoding="utf-8", newline="")
         try:
             found = csv_file.csv_list(root / "list.csv")
@@ -91,8 +91,8 @@ outside = st.sampled_from(["../{}", "a/../../{}", "/{}", "..\\{}", "C:\\{}", "C:
 
 @few
 @given(outside, names)
-def test_no_path_of_a_csv_leaves_its_folder(pattern, name):
-    with folder() as root:
+def test_csv_path_outside_its_folder_is_an_error(pattern, name):
+    with new_directory() as root:
         text = f'path,label\n"{pattern.format(name)}",auk\n'
         (root / "list.csv").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"is outside the CSV's folder"):
@@ -100,12 +100,12 @@ def test_no_path_of_a_csv_leaves_its_folder(pattern, name):
 
 
 @pytest.mark.parametrize("name", ["../../x.jpg", "../../../x.jpg", "{}/x.jpg"])
-def test_no_path_of_a_published_list_leaves_its_folder(name, tmp_path):
+def test_cub_path_outside_its_folder_is_an_error(name, tmp_path):
     files = list(dataset_folders.CUB_FILES)
     files[1] = name.format(tmp_path)
     lines = "".join(f"{i} {file}\n" for i, file in enumerate(files, 1))
-    root = dataset_folders.cub_tree(tmp_path / "set", images=lines)
-    for place in (tmp_path, root):  # it is there, so that only the check refuses it
+    root = dataset_folders.cub_tree(tmp_path / "cub", images=lines)
+    for place in (tmp_path, root):  # the file exists: only the check can refuse it
         dataset_folders.save_image(place / "x.jpg")
     with pytest.raises(ValueError, match=r"its lists contain .*x.jpg, which is outsi"):
         sources.load("cub", root)
@@ -113,12 +113,12 @@ def test_no_path_of_a_published_list_leaves_its_folder(name, tmp_path):
 
 @few
 @given(st.lists(names.filter(lambda x: "\\" not in x), min_size=2, unique=True))
-def test_class_names_of_cub_are_kept(class_names):
+def test_class_names_of_cub_are_unchanged(class_names):
     lines = "".join(f"{i} {name}\n" for i, name in enumerate(class_names, 1))
     labels = f"1 1\n2 1\n3 {len(class_names)}\n4 2\n"
-    with folder() as root:
+    with new_directory() as root:
         dataset_folders.cub_tree(root, classes=lines, image_class_labels=labels)
-        if len(class_names) > 2:  # some without images, which is an error of its own
+        if len(class_names) > 2:  # classes without images are another error
             with pytest.raises(ValueError, match="training image"):
                 sources.load("cub", root)
         else:
@@ -127,13 +127,13 @@ def test_class_names_of_cub_are_kept(class_names):
 
 @many
 @given(st.lists(words))
-def test_natural_order_is_an_order(texts):
+def test_natural_order_tells_all_texts_apart_and_sorts_numbers(texts):
     normal = {unicodedata.normalize("NFC", text) for text in texts}
     assert len({str(listing.natural_key(text)) for text in texts}) == len(normal)
     assert sorted(["b10", "b2"], key=listing.natural_key) == ["b2", "b10"]
 
 
-# --- a run directory's files ----------------------------------------------------------
+# --- run directory ------------------------------------------------------------------
 
 leaves = st.one_of(st.none(), st.integers(), st.floats(-1, 1))
 keys = st.text(string.ascii_lowercase, min_size=1, max_size=5)
@@ -143,7 +143,7 @@ trees = st.dictionaries(keys, leaves | branches, max_size=4)
 
 @many
 @given(trees)
-def test_flattening_a_config_loses_nothing(tree):
+def test_flattened_config_has_all_values(tree):
     flat = run_directory.flatten(tree)
     again: dict = {}
     for path, value in flat.items():
@@ -157,12 +157,12 @@ def test_flattening_a_config_loses_nothing(tree):
 
 @many
 @given(st.lists(st.dictionaries(keys, leaves), max_size=5), st.binary())
-def test_lines_outlive_a_crash_before_and_after_them(lines, rubbish):
+def test_lines_are_read_despite_partial_lines_before_and_after(lines, partial):
     steps = [{**line, "step": i} for i, line in enumerate(lines)]
-    assume(not rubbish.strip().startswith(b"{"))
-    with folder() as root:
+    assume(not partial.strip().startswith(b"{"))
+    with new_directory() as root:
         path = root / "metrics.jsonl"
-        path.write_bytes(rubbish)
+        path.write_bytes(partial)
         run_directory.append_lines(path, steps)
         with open(path, "ab") as file:
             file.write(b'{"step": 99, "lo')
@@ -171,11 +171,11 @@ def test_lines_outlive_a_crash_before_and_after_them(lines, rubbish):
 
 # --- weights -----------------------------------------------------------------------
 
-kinds = ("float32", "float64", "float16", "int64", "int32", "int8", "uint8", "bool")
+dtypes = ("float32", "float64", "float16", "int64", "int32", "int8", "uint8", "bool")
 tensors = st.dictionaries(
     st.text(string.ascii_letters + "._0123456789", min_size=1, max_size=20),
-    st.sampled_from(kinds).flatmap(
-        lambda kind: arrays(kind, array_shapes(min_dims=0, max_dims=4, max_side=4))
+    st.sampled_from(dtypes).flatmap(
+        lambda dtype: arrays(dtype, array_shapes(min_dims=0, max_dims=4, max_side=4))
     ),
     min_size=1,
     max_size=5,
@@ -184,19 +184,19 @@ tensors = st.dictionaries(
 
 @few
 @given(tensors, st.sampled_from(["safetensors", "zip", "legacy"]), st.booleans())
-def test_weights_are_read_as_they_were_written(saved, kind, transposed):
-    with folder() as root:
+def test_weights_file_is_read_as_it_was_written(saved, file_format, transposed):
+    with new_directory() as root:
         path = root / "weights"
-        if kind == "safetensors":
+        if file_format == "safetensors":
             save_file(saved, path)
         else:
             found = {k: torch.from_numpy(v.copy()) for k, v in saved.items()}
-            if transposed:  # a view, with strides of its own
+            if transposed:  # a view with other strides
                 found = {
                     k: v.permute(tuple(range(v.ndim))[::-1]) for k, v in found.items()
                 }
                 saved = {k: v.T for k, v in saved.items()}
-            torch.save(found, path, _use_new_zipfile_serialization=kind == "zip")
+            torch.save(found, path, _use_new_zipfile_serialization=file_format == "zip")
         read = torch_files.read(path)
     assert read.keys() == saved.keys()
     for name, array in saved.items():
@@ -206,8 +206,8 @@ def test_weights_are_read_as_they_were_written(saved, kind, transposed):
 
 @many
 @given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02"]))
-def test_any_bytes_are_no_weights(content, start):
-    with folder() as root:
+def test_random_bytes_are_an_error_as_weights(content, start):
+    with new_directory() as root:
         (root / "w.pth").write_bytes(start + content)
         with pytest.raises(ValueError, match=r"w\.pth"):
             torch_files.read(root / "w.pth")
@@ -215,7 +215,7 @@ def test_any_bytes_are_no_weights(content, start):
 
 @many
 @given(arrays("float32", array_shapes(min_dims=1, max_dims=4, max_side=3)))
-def test_kernels_go_to_torch_and_back(array):
+def test_to_linen_inverts_to_torch(array):
     assert_array_equal(torch_names.to_linen(torch_names.to_torch(array)), array)
 
 
@@ -226,13 +226,13 @@ leaf = st.sampled_from(["kernel", "bias", "mean", "var"])
 
 @many
 @given(st.tuples(paths, leaf), st.tuples(paths, leaf))
-def test_no_two_variables_have_one_name_in_torch(one, other):
+def test_torch_names_of_two_variables_differ(one, other):
     assume(one != other)
     keys = [("params", *path, last) for path, last in (one, other)]
     assert torch_names.torch_name(keys[0]) != torch_names.torch_name(keys[1])
 
 
-# --- MATLAB's files ----------------------------------------------------------------
+# --- MATLAB files ---------------------------------------------------------------------
 
 numbers = st.one_of(st.integers(-1000, 10**6), st.floats(-1e6, 1e6))
 rows = st.lists(st.tuples(names, numbers), min_size=1, max_size=5)
@@ -240,13 +240,13 @@ rows = st.lists(st.tuples(names, numbers), min_size=1, max_size=5)
 
 @few
 @given(rows, st.booleans())
-def test_a_list_of_matlabs_is_read_as_it_was_written(written, compressed):
+def test_mat_file_is_read_as_it_was_written(written, compressed):
     array = np.empty((1, len(written)), [("fname", object), ("class", object)])
     cells = np.empty((len(written), 1), object)
     for i, row in enumerate(written):
         array[0, i], cells[i, 0] = row, row[0]
     labels = np.array([[n] for _, n in written])
-    with folder() as root:
+    with new_directory() as root:
         path = root / "x.mat"
         variables = {"annotations": array, "names": cells, "labels": labels}
         scipy.io.savemat(path, variables, do_compression=compressed)
@@ -257,7 +257,7 @@ def test_a_list_of_matlabs_is_read_as_it_was_written(written, compressed):
     assert found["labels"].tolist() == [n for _, n in written]
 
 
-def test_a_mat_file_that_unfolds_to_too_much_is_refused(tmp_path):
+def test_mat_file_that_decompresses_to_too_much_is_an_error(tmp_path):
     path = tmp_path / "bomb.mat"
     zeros = np.zeros((40_000_000, 1))
     scipy.io.savemat(path, {"labels": zeros}, do_compression=True)
@@ -273,25 +273,25 @@ def test_a_mat_file_that_unfolds_to_too_much_is_refused(tmp_path):
         ({"x": scipy.sparse.eye(3)}, {}, "class 5 is not supported"),
     ],
 )
-def test_other_files_of_matlabs_are_refused(variables, options, message, tmp_path):
+def test_unsupported_mat_files_are_errors(variables, options, message, tmp_path):
     scipy.io.savemat(tmp_path / "x.mat", variables, **options)
     with pytest.raises(ValueError, match=message):
         matlab_files.read(tmp_path / "x.mat")
 
 
-# --- the geometry ------------------------------------------------------------------
+# --- geometry -----------------------------------------------------------------------
 
-place = st.floats(-1, 1)
+position = st.floats(-1, 1)
 scale = st.floats(-0.5, 0.5)
 angle_rad = st.floats(-10, 10)
-attention = st.tuples(place, place, scale, angle_rad)
-size = st.sampled_from([(2, 3), (6, 5)])  # few: each is compiled for its own sake
+attention = st.tuples(position, position, scale, angle_rad)
+size = st.sampled_from([(2, 3), (6, 5)])  # few, because each is compiled
 matrix = arrays("float64", (2, 3), elements=st.floats(-2, 2))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def exact():
-    """In 64 bits, where only what is wrong is far off."""
+    """Enables 64-bit values, so that rounding errors are tiny."""
     with jax.enable_x64(True):
         yield
 
@@ -302,7 +302,7 @@ def grid_of(gamma, size):
 
 @few
 @given(size, st.integers(-3, 3), st.integers(0, 10**6))
-def test_an_attention_on_all_of_the_image_is_the_image(size, turns, seed):
+def test_attention_on_the_whole_image_is_the_image(size, turns, seed):
     image = np.random.default_rng(seed).normal(size=(1, *size, 3))
     grid = grid_of((0.0, 0.0, 1.0, 2 * math.pi * turns), size)
     found = geometry.bilinear_sample(jnp.asarray(image), jnp.asarray(grid))
@@ -311,7 +311,7 @@ def test_an_attention_on_all_of_the_image_is_the_image(size, turns, seed):
 
 @few
 @given(attention, size, st.integers(-2, 2))
-def test_a_whole_turn_changes_nothing(gamma, size, turns):
+def test_full_rotation_changes_nothing(gamma, size, turns):
     *rest, angle = gamma
     turned = (*rest, angle + 2 * math.pi * turns)
     assert_allclose(grid_of(turned, size), grid_of(gamma, size), atol=1e-12)
@@ -319,7 +319,7 @@ def test_a_whole_turn_changes_nothing(gamma, size, turns):
 
 @few
 @given(matrix, matrix, size)
-def test_one_map_after_another_is_their_product(first, second, size):
+def test_two_affine_grids_in_turn_are_their_product(first, second, size):
     def whole(theta):
         return np.vstack([theta, [0, 0, 1]])
 
@@ -336,7 +336,7 @@ raw = arrays("float64", (4,), elements=st.floats(-50, 50))
 
 @few
 @given(raw, st.floats(0.1, 1), st.floats(0.1, 0.7), st.booleans())
-def test_restriction_stays_within_its_bounds(gamma, alpha_p, alpha_s, inside):
+def test_restricted_gamma_is_within_its_bounds(gamma, alpha_p, alpha_s, inside):
     bounds = {"alpha_p": alpha_p, "alpha_s": alpha_s, "inside": inside}
     found = np.asarray(geometry.restrict(jnp.asarray(gamma), **bounds))
     assert (np.abs(found[:2]) <= alpha_p).all()
@@ -348,8 +348,8 @@ def test_restriction_stays_within_its_bounds(gamma, alpha_p, alpha_s, inside):
 
 @few
 @given(attention, size)
-def test_redundancy_is_what_the_attention_leaves(gamma, size):
-    """A point is gone just where the attention's map, undone, puts it in the square."""
+def test_redundancy_is_the_part_of_the_image_outside_the_attention(gamma, size):
+    """A point is removed exactly if the inverse attention maps it into [-1, 1]^2."""
     *centre, s, angle = gamma
     assume(abs(s) > 1e-3)
     height, width = size
@@ -358,20 +358,22 @@ def test_redundancy_is_what_the_attention_leaves(gamma, size):
     turn = s * np.array(
         [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     )
-    undone = np.abs((points - centre) @ np.linalg.inv(turn).T).max(-1)
+    inverted = np.abs((points - centre) @ np.linalg.inv(turn).T).max(-1)
     grid = np.asarray(geometry.redundancy_grid(jnp.array([gamma]), size))[0]
-    gone = np.abs(grid).max(-1) > 1
-    sure = np.abs(undone - 1) > 1e-9
-    assert_array_equal(gone[sure], undone[sure] < 1)
-    assert_allclose(grid[~gone], points[~gone], atol=1e-15)
+    removed = np.abs(grid).max(-1) > 1
+    sure = np.abs(inverted - 1) > 1e-9
+    assert_array_equal(removed[sure], inverted[sure] < 1)
+    assert_allclose(grid[~removed], points[~removed], atol=1e-15)
     weight = geometry.redundancy_weight(jnp.array([gamma]), size, softness=1e-4)
-    clear = np.abs(undone - 1) * abs(s) > 1e-2
-    assert_allclose(np.asarray(weight)[0][clear], ~gone[clear], atol=1e-6)
+    clear = np.abs(inverted - 1) * abs(s) > 1e-2
+    assert_allclose(np.asarray(weight)[0][clear], ~removed[clear], atol=1e-6)
 
 
 @few
 @given(raw, raw, arrays("float64", (4,), elements=st.floats(0.1, 5)))
-def test_loss_res_is_zero_just_inside_the_thresholds(gamma, expectation, threshold):
+def test_restriction_loss_is_zero_only_inside_the_thresholds(
+    gamma, expectation, threshold
+):
     value = losses.restriction_loss(
         jnp.asarray(gamma)[None],
         expectation=tuple(expectation),

@@ -1,4 +1,4 @@
-"""The two schedules against a life lived epoch by epoch."""
+"""Schedules compared with loops over the epochs."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from cra_jax import schedule
 from cra_jax.training import step_wrappers, train
 from tests.oracles import equations
 
-EPOCHS = range(240)  # past the fifth change of both
+EPOCHS = range(240)  # beyond the fifth change of both schedules
 SHORT = {"first_epochs": 3, "period_epochs": 2}
 
 
 def steps_of(epoch, steps_per_epoch):
-    """The first and the last step of an epoch."""
+    """Returns the first and the last step of an epoch."""
     return epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1
 
 
@@ -44,7 +44,7 @@ def test_restriction_weight_is_section_4_1(steps_per_epoch):
         assert_array_equal(weight(jnp.asarray(steps[:, edge])), want)
 
 
-def test_the_papers_run_by_hand():
+def test_schedules_of_140_epochs_equal_the_papers_numbers():
     def at(epoch):
         rate = schedule.learning_rate(epoch * 10, steps_per_epoch=10)
         weight = schedule.restriction_weight(epoch * 10, steps_per_epoch=10)
@@ -56,7 +56,7 @@ def test_the_papers_run_by_hand():
     assert at(140) == (1e-6, 0.0)
 
 
-def test_other_lengths_and_factors():
+def test_schedules_with_other_arguments_equal_the_oracles():
     for epoch in range(14):
         for step in steps_of(epoch, 5):
             rate = schedule.learning_rate(
@@ -69,26 +69,26 @@ def test_other_lengths_and_factors():
 
 
 @pytest.mark.parametrize(
-    "door",
+    "function",
     [schedule.learning_rate, schedule.restriction_weight, step_wrappers.is_frozen],
 )
 @pytest.mark.parametrize("step", [0, 14, 15, 24, 25, 400])
-def test_a_number_and_a_traced_step_agree(door, step):
-    traced = jax.jit(lambda s: door(s, steps_per_epoch=5, **SHORT))
-    number = door(step, steps_per_epoch=5, **SHORT)
+def test_number_and_traced_step_give_the_same_value(function, step):
+    traced = jax.jit(lambda s: function(s, steps_per_epoch=5, **SHORT))
+    number = function(step, steps_per_epoch=5, **SHORT)
     assert np.shape(number) == ()
     assert_allclose(number, traced(jnp.int32(step)), rtol=1e-6)
 
 
-def test_exact_after_many_steps():
-    # In float32 a step beyond 2^24 would round, and the change come too early or late.
+def test_restriction_weight_is_exact_after_many_steps():
+    # In float32, a step above 2^24 would be rounded and the change shifted.
     change = 50 * 1_000_001
     for step, weight in ((change - 1, 1.0), (change, 0.0)):
         got = schedule.restriction_weight(step, steps_per_epoch=1_000_001)
         assert got == weight
 
 
-def test_warm_up_rises_linearly_to_the_base_and_then_changes_nothing():
+def test_warm_up_rises_linearly_and_changes_no_later_step():
     warm = np.array(
         [
             schedule.learning_rate(
@@ -109,13 +109,13 @@ def test_warm_up_rises_linearly_to_the_base_and_then_changes_nothing():
     assert_array_equal(warm[8:], plain[8:])
 
 
-def test_period_zero_keeps_the_restriction_on():
+def test_period_zero_keeps_the_restriction_weight_at_one():
     for step in (0, 50, 51, 10_000):
         weight = schedule.restriction_weight(step, steps_per_epoch=1, period_epochs=0)
         assert weight == 1
 
 
-def test_runs_end_where_the_loop_has_something_to_do():
+def test_dispatches_end_at_the_given_steps():
     def stops(first, total, most, *ends):
         runs = train.dispatches(first, total, most=most, ends=ends)
         assert [step for run in runs for step in run] == list(range(first, total))
@@ -124,11 +124,11 @@ def test_runs_end_where_the_loop_has_something_to_do():
     assert stops(0, 4, 1, 6) == [1, 2, 3, 4]
     assert stops(0, 12, 4, 6, 0) == [4, 6, 8, 12]
     assert stops(0, 12, 100, 5) == [5, 10, 12]
-    assert stops(7, 12, 4, 6, 0) == [8, 12]  # as if it had never been stopped
+    assert stops(7, 12, 4, 6, 0) == [8, 12]  # the same ends as without an interruption
     assert stops(12, 12, 4, 6) == []
 
 
-def test_n_cls_is_held_by_turns_after_a_first_phase():
+def test_n_cls_is_frozen_in_every_second_period_after_the_first_epochs():
     epochs = [
         [
             step_wrappers.is_frozen(step, steps_per_epoch=5, **SHORT)
@@ -136,7 +136,12 @@ def test_n_cls_is_held_by_turns_after_a_first_phase():
         ]
         for e in range(9)
     ]
-    assert [held for held, _ in epochs] == [False] * 3 + [True, True, False, False] + [
+    assert [first for first, _ in epochs] == [False] * 3 + [
+        True,
+        True,
+        False,
+        False,
+    ] + [
         True,
         True,
     ]
@@ -148,7 +153,7 @@ def test_n_cls_is_held_by_turns_after_a_first_phase():
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 2])
-def test_cosine_falls_to_zero_at_the_end_of_the_training(warmup_epochs):
+def test_cosine_learning_rate_ends_at_zero(warmup_epochs):
     lengths = {"steps_per_epoch": 7, "epochs": 20, "warmup_epochs": warmup_epochs}
     rate = jax.jit(lambda s: schedule.cosine_learning_rate(s, base=0.3, **lengths))
     got = [float(rate(jnp.int32(step))) for step in range(142)]

@@ -1,4 +1,4 @@
-"""One update: what it adds up, what it changes, and that nothing blows up."""
+"""One training step: its loss terms, its update and its numerical edge cases."""
 
 import dataclasses
 import math
@@ -73,7 +73,7 @@ def _terms(
     distance="euclidean",
     smoothing=0.0,
 ):
-    """The terms of an Echo network with a fixed Gamma, and the images shown to it."""
+    """Returns the terms of an Echo network with a fixed Gamma, images and labels."""
     network = model.create(
         "cra", Echo, ArtConfig(size_px=SIZE, guard=0.9, inside=False)
     )
@@ -101,7 +101,7 @@ def _terms(
 
 
 def _expected(images, labels, *, pairs, normalize=True, squared=False):
-    """Eq. (9) by the oracles."""
+    """Returns the terms of Eq. (9), computed by the oracles."""
     gamma_res = equations.restrict(np.array([GAMMA] * len(images)))
     size = (SIZE, SIZE)
     attention = equations.bilinear_sample(
@@ -129,7 +129,7 @@ NEIGHBOURS = [(0, 1), (2, 3), (4, 5)]
 
 
 @pytest.mark.parametrize(("step", "on"), [(499, 1), (500, 0), (950, 1)])
-def test_the_loss_is_the_sum_of_eq_9_with_the_switch(step, on):
+def test_loss_is_equation_9_with_the_restriction_weight(step, on):
     terms, images, labels = _terms(step)
     expected = _expected(images, labels, pairs=NEIGHBOURS)
     for name, value in expected.items():
@@ -140,7 +140,7 @@ def test_the_loss_is_the_sum_of_eq_9_with_the_switch(step, on):
     assert terms["restriction_weight"] == on
 
 
-def test_terms_can_be_weighed_and_left_out():
+def test_loss_weights_scale_and_remove_terms():
     weights = {"cls2": 0.5, "res": 2.0, "cntr": 0.0}
     terms, images, labels = _terms(0, weights=weights)
     expected = _expected(images, labels, pairs=NEIGHBOURS)
@@ -159,13 +159,13 @@ def test_terms_can_be_weighed_and_left_out():
         ({"distance": "squared"}, {"squared": True, "pairs": NEIGHBOURS}),
     ],
 )
-def test_contrast_options(options, oracle):
+def test_contrast_options_equal_the_oracle(options, oracle):
     terms, images, labels = _terms(0, **options)
     expected = _expected(images, labels, **oracle)["loss_cntr"]
     assert terms["loss_cntr"] == pytest.approx(expected, rel=2e-5)
 
 
-def test_smoothing_is_of_both_cross_entropies_and_of_nothing_else():
+def test_label_smoothing_changes_only_both_cross_entropies():
     plain, *_ = _terms(0)
     smooth, images, labels = _terms(0, smoothing=0.2)
     scores = images.reshape(len(images), -1)
@@ -179,12 +179,12 @@ def test_smoothing_is_of_both_cross_entropies_and_of_nothing_else():
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
-def test_a_smoothing_that_leaves_no_label_is_refused(smoothing):
+def test_label_smoothing_out_of_range_is_an_error(smoothing):
     with pytest.raises(ValueError, match=rf"loss.label_smoothing={smoothing} must be"):
         _loss(Echo(), label_smoothing=smoothing)
 
 
-def test_gamma_is_described():
+def test_terms_include_statistics_of_gamma():
     terms, *_ = _terms(0)
     gamma_res = equations.restrict(np.array(GAMMA))
     for i in range(4):
@@ -193,7 +193,7 @@ def test_gamma_is_described():
     assert terms["gamma_saturated"] == terms["gamma_guarded"] == 1.0  # tanh 2.5 = 0.987
 
 
-def test_unknown_pairs_are_refused():
+def test_unknown_pairs_are_an_error():
     with pytest.raises(ValueError, match=r"unknown contrast.pairs 'some'"):
         _loss(Echo(), pairs="some")
 
@@ -221,7 +221,7 @@ def _step(network, all_mean=lambda x: x, rate=0.05, accumulate=1, **options):
     return step, optimizer
 
 
-def test_training_on_one_batch_lowers_the_loss_and_moves_everything():
+def test_training_on_one_batch_lowers_the_loss_and_changes_all_variables():
     network = _tiny()
     step, optimizer = _step(network)
     state = first = train_step.create_state(
@@ -242,11 +242,11 @@ def test_training_on_one_batch_lowers_the_loss_and_moves_everything():
         (first.params, state.params),
         (first.batch_stats, state.batch_stats),
     ):
-        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
-        assert all(jax.tree.leaves(moved))
+        changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+        assert all(jax.tree.leaves(changed))
 
 
-def test_several_steps_in_one_program_are_those_steps_in_their_order():
+def test_run_steps_equals_single_steps_in_order():
     network = _tiny("baseline")
     step, optimizer = _step(network, rate=1e-3)
     state = first = train_step.create_state(
@@ -270,7 +270,7 @@ def test_several_steps_in_one_program_are_those_steps_in_their_order():
     assert only == one_by_one[0]
 
 
-def test_images_are_flipped_and_normalised_on_the_device():
+def test_training_step_flips_and_normalizes_the_images():
     network = model.create("baseline", Echo, ArtConfig())
     step, optimizer = _step(network)
     batch = _batch()
@@ -298,8 +298,8 @@ def test_images_are_flipped_and_normalised_on_the_device():
         assert float(terms["first"]) == pytest.approx(value, rel=1e-5)
 
 
-def test_nothing_is_nan_where_distances_are_zero():
-    """Identical images: every distance of Eq. (8) between images is exactly 0."""
+def test_identical_images_give_no_nan():
+    """Every distance of Eq. (8) between two of these images is exactly 0."""
     network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     batch = _batch(4)
@@ -314,17 +314,16 @@ def test_nothing_is_nan_where_distances_are_zero():
 
 
 def _image_scatters(function, *arguments):
-    """Scatters into the images in their frame of zeros, in the compiled program."""
-    fusion = "xla_cpu_use_fusion_emitters"  # as users have it; conftest.py turns it off
-    users = {fusion: True} if fusion in os.environ["XLA_FLAGS"] else {}
-    jitted = jax.jit(function, compiler_options=users)
+    """Returns the compiled program's scatters into the zero-padded images."""
+    options = {"xla_cpu_use_fusion_emitters": True}  # not the fusion of conftest.py
+    jitted = jax.jit(function, compiler_options=options)
     hlo = jitted.lower(*arguments).compile().as_text() or ""
     pixels = f"[6,{SIZE + 5},{SIZE + 5},3]"
     return [x for x in hlo.splitlines() if " scatter(" in x and pixels in x]
 
 
-def test_the_training_step_scatters_nothing():
-    """Images are data: the sampler's gradient to them must not be computed."""
+def test_training_step_has_no_scatter_into_the_images():
+    """Images are data; the step must not compute the sampler's gradient to them."""
     network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
@@ -338,11 +337,11 @@ def test_the_training_step_scatters_nothing():
         return loss
 
     images = jnp.asarray(_images(_batch()), jnp.float32)
-    assert _image_scatters(jax.grad(to_images), images)  # the search finds them
+    assert _image_scatters(jax.grad(to_images), images)  # the search does find them
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_a_batch_of_odd_size_pairs_what_it_can(n):
+def test_odd_batch_has_a_finite_contrastive_loss(n):
     network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
@@ -350,7 +349,7 @@ def test_a_batch_of_odd_size_pairs_what_it_can(n):
     assert np.isfinite(float(terms["loss_cntr"]))
 
 
-def test_a_batch_of_one_cannot_be_contrasted():
+def test_batch_of_one_image_is_an_error():
     network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
@@ -359,7 +358,7 @@ def test_a_batch_of_one_cannot_be_contrasted():
 
 
 def test_one_device_and_eight_give_the_same_update():
-    """With shared statistics; pairs are neighbours, so they are the same anyway."""
+    """BatchNorm is synchronized; the pairs are neighbours, so they are the same."""
     batch = _batch(16, 32, classes=5)
     alone, optimizer = _step(_tiny())
     shared = {
@@ -373,7 +372,7 @@ def test_one_device_and_eight_give_the_same_update():
     one, one_terms = jax.jit(alone)(state, batch)
     eight, eight_terms = devices.train_step(together)(copy, devices.split(batch))
     for name, value in one_terms.items():
-        if not name.endswith("_std"):  # a spread is within each device's share
+        if not name.endswith("_std"):  # the standard deviation is that of one device
             assert_allclose(
                 eight_terms[name], value, rtol=2e-4, atol=1e-5, err_msg=name
             )
@@ -393,7 +392,7 @@ def test_one_device_and_eight_give_the_same_update():
     )
 
 
-def test_pairs_do_not_depend_on_the_device_count():
+def test_pairs_are_the_same_on_any_number_of_devices():
     m, n = losses.neighbour_pairs(16)
     for count in (2, 4, 8):
         share = 16 // count
@@ -404,7 +403,7 @@ def test_pairs_do_not_depend_on_the_device_count():
 
 
 def _assert_same_update(found, expected, state):
-    """Two states after one step from a third, to the rounding of float32."""
+    """Compares two updates of a state to the rounding of float32."""
     for name in ("params", "batch_stats"):
         a, b, before = (
             jax.tree.leaves(getattr(x, name)) for x in (found, expected, state)
@@ -415,7 +414,7 @@ def _assert_same_update(found, expected, state):
 
 
 def test_micro_batches_give_the_update_of_the_whole_batch():
-    """Where BatchNorm's groups divide them."""
+    """BatchNorm's group size divides the micro-batches."""
     batch = _batch(8, 32, classes=5)
     grouped = _tiny(bn_group_size=2)
     whole, optimizer = _step(grouped)
@@ -426,12 +425,14 @@ def test_micro_batches_give_the_update_of_the_whole_batch():
     _assert_same_update(found, expected, state)
     assert terms.keys() == expected_terms.keys()
     for name, value in expected_terms.items():
-        if not name.endswith("_std"):  # a spread is within each micro-batch
+        if not name.endswith(
+            "_std"
+        ):  # the standard deviation is that of one micro-batch
             assert_allclose(terms[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
 
 
-def test_micro_batches_of_each_device():
-    """A network of one number, whose gradient can be written down."""
+def test_micro_batches_on_several_devices_give_the_mean_gradient():
+    """The network is one number, whose gradient is known in closed form."""
 
     def loss(params, batch_stats, images, labels, step):
         value = (params["w"] * labels).mean() + 0 * images.sum()
@@ -465,7 +466,7 @@ def test_micro_batches_of_each_device():
         partial(efficientnet.create, "efficientnet_lite0", 5),
     ],
 )
-def test_blocks_computed_again_need_less_memory(make):
+def test_rematerialized_blocks_need_less_memory(make):
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
     trees, kept = {}, {}
     for remat in (False, True):
@@ -488,7 +489,7 @@ def test_blocks_computed_again_need_less_memory(make):
     assert kept[True] < 0.4 * kept[False]
 
 
-def test_blocks_computed_again_change_no_number():
+def test_rematerialized_blocks_give_the_same_update():
     batch = _batch(8, 32, classes=5)
     found = {}
     for remat in (False, True):

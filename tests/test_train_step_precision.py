@@ -1,4 +1,4 @@
-"""bfloat16 in the convolutions, float32 in all that is kept or compared."""
+"""bfloat16 in the convolutions; float32 in state, losses and geometry."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ BACKBONES = ("resnet10", "efficientnet_lite0")
 
 
 def _one_device(config):
-    """The training step of a config, for one device, and a state for it."""
+    """Returns the training step of a config for one device, and its state's maker."""
     network = build.build_network(config, 5)
     optimizer = build.build_training(config, 5, steps_per_epoch=10).optimizer
     step = train_step.make_train_step(
@@ -60,7 +60,7 @@ def _equations(jaxpr):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_what_is_bfloat16_and_what_is_not(tmp_path, backbone):
+def test_only_convolutions_are_bfloat16(tmp_path, backbone):
     step, make = _one_device(_config(tmp_path, "bfloat16", backbone))
     traced = jax.make_jaxpr(step)(jax.eval_shape(make, jax.random.key(0)), _batch())
     for kept in (*traced.in_avals, *traced.out_avals):
@@ -72,13 +72,13 @@ def test_what_is_bfloat16_and_what_is_not(tmp_path, backbone):
         seen |= {(name, dtype) for dtype in types}
     assert ("conv_general_dilated", "bfloat16") in seen
     assert ("conv_general_dilated", "float32") not in seen
-    # The sampler's coordinates and pixels, the angle, tanh, and all of the losses.
+    # The sampler's coordinates and pixels, the angle, tanh and all losses.
     for name in ("gather", "cos", "tanh", "floor", "exp", "log", "sqrt", "rsqrt"):
         assert (name, "float32") in seen, name
         assert (name, "bfloat16") not in seen, name
 
 
-def test_bfloat16_is_float32_to_its_rounding(tmp_path):
+def test_bfloat16_step_equals_float32_step_to_rounding(tmp_path):
     found = {}
     for dtype in ("float32", "bfloat16"):
         step, make = _one_device(_config(tmp_path, dtype))
@@ -88,7 +88,7 @@ def test_bfloat16_is_float32_to_its_rounding(tmp_path):
         assert narrow[name] != wide[name], name
         assert_allclose(narrow[name], wide[name], rtol=0.02, err_msg=name)
     assert_allclose(narrow["gradient_norm"], wide["gradient_norm"], rtol=0.1)
-    # The running statistics, too, are those of the same network.
+    # So do the running statistics.
     for a, b in zip(
         *(jax.tree.leaves(state.batch_stats) for state, _ in found.values()),
         strict=True,
@@ -96,8 +96,8 @@ def test_bfloat16_is_float32_to_its_rounding(tmp_path):
         assert_allclose(b, a, rtol=0.02, atol=0.01)
 
 
-def test_a_run_goes_on_in_the_other_precision(tmp_path):
-    """And what predicts is float32 all along: the scores are of the same weights."""
+def test_run_resumes_in_another_precision(tmp_path):
+    """Prediction is float32 in both cases, and so are the saved weights."""
     cache = tmp_path / "cache"
     changes = {"data.test_size": 16, "model.kind": "baseline"}
     first = tiny_config.config(cache, **changes, **{"model.dtype": "bfloat16"})
@@ -109,8 +109,8 @@ def test_a_run_goes_on_in_the_other_precision(tmp_path):
     assert [x["step"] for x in lines if x["split"] == "test"] == [6, 12]
     with Checkpoints(tmp_path / "run" / "checkpoints", writable=False) as checkpoints:
         for step in checkpoints.steps():
-            kinds = {x.dtype for x in jax.tree.leaves(checkpoints.shapes(step))}
-            assert kinds == {np.dtype(np.float32), np.dtype(np.int32)}
+            dtypes = {x.dtype for x in jax.tree.leaves(checkpoints.shapes(step))}
+            assert dtypes == {np.dtype(np.float32), np.dtype(np.int32)}
     backbone = run_options.from_config(first).create_backbone(8)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     traced = jax.make_jaxpr(backbone.init)(jax.random.key(0), images)
@@ -120,7 +120,7 @@ def test_a_run_goes_on_in_the_other_precision(tmp_path):
     )
 
 
-def test_the_name_of_a_precision(tmp_path, monkeypatch):
+def test_compute_dtype_auto_is_bfloat16_on_accelerators_only(tmp_path, monkeypatch):
     assert devices.compute_dtype("auto") == jnp.float32
     assert devices.compute_dtype("bfloat16") == jnp.bfloat16
     for backend in ("gpu", "tpu"):
