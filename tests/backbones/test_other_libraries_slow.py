@@ -1,7 +1,7 @@
-"""The real torchvision, timm and transformers: what they save we load, and back.
+"""Exchange of weights with torchvision, timm and transformers.
 
-Slow, and no requirement: `make test-slow` has them where they are installed, as
-`INSTALL` says (torchvision of the version that belongs to the installed torch).
+Slow: `make test-slow` runs these tests if the libraries are installed; `INSTALL` is the
+command (torchvision in the version that belongs to the installed torch).
 """
 
 import importlib.util
@@ -36,24 +36,24 @@ PAIRS = [
 ]
 
 
-def imported(library):
-    """The library; skips where it is not installed."""
-    for name in dict.fromkeys(["torchvision", library]):  # timm needs it
+def import_library(library):
+    """Imports the library; skips the test if it is not installed."""
+    for name in dict.fromkeys(["torchvision", library]):  # timm needs torchvision
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             pytest.skip(f"SKIPPED, NOT PASSED: {name} is not installed: {INSTALL}")
         if name == "torchvision":
-            _let_in(Path(spec.origin).with_name("_C.so"))
+            _load_operators(Path(spec.origin).with_name("_C.so"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(library)
 
 
-def _let_in(extension: Path) -> None:
-    """Lets torchvision be imported with a torch that cannot load its extension.
+def _load_operators(extension: Path) -> None:
+    """Loads torchvision's operators, or declares those that its import needs.
 
-    One built for CUDA does not load with a torch for CPUs. Classification needs
-    nothing of it, but the import wants two operators of detection to have a signature.
+    An extension for CUDA does not load into a torch for CPUs. Classification needs no
+    operator, but the import needs the signatures of two detection operators.
     """
     try:
         torch.ops.load_library(extension)
@@ -64,9 +64,9 @@ def _let_in(extension: Path) -> None:
                 torch.library.define(f"torchvision::{name}", signature)
 
 
-def built(library, arch, num_classes):
-    """The library's own network, with random weights and statistics."""
-    module: Any = imported(library)
+def create_network(library, arch, num_classes):
+    """Creates the library's network with random weights and statistics."""
+    module: Any = import_library(library)
     if library == "torchvision":
         net = module.models.get_model(arch, weights=None, num_classes=num_classes)
     elif library == "timm":
@@ -84,22 +84,22 @@ def built(library, arch, num_classes):
 
 
 def scores_of(net, images) -> np.ndarray:
-    """A library's scores of `[b, 3, h, w]`."""
+    """Returns the scores of a network in torch for images `[b, 3, h, w]`."""
     with torch.no_grad():
         found = net(torch.from_numpy(images))
     return getattr(found, "logits", found).numpy()
 
 
-def assert_close(actual, expected, what):
+def assert_close(actual, expected, name):
     difference = np.abs(np.asarray(actual) - expected).max()
-    print(f"{what}: scores of {np.abs(expected).max():.1f} differ by {difference:.1e}")
+    print(f"{name}: scores of {np.abs(expected).max():.1f} differ by {difference:.1e}")
     assert np.ptp(expected, 0).min() > 1e-2  # the images have different scores
     assert difference < 1e-4 * max(1, np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
 def crops(shared_data):
-    """Photographs, uint8 `[4, 224, 224, 3]`."""
+    """Returns photographs, uint8 `[4, 224, 224, 3]`."""
     paths = photographs.paths(shared_data, 4)
     decoded = [decoding.read(path, short_side_px=256) for path in paths]
     labels = np.zeros(len(paths), np.int32)
@@ -111,10 +111,10 @@ NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @pytest.mark.parametrize(("library", "arch"), PAIRS)
-def test_what_a_library_saves_is_loaded_and_scores_alike(
+def test_weights_saved_by_a_library_give_the_same_scores(
     library, arch, crops, tmp_path
 ):
-    net = built(library, arch, 7)
+    net = create_network(library, arch, 7)
     path = tmp_path / "model.safetensors"
     if library == "transformers":
         net.save_pretrained(tmp_path)
@@ -129,7 +129,7 @@ def test_what_a_library_saves_is_loaded_and_scores_alike(
         if not name.endswith("num_batches_tracked")
     ]
     assert len(flat) == len(theirs)
-    if library != "transformers":  # whose names the map of the tests does not know
+    if library != "transformers":  # `to_linen` does not know its names
         expected: Any = flatten_dict(to_linen(net.state_dict().items()))
         assert flat.keys() == expected.keys()
         for key, array in expected.items():
@@ -142,7 +142,7 @@ def test_what_a_library_saves_is_loaded_and_scores_alike(
 
 
 def snippet(library):
-    """The README's way to load an export with this library."""
+    """Returns the README's code that loads an export with this library."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (block,) = [b for b in blocks if re.search(rf"^import .*\b{library}\b", b, re.M)]
     assert "strict=True" in block
@@ -151,10 +151,10 @@ def snippet(library):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_an_export_is_loaded_as_the_readme_says_and_scores_alike(
+def test_export_loaded_with_the_readmes_code_gives_the_same_scores(
     library, arch, shared_data, tmp_path, monkeypatch
 ):
-    imported(library)
+    import_library(library)
     state = randomize(TorchResNet(arch, photographs.SPECIES), seed=0).state_dict()
     config = cub.get_config(arch)  # at the size of the paper
     workdir = tmp_path / "runs" / "cub"
@@ -177,21 +177,23 @@ def test_an_export_is_loaded_as_the_readme_says_and_scores_alike(
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_transformers_names_are_read_as_its_own_file_has_them(arch, tmp_path):
-    """Each array where transformers has it: by values, which are all different."""
-    net = built("transformers", arch, 7)
+def test_weights_of_transformers_give_the_same_scores_in_torchvisions_layout(
+    arch, tmp_path
+):
+    """All values differ, so that an array in the wrong place changes the scores."""
+    net = create_network("transformers", arch, 7)
     net.save_pretrained(tmp_path)
     loaded: Any = flatten_dict(
         weights.load_torch(tmp_path / "model.safetensors", arch=arch)
     )
     weights.save_torch(
-        tmp_path / "ours.safetensors",
+        tmp_path / "exported.safetensors",
         weights.load_torch(tmp_path / "model.safetensors", arch=arch),
     )
-    back = TorchResNet(arch, 7)
-    back.load_state_dict(safetensors_torch.load_file(tmp_path / "ours.safetensors"))
-    assert len(loaded) == len(flatten_dict(to_linen(back.state_dict().items())))
+    copy = TorchResNet(arch, 7)
+    copy.load_state_dict(safetensors.torch.load_file(tmp_path / "exported.safetensors"))
+    assert len(loaded) == len(flatten_dict(to_linen(copy.state_dict().items())))
     images = np.random.default_rng(0).normal(size=(3, 3, 65, 96)).astype(np.float32)
     np.testing.assert_allclose(
-        scores_of(back.eval(), images), scores_of(net, images), rtol=1e-5, atol=1e-5
+        scores_of(copy.eval(), images), scores_of(net, images), rtol=1e-5, atol=1e-5
     )

@@ -1,6 +1,6 @@
-"""Whole networks at full width and size against torch, and ten steps of training.
+"""Full-size networks and ten steps of training, compared with torch.
 
-Slow: `make test-slow`. `test_resnet.py` has the same for small ones.
+Slow: `make test-slow`. `test_resnet.py` tests small networks.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ SIDES_PX = (224, 225, 448)
 
 
 def differences(actual, expected):
-    """The largest in each array, relative to its scale where that exceeds 1."""
+    """Returns each array's largest difference, relative to max(1, largest value)."""
     assert expected.keys() <= actual.keys()
     found = {}
     for name, value in expected.items():
@@ -37,7 +37,7 @@ def differences(actual, expected):
 
 @pytest.mark.parametrize("side_px", SIDES_PX)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_stage_of_a_whole_network_equals_torch(arch, side_px):
+def test_every_stage_of_a_full_size_network_equals_torch(arch, side_px):
     torch_model = randomize(TorchResNet(arch, 1000), seed=0).eval()
     images = noise(1, side_px, side_px, 3)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_every_stage_of_a_whole_network_equals_torch(arch, side_px):
 
 
 def test_weights_and_statistics_equal_torch_after_ten_steps():
-    """SGD with momentum and decay; the running variance is the unbiased one."""
+    """SGD with momentum and weight decay; the running variance is unbiased."""
     rate, steps = 0.01, 10
     torch_model = randomize(TorchResNet("resnet10", 5, 8), seed=1).train()
     sgd = torch.optim.SGD(
@@ -112,14 +112,14 @@ def test_weights_and_statistics_equal_torch_after_ten_steps():
     found = differences(actual, expected)
     moved = differences(start, expected)
     for leaf in ("mean", "var", "kernel", "scale", "bias"):
-        kind = [key for key in expected if key[-1] == leaf]
-        worst = max(found[key] for key in kind)
-        least = min(moved[key] for key in kind)
+        keys = [key for key in expected if key[-1] == leaf]
+        worst = max(found[key] for key in keys)
+        least = min(moved[key] for key in keys)
         print(f"{leaf}: difference at most {worst:.1e}; moved at least {least:.1e}")
         assert worst < 1e-4
-        assert least > 10 * worst  # so that a step too few would be seen
+        assert least > 10 * worst  # one step less would fail
 
-    # What biased variances would have made of the last stage, 24 values a channel.
+    # With biased variances, the last stage (24 values a channel) would differ.
     count = 4 * 3 * 2
     path = ("batch_stats", "layer4_0", "bn2", "var")
     kept = 0.9**steps * start[path]

@@ -36,7 +36,7 @@ PARAMETER_COUNTS = {
 
 @pytest.fixture(autouse=True)
 def tiny_bottleneck(monkeypatch):
-    """`tiny50`: the least network of bottlenecks, for what needs no depth."""
+    """Adds `tiny50`, the smallest network of bottleneck blocks."""
     stages = (1, 1, 1, 1)
     architecture = resnet.Architecture(stages, bottleneck=True)
     monkeypatch.setitem(resnet.ARCHITECTURES, "tiny50", architecture)
@@ -44,24 +44,24 @@ def tiny_bottleneck(monkeypatch):
 
 
 def twins(arch, *, num_classes=5, width=8, stem="imagenet", seed=0, **options):
-    """A torch network and the same one in linen, with its variables."""
+    """Returns a network in torch, the same one in linen, and its variables."""
     torch_model = randomize(TorchResNet(arch, num_classes, width, stem), seed)
     model = resnet.create(arch, num_classes, width=width, stem=stem, **options)
     return torch_model, model, to_linen(torch_model.state_dict().items())
 
 
 def forward(model, variables, images, **options) -> Any:
-    """Outputs and updated collections of a compiled `apply`."""
+    """Returns the outputs and updated collections of a compiled `apply`."""
     options = {"mutable": ["batch_stats"]} | options
     return jax.jit(partial(model.apply, **options))(variables, images)
 
 
-# --- the network is torchvision's ---------------------------------------------------
+# --- parity with torchvision --------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "stem"), [(64, "imagenet"), (8, "small")])
 @pytest.mark.parametrize("arch", list(LAYERS))
-def test_names_shapes_and_counts_are_torchvision_s(arch, width, stem):
+def test_names_shapes_and_counts_equal_torchvision(arch, width, stem):
     with torch.device("meta"):
         state = TorchResNet(arch, 1000, width, stem).state_dict()
     names = [name for name in state if not name.endswith("num_batches_tracked")]
@@ -81,7 +81,7 @@ def test_names_shapes_and_counts_are_torchvision_s(arch, width, stem):
         assert count == PARAMETER_COUNTS[arch]
 
 
-def test_every_architecture_is_compared():
+def test_oracle_has_every_architecture():
     assert resnet.ARCHITECTURES.keys() == LAYERS.keys()
 
 
@@ -118,7 +118,7 @@ def test_activations_equal_torch_stage_by_stage(arch, stem, size, train):
 @pytest.mark.parametrize("arch", ["resnet10", "tiny50"])
 @pytest.mark.usefixtures("x64")
 def test_three_float64_sgd_steps_equal_torch(arch):
-    """Gradients, weights and running statistics, to far beyond float32."""
+    """Compares gradients, weights and statistics with 9 digits, beyond float32."""
     torch_model = randomize(TorchResNet(arch, 3, 4, "small"), 1).double().train()
     optimizer = torch.optim.SGD(torch_model.parameters(), lr=0.01)
     model = resnet.create(arch, 3, width=4, stem="small")
@@ -159,7 +159,7 @@ def test_three_float64_sgd_steps_equal_torch(arch):
 
 
 def test_initial_weights_follow_torchvision():
-    """Kaiming normal over the outputs; the scores' layer as `torch.nn.Linear`."""
+    """Convolutions: Kaiming normal, fan-out; `fc`: as `torch.nn.Linear`."""
     conv: Any = convolutions.Conv(96, 3).init(
         jax.random.key(3), jnp.zeros((1, 3, 3, 32))
     )
@@ -213,8 +213,8 @@ def test_norm_groups_are_normalized_separately():
 
 
 @pytest.mark.usefixtures("x64")
-def test_gradient_of_groups_equals_torch_in_float64():
-    """To the images, the scale and the bias; what the statistics say adds nothing."""
+def test_gradient_of_norm_groups_equals_torch_in_float64():
+    """Gradients to images, scale and bias; the statistics contribute none."""
     x = 3 * noise(6, 3, 2, 4, dtype=np.float64) + 1
     cotangent = noise(6, 3, 2, 4, seed=1, dtype=np.float64)
     scale, bias = np.array([0.5, -1.5, 2, 0]), np.array([0.1, -0.3, 0, 2])
@@ -234,12 +234,12 @@ def test_gradient_of_groups_equals_torch_in_float64():
             group.movedim(-1, 1), None, None, leaves[1], leaves[2], training=True
         )
         (y.movedim(1, -1) * weights).sum().backward()
-    for ours, leaf in zip(grads, leaves, strict=True):
-        np.testing.assert_allclose(ours, leaf.grad, rtol=1e-10, atol=1e-12)
+    for grad, leaf in zip(grads, leaves, strict=True):
+        np.testing.assert_allclose(grad, leaf.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_norm_keeps_its_input_as_it_came():
-    """bfloat16 costs half the memory of float32 between the passes."""
+def test_norm_saves_its_input_in_the_inputs_dtype():
+    """Between the passes, bfloat16 needs half the memory of float32."""
     x = jnp.asarray(noise(4, 8, 8, 3), jnp.bfloat16)
 
     def run(x):
@@ -254,7 +254,7 @@ def test_norm_keeps_its_input_as_it_came():
 
 
 @pytest.mark.parametrize("ceiling", [np.inf, 2.0])
-def test_relu_passes_gradient_on_where_torch_does_and_keeps_its_output_alone(ceiling):
+def test_relu_has_the_gradient_of_torch_and_saves_only_its_output(ceiling):
     x = np.array([-3, -0.5, 0, 0.5, 1.5, 2, 7], np.float32)
     weights = np.arange(1, 8, dtype=np.float32)
     y, back = jax.vjp(lambda x: layers.relu(x, ceiling), x)
@@ -266,8 +266,8 @@ def test_relu_passes_gradient_on_where_torch_does_and_keeps_its_output_alone(cei
     assert [v.shape for v in jax.tree.leaves(back)] == [x.shape]
 
 
-def test_norm_synchronized_over_replicas_is_the_norm_of_the_whole_batch():
-    """Values, running statistics and gradients, with means that differ a lot."""
+def test_synchronized_norm_equals_the_norm_of_the_whole_batch():
+    """Compares values, statistics and gradients; the replicas' means differ a lot."""
     x = noise(6, 3, 2, 4) + 5 * np.arange(6, dtype=np.float32)[:, None, None, None]
     cotangent = noise(6, 3, 2, 4, seed=1)
     variables = norm_variables(4)
@@ -302,7 +302,7 @@ def test_norm_synchronized_over_replicas_is_the_norm_of_the_whole_batch():
         assert_trees_close(one, state, rtol=1e-5)
 
 
-def test_norm_variance_survives_a_large_mean():
+def test_norm_variance_is_accurate_for_a_large_mean():
     x = noise(4, 8, 8, 1, dtype=np.float64) + 3000
     variables = norm_variables(1)
     y, _ = BatchNorm().apply(
@@ -313,7 +313,7 @@ def test_norm_variance_survives_a_large_mean():
     np.testing.assert_allclose(y, expected, atol=2e-3)
 
 
-def test_norm_statistics_of_bfloat16_are_those_of_float32():
+def test_norm_statistics_of_bfloat16_equal_those_of_float32():
     x = jnp.asarray(noise(4, 8, 8, 3) + 20, jnp.bfloat16)
     norm = partial(
         BatchNorm().apply, norm_variables(3), train=True, mutable=["batch_stats"]
@@ -325,7 +325,7 @@ def test_norm_statistics_of_bfloat16_are_those_of_float32():
     assert_trees_close(state, exact_state, rtol=1e-6)
 
 
-def test_network_passes_the_group_size_on():
+def test_bn_group_size_reaches_every_norm():
     images = noise(4, 16, 16, 3)
     _, model, variables = twins("resnet10", stem="small")
     _, grouped, _ = twins("resnet10", stem="small", bn_group_size=2)
@@ -335,7 +335,7 @@ def test_network_passes_the_group_size_on():
     np.testing.assert_allclose(outputs.logits, np.concatenate(halves), atol=1e-4)
 
 
-def test_network_synchronizes_every_norm():
+def test_all_mean_reaches_every_norm():
     calls = []
 
     def all_mean(x):
@@ -350,7 +350,7 @@ def test_network_synchronizes_every_norm():
     assert sorted(calls) == sorted(2 * widths)
 
 
-def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh():
+def test_init_in_training_mode_needs_no_replicas_and_updates_no_statistics():
     norm = BatchNorm(all_mean=lambda x: jax.lax.pmean(x, "absent"), num_replicas=2)
     variables: Any = norm.init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), train=True)
     assert (variables["batch_stats"]["mean"] == 0).all()
@@ -371,7 +371,7 @@ def test_init_in_training_mode_needs_no_replicas_and_keeps_the_statistics_fresh(
         pytest.param("resnet50", "small", marks=SLOW),
     ],
 )
-def test_padding_beyond_the_extent_changes_nothing(arch, stem):
+def test_padding_beyond_the_extent_changes_no_feature(arch, stem):
     _, model, variables = twins(arch, stem=stem)
     sizes = {
         "imagenet": [(75, 64), (97, 33)],
@@ -379,7 +379,7 @@ def test_padding_beyond_the_extent_changes_nothing(arch, stem):
         "small": [(23, 40), (33, 17)],
     }[stem]
     high, wide = np.max(sizes, 0) + 3
-    batch = np.full((2, high, wide, 3), 7, np.float32)  # padding that would be seen
+    batch = np.full((2, high, wide, 3), 7, np.float32)  # 7 would change features
     singles = [noise(1, *size, 3, seed=i) for i, size in enumerate(sizes)]
     for i, (h, w) in enumerate(sizes):
         batch[i, :h, :w] = singles[i][0]
@@ -397,7 +397,7 @@ def test_padding_beyond_the_extent_changes_nothing(arch, stem):
 
 
 @pytest.mark.parametrize("stem", resnet.STEMS)
-def test_feature_extent_is_the_shape_of_the_feature_map(stem):
+def test_feature_extent_equals_the_shape_of_the_feature_map(stem):
     model = resnet.create("resnet10", 2, width=4, stem=stem)
     assert model.stride_px == {"imagenet": 32, "medium": 16, "small": 8}[stem]
     for size in (1, 7, 8, 9, 31, 32, 33, 65, 448):
@@ -409,7 +409,7 @@ def test_feature_extent_is_the_shape_of_the_feature_map(stem):
         assert outputs.features.shape == (1, *extent[0], model.feature_channels)
 
 
-def test_no_extent_costs_nothing():
+def test_network_without_extent_has_no_mask():
     _, model, variables = twins("resnet10", stem="small")
     images = jnp.zeros((2, 16, 16, 3))
 
@@ -424,15 +424,15 @@ def test_no_extent_costs_nothing():
 # --- heads and dtypes ---------------------------------------------------------------
 
 
-def test_classify_works_on_every_place_of_a_feature_map():
+def test_classify_accepts_feature_maps():
     _, model, variables = twins("resnet10", stem="small")
     outputs, _ = forward(model, variables, noise(2, 16, 24, 3))
-    places: Any = model.apply(variables, outputs.features, method="classify")
-    assert places.shape == (2, 2, 3, 5)
-    np.testing.assert_allclose(places.mean((1, 2)), outputs.logits, atol=1e-5)
+    scores: Any = model.apply(variables, outputs.features, method="classify")
+    assert scores.shape == (2, 2, 3, 5)
+    np.testing.assert_allclose(scores.mean((1, 2)), outputs.logits, atol=1e-5)
 
 
-def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
+def test_bfloat16_network_has_float32_statistics_scores_and_weights():
     _, model, variables = twins("resnet10", stem="small")
     _, half, _ = twins("resnet10", stem="small", dtype=jnp.bfloat16)
     images = noise(4, 32, 32, 3)
@@ -462,7 +462,7 @@ def test_bfloat16_network_keeps_statistics_scores_and_weights_in_float32():
         ({"dtype": jnp.int32}, "floating point.*int32"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         resnet.create(**{"arch": "resnet18", "num_classes": 5} | options)
     with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
@@ -490,7 +490,7 @@ def test_wrong_options_are_refused(options, message):
         ),
     ],
 )
-def test_wrong_inputs_are_refused(shape, dtype, options, message):
+def test_wrong_inputs_are_errors(shape, dtype, options, message):
     _, model, variables = twins("resnet10", stem="small", bn_group_size=2)
     images = np.zeros(shape, dtype)
     with pytest.raises(ValueError, match=message):
@@ -499,17 +499,17 @@ def test_wrong_inputs_are_refused(shape, dtype, options, message):
         )
 
 
-def test_training_on_one_value_per_channel_is_refused():
+def test_training_on_one_value_per_channel_is_an_error():
     x = np.zeros((1, 1, 1, 4), np.float32)
     with pytest.raises(ValueError, match=r"one value per channel.*larger"):
         BatchNorm().init(jax.random.key(0), x, train=True)
 
 
-# --- gradients written out -----------------------------------------------------------
+# --- custom gradients ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sides", [(8, 9), (7, 7), (1, 1), (2, 3)])
-def test_max_pool_and_its_gradient_equal_torch_where_values_tie(sides):
+def test_max_pool_and_its_gradient_equal_torch_for_equal_values(sides):
     x = np.maximum(noise(2, *sides, 3).round(), 0)
     y, pull_back = jax.vjp(max_pooling.max_pool, x)
     cotangent = noise(*y.shape, seed=1)
@@ -529,7 +529,7 @@ def test_max_pool_keeps_the_dtype():
 
 
 @pytest.mark.parametrize("batch", [1, 6, 7, 16])
-def test_the_gradient_of_a_product_is_autodiffs(batch):
+def test_gradient_of_product_equals_the_gradient_of_matmul(batch):
     x, kernel = noise(batch, 3, 4, 5), noise(5, 6)
     y, pull_back = jax.vjp(convolutions.product, x, kernel)
     plain, pull_back_plain = jax.vjp(jnp.matmul, x, kernel)

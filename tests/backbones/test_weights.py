@@ -29,18 +29,18 @@ def network(arch="resnet10", classes=5, width=4, stem="imagenet", seed=0):
     return randomize(TorchResNet(arch, classes, width, stem), seed).eval()
 
 
-def save(state: Any, folder, kind):
-    """Saves as torch's users do."""
-    path = folder / f"weights.{kind}"
-    if kind == "safetensors":
-        safetensors_torch.save_file(state, path)
+def save(state: Any, folder, file_format):
+    """Saves a state_dict as users of torch do; returns the path."""
+    path = folder / f"weights.{file_format}"
+    if file_format == "safetensors":
+        safetensors.torch.save_file(state, path)
     else:
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip.pth")
+        torch.save(state, path, _use_new_zipfile_serialization=file_format == "zip.pth")
     return path
 
 
 def assert_same(actual, expected):
-    """The same tree, bit for bit."""
+    """Checks that two trees are bitwise equal."""
     actual, expected = flat(actual), flat(expected)
     assert actual.keys() == expected.keys()
     for path, value in expected.items():
@@ -49,28 +49,28 @@ def assert_same(actual, expected):
 
 
 def transformers_name(name):
-    """torchvision's name -> the one in transformers' ResNetForImageClassification."""
+    """Returns the name in transformers' ResNetForImageClassification."""
     parts = name.split(".")
-    kind = {"bn": "normalization", "co": "convolution"}
+    layers = {"bn": "normalization", "co": "convolution"}
     if parts[0] == "fc":
         return f"classifier.1.{parts[1]}"
     if parts[0] in ("conv1", "bn1"):
-        return f"resnet.embedder.embedder.{kind[parts[0][:2]]}.{parts[1]}"
+        return f"resnet.embedder.embedder.{layers[parts[0][:2]]}.{parts[1]}"
     block = f"resnet.encoder.stages.{int(parts[0][5:]) - 1}.layers.{parts[1]}"
     if parts[2] == "downsample":
-        what = ("convolution", "normalization")[int(parts[3])]
-        return f"{block}.shortcut.{what}.{parts[4]}"
-    return f"{block}.layer.{int(parts[2][-1]) - 1}.{kind[parts[2][:2]]}.{parts[3]}"
+        layer = ("convolution", "normalization")[int(parts[3])]
+        return f"{block}.shortcut.{layer}.{parts[4]}"
+    return f"{block}.layer.{int(parts[2][-1]) - 1}.{layers[parts[2][:2]]}.{parts[3]}"
 
 
-# --- in and out ---------------------------------------------------------------------
+# --- load and save ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_file_loads_to_the_variables_of_the_same_network(arch, kind, tmp_path):
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_loaded_weights_equal_the_saved_state(arch, file_format, tmp_path):
     model = network(arch)
-    path = save(model.state_dict(), tmp_path, kind)
+    path = save(model.state_dict(), tmp_path, file_format)
     for classes in (None, 5):
         loaded = weights.load_torch(path, arch=arch, num_classes=classes)
         assert_same(loaded, to_linen(model.state_dict().items()))
@@ -80,36 +80,36 @@ def test_a_file_loads_to_the_variables_of_the_same_network(arch, kind, tmp_path)
     ("arch", "stem"),
     [("resnet18", "imagenet"), ("resnet50", "imagenet"), ("resnet10", "medium")],
 )
-def test_scores_survive_the_way_in_and_out(arch, stem, tmp_path):
-    theirs = network(arch, stem=stem)
-    path = save(theirs.state_dict(), tmp_path, "zip.pth")
+def test_loaded_and_exported_weights_give_the_same_scores(arch, stem, tmp_path):
+    torch_model = network(arch, stem=stem)
+    path = save(torch_model.state_dict(), tmp_path, "zip.pth")
     variables = weights.load_torch(path, arch=arch)
-    ours = resnet.create(arch, 5, width=4, stem=stem)
+    linen_model = resnet.create(arch, 5, width=4, stem=stem)
     images = np.random.default_rng(0).normal(size=(2, 64, 75, 3)).astype(np.float32)
     nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        expected = theirs(nchw).numpy()
-    outputs: Any = jax.jit(ours.apply)(variables, images)
+        expected = torch_model(nchw).numpy()
+    outputs: Any = jax.jit(linen_model.apply)(variables, images)
     scale = max(1, np.abs(expected).max())
     np.testing.assert_allclose(outputs.logits, expected, rtol=0, atol=1e-4 * scale)
 
     exported = tmp_path / "new folder" / "model.safetensors"
     weights.save_torch(exported, jax.tree.map(jnp.asarray, variables))
-    state = safetensors_torch.load_file(exported)
-    for name, tensor in theirs.state_dict().items():
+    state = safetensors.torch.load_file(exported)
+    for name, tensor in torch_model.state_dict().items():
         assert state[name].dtype == tensor.dtype, name
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(state[name], tensor), name
-    back = network(arch, stem=stem, seed=1)
-    back.load_state_dict(state, strict=True)
+    copy = network(arch, stem=stem, seed=1)
+    copy.load_state_dict(state, strict=True)
     with torch.no_grad():
-        np.testing.assert_array_equal(back(nchw).numpy(), expected)
+        np.testing.assert_array_equal(copy(nchw).numpy(), expected)
     assert [p.name for p in exported.parent.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("width", [4, 64])
 @pytest.mark.parametrize("prefix", ["resnet.", ""])
-def test_names_of_transformers_load(prefix, width, tmp_path):
+def test_weights_with_names_of_transformers_are_loaded(prefix, width, tmp_path):
     model = network("resnet50" if width == 4 else "resnet10", width=width)
     state = {transformers_name(k): v for k, v in model.state_dict().items()}
     assert "resnet.encoder.stages.0.layers.0.shortcut.convolution.weight" in state or (
@@ -123,18 +123,18 @@ def test_names_of_transformers_load(prefix, width, tmp_path):
     )
 
 
-def test_old_files_have_no_counters(tmp_path):
+def test_weights_without_counters_are_loaded(tmp_path):
     model = network()
     state = {k: v for k, v in model.state_dict().items() if "tracked" not in k}
     loaded = weights.load_torch(save(state, tmp_path, "legacy.pth"), arch="resnet10")
     assert_same(loaded, to_linen(model.state_dict().items()))
 
 
-# --- one error lists all problems -----------------------------------------------------
+# --- wrong weights: one error lists all problems ------------------------------------
 
 
 def changed(state, **changes):
-    """A copy with arrays replaced or, for None, taken out."""
+    """Returns a copy with arrays replaced or, for None, removed."""
     state = dict(state)
     for name, value in changes.items():
         state.pop(name)
@@ -188,18 +188,18 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "zip.pth"])
+@pytest.mark.parametrize("file_format", ["safetensors", "zip.pth"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_each_damage_is_named(damage, kind, tmp_path):
+def test_wrong_arrays_are_errors_that_name_them(damage, file_format, tmp_path):
     change, messages = DAMAGE[damage]
-    path = save(change(dict(network().state_dict())), tmp_path, kind)
+    path = save(change(dict(network().state_dict())), tmp_path, file_format)
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         weights.load_torch(path, arch="resnet10")
     for message in messages:
         assert message in str(error.value)
 
 
-def test_another_architecture_is_recognised(tmp_path):
+def test_weights_of_another_architecture_are_an_error_that_names_it(tmp_path):
     path = save(network("resnet18").state_dict(), tmp_path, "safetensors")
     with pytest.raises(ValueError, match=r"does not fit resnet50.*like a resnet18.*"):
         weights.load_torch(path, arch="resnet50")
@@ -207,23 +207,23 @@ def test_another_architecture_is_recognised(tmp_path):
         weights.load_torch(path, arch="resnet19")
 
 
-def test_another_number_of_classes_is_refused(tmp_path):
+def test_weights_of_another_number_of_classes_are_an_error(tmp_path):
     path = save(network(classes=1000).state_dict(), tmp_path, "safetensors")
     with pytest.raises(ValueError, match=r"1000 classes, not 200.*num_classes=1000"):
         weights.load_torch(path, arch="resnet10", num_classes=200)
 
 
-def test_two_names_for_one_array_are_refused(tmp_path):
+def test_two_names_for_one_array_are_an_error(tmp_path):
     state = dict(network().state_dict())
     state["classifier.1.bias"] = state["fc.bias"].clone()
     with pytest.raises(ValueError, match=r"stand for fc\.bias: class.* and fc\.bias"):
         weights.load_torch(save(state, tmp_path, "safetensors"), arch="resnet10")
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("share", [0, 1e-4, 0.02, 0.3, 0.9, 0.999, -1])
-def test_a_truncated_file_is_refused(kind, share, tmp_path):
-    path = save(network().state_dict(), tmp_path, kind)
+def test_truncated_weights_file_is_an_error(file_format, share, tmp_path):
+    path = save(network().state_dict(), tmp_path, file_format)
     whole = path.read_bytes()
     path.write_bytes(whole[: -1 if share < 0 else int(share * len(whole))])
     with pytest.raises(ValueError, match="damaged, incomplete") as error:
@@ -231,7 +231,7 @@ def test_a_truncated_file_is_refused(kind, share, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path):
+def test_flipped_bit_in_a_zip_file_is_an_error(tmp_path):
     path = save(network().state_dict(), tmp_path, "zip.pth")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -240,27 +240,27 @@ def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path):
         weights.load_torch(path, arch="resnet10")
 
 
-def test_a_flipped_bit_in_a_header_is_noticed_or_changes_nothing(tmp_path):
-    """`.safetensors` has no checksum; but no array may end up elsewhere in silence."""
+def test_flipped_bit_in_a_header_is_an_error_or_changes_nothing(tmp_path):
+    """`.safetensors` has no checksum; still, no array may get a wrong name silently."""
     model = network(width=2)
     path = save(model.state_dict(), tmp_path, "safetensors")
     expected = to_linen(model.state_dict().items())
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = np.random.default_rng(0)
-    noticed = []
-    for place in range(0, header, header // 20):
+    errors = []
+    for position in range(0, header, header // 20):
         content = bytearray(whole)
-        content[place] ^= 1 << int(rng.integers(8))
+        content[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         try:
             loaded = weights.load_torch(path, arch="resnet10")
         except ValueError as error:
-            noticed.append(str(path) in str(error))
+            errors.append(str(path) in str(error))
         else:
             assert_same(loaded, expected)
-    assert all(noticed)
-    assert len(noticed) > 15
+    assert all(errors)
+    assert len(errors) > 15
 
 
 @pytest.mark.parametrize(
@@ -273,14 +273,14 @@ def test_a_flipped_bit_in_a_header_is_noticed_or_changes_nothing(tmp_path):
         (pickle.dumps({"a": 1}, protocol=5), "not a .safetensors or .pth"),
     ],
 )
-def test_other_files_are_refused(content, message, tmp_path):
+def test_files_of_other_formats_are_errors(content, message, tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         weights.load_torch(path, arch="resnet10")
 
 
-def test_a_zip_or_a_path_of_something_else_is_refused(tmp_path):
+def test_missing_file_and_other_zip_file_are_errors(tmp_path):
     path = tmp_path / "weights.pth"
     with pytest.raises(ValueError, match=r"there is no weights file .*weights\.pth"):
         weights.load_torch(path, arch="resnet10")
@@ -290,10 +290,10 @@ def test_a_zip_or_a_path_of_something_else_is_refused(tmp_path):
         weights.load_torch(path, arch="resnet10")
 
 
-# --- nothing runs -------------------------------------------------------------------
+# --- no code in a file is executed --------------------------------------------------
 
 
-class Evil:
+class Malicious:
     def __init__(self, command):
         self.command = command
 
@@ -301,26 +301,28 @@ class Evil:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth"])
-def test_a_malicious_pickle_does_nothing_and_is_named(kind, tmp_path):
+@pytest.mark.parametrize("file_format", ["zip.pth", "legacy.pth"])
+def test_malicious_pickle_is_an_error_and_not_executed(file_format, tmp_path):
     trace = tmp_path / "trace"
-    evil = Evil(f"touch {trace}")
-    pickle.loads(pickle.dumps(evil))
-    assert trace.exists()  # it does work, where it is let
+    malicious = Malicious(f"touch {trace}")
+    pickle.loads(pickle.dumps(malicious))
+    assert trace.exists()  # pickle itself does execute it
     trace.unlink()
-    path = save({**network().state_dict(), "evil": evil}, tmp_path, kind)
+    path = save(
+        {**network().state_dict(), "malicious": malicious}, tmp_path, file_format
+    )
     with pytest.raises(ValueError, match=rf"asks to run {os.name}\.system.*nothing"):
         weights.load_torch(path, arch="resnet10")
     assert not trace.exists()
-    # The very first pickle of a legacy file is read with the same care.
-    path.write_bytes(pickle.dumps(evil, protocol=2))
+    # The same holds for the first pickle of a legacy file.
+    path.write_bytes(pickle.dumps(malicious, protocol=2))
     with pytest.raises(ValueError, match=r"asks to run \w+\.system"):
         weights.load_torch(path, arch="resnet10")
     assert not trace.exists()
 
 
 @pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch._utils.x"])
-def test_no_other_name_is_known(name, tmp_path):
+def test_unknown_name_in_a_pickle_is_an_error(name, tmp_path):
     module, _, function = name.rpartition(".")
     path = tmp_path / "weights.pth"
     path.write_bytes(b"\x80\x02c" + f"{module}\n{function}\n".encode() + b".")
@@ -328,7 +330,7 @@ def test_no_other_name_is_known(name, tmp_path):
         torch_files.read(path)
 
 
-def test_a_saved_model_or_checkpoint_says_what_to_save(tmp_path):
+def test_saved_model_or_checkpoint_is_an_error_that_names_state_dict(tmp_path):
     path = save(network(), tmp_path, "zip.pth")
     with pytest.raises(ValueError, match=r"TorchResNet.*model\.state_dict\(\)"):
         torch_files.read(path)
@@ -341,14 +343,14 @@ def test_a_saved_model_or_checkpoint_says_what_to_save(tmp_path):
     "view",
     [
         (0, (9,), (1,)),  # longer than its storage
-        (5, (4,), (1,)),  # begins too late
+        (5, (4,), (1,)),  # starts too late
         (-4, (4,), (1,)),
         (7, (3,), (-4,)),
-        (0, (3, 3), (0, 0)),  # repeats itself: larger ones would fill the memory
+        (0, (3, 3), (0, 0)),  # repeats values: a larger one could fill the memory
         (0, (2, 2), (1,)),
     ],
 )
-def test_a_view_outside_its_storage_is_refused(view, tmp_path):
+def test_tensor_outside_its_storage_is_an_error(view, tmp_path):
     path = save({"a": torch.arange(8.0)}, tmp_path, "zip.pth")
     outside = tmp_path / "outside.pth"
     from torch._utils import _rebuild_tensor_v2
@@ -385,17 +387,19 @@ def test_a_view_outside_its_storage_is_refused(view, tmp_path):
         ("data/0", bytes(28), zipfile.ZIP_STORED, "buffer is smaller"),
     ],
 )
-def test_odd_zips_are_refused(entry, content, compression, message, tmp_path):
+def test_unsupported_zip_files_are_errors(
+    entry, content, compression, message, tmp_path
+):
     path = save({"a": torch.arange(8.0)}, tmp_path, "zip.pth")
-    odd = tmp_path / "odd.pth"
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(odd, "w") as target:
+    changed = tmp_path / "changed.pth"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w") as target:
         for info in source.infolist():
             if not info.filename.endswith(f"/{entry}"):
                 target.writestr(info.filename, source.read(info))
         folder = source.namelist()[0].split("/")[0]
         target.writestr(f"{folder}/{entry}", content, compression)
     with pytest.raises(ValueError, match=message):
-        torch_files.read(odd)
+        torch_files.read(changed)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +413,7 @@ def test_odd_zips_are_refused(entry, content, compression, message, tmp_path):
         (b"little_endianq\x02\x88", b"little_endianq\x02\x89", "big-endian"),
     ],
 )
-def test_odd_legacy_files_are_refused(old, new, message, tmp_path):
+def test_unsupported_legacy_files_are_errors(old, new, message, tmp_path):
     path = save({"a": torch.arange(8.0)}, tmp_path, "legacy.pth")
     assert path.read_bytes().count(old) == 1
     path.write_bytes(path.read_bytes().replace(old, new))
@@ -417,8 +421,8 @@ def test_odd_legacy_files_are_refused(old, new, message, tmp_path):
         torch_files.read(path)
 
 
-@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth"])
-def test_views_parameters_and_every_dtype_are_read(kind, tmp_path):
+@pytest.mark.parametrize("file_format", ["zip.pth", "legacy.pth"])
+def test_views_parameters_and_all_dtypes_are_read(file_format, tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
         "base": base,
@@ -433,20 +437,20 @@ def test_views_parameters_and_every_dtype_are_read(kind, tmp_path):
     whole = (torch.float64, torch.float16, torch.int64, torch.int32, torch.int16)
     for dtype in (*whole, torch.int8, torch.uint8, torch.bool):
         tensors[str(dtype)] = base.to(dtype)
-    read = torch_files.read(save(tensors, tmp_path, kind))
+    read = torch_files.read(save(tensors, tmp_path, file_format))
     assert list(read) == list(tensors)
     for name, tensor in tensors.items():
         expected = tensor.detach().numpy()
         assert read[name].dtype == expected.dtype
         np.testing.assert_array_equal(read[name], expected)
-    half = torch_files.read(save({"a": base.bfloat16()}, tmp_path, kind))["a"]
+    half = torch_files.read(save({"a": base.bfloat16()}, tmp_path, file_format))["a"]
     np.testing.assert_array_equal(half.astype(np.float32), base.numpy())
 
 
-# --- out: only what is whole --------------------------------------------------------
+# --- save: only complete and finite weights -----------------------------------------
 
 
-def test_only_a_plain_finite_resnet_is_written(tmp_path):
+def test_variables_that_are_no_finite_resnet_are_not_saved(tmp_path):
     good = to_linen(network().state_dict().items())
     path = tmp_path / "model.safetensors"
     weights.save_torch(path, good)
@@ -478,7 +482,7 @@ def test_only_a_plain_finite_resnet_is_written(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     good = to_linen(network().state_dict().items())
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"older")
@@ -493,7 +497,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_the_mode_of_a_weights_file_follows_the_umask(tmp_path):
+def test_mode_of_a_saved_weights_file_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         weights.save_torch(
@@ -504,10 +508,10 @@ def test_the_mode_of_a_weights_file_follows_the_umask(tmp_path):
     assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-# --- names and records --------------------------------------------------------------
+# --- names and records of published weights -----------------------------------------
 
 
-def test_records_agree_with_their_names():
+def test_weight_records_match_their_names():
     for name, record in resnet.PUBLISHED.items():
         arch = re.fullmatch(r"timm/(resnet\d+)\.tv2?_in1k", name)
         assert arch is not None
@@ -525,7 +529,7 @@ def test_records_agree_with_their_names():
 
 @pytest.fixture
 def client(monkeypatch):
-    """A hub's client that notes its calls; set `error` to make it fail."""
+    """A mock of `huggingface_hub` that records calls; it raises `error` if set."""
     module: Any = types.ModuleType("huggingface_hub")
     module.calls, module.error = [], None
 
@@ -540,7 +544,7 @@ def client(monkeypatch):
     return module
 
 
-def test_a_file_is_fetched_as_it_is_and_a_name_from_the_hub(client, tmp_path):
+def test_fetch_returns_a_local_file_or_downloads_a_name(client, tmp_path):
     path = tmp_path / "a.pth"
     path.touch()
     assert hub.fetch(path) == hub.fetch(str(path)) == path
@@ -549,7 +553,7 @@ def test_a_file_is_fetched_as_it_is_and_a_name_from_the_hub(client, tmp_path):
     assert client.calls == [("someone/net.x", "model.safetensors")]
 
 
-def test_offline_the_error_says_how_to_place_the_file(client):
+def test_failed_download_is_an_error_that_names_the_urls(client):
     client.error = OSError("offline mode\nlong story")
     with pytest.raises(ValueError, match="cannot download") as error:
         hub.fetch("timm/resnet50.tv_in1k")
@@ -571,22 +575,22 @@ def test_offline_the_error_says_how_to_place_the_file(client):
         ("/nowhere/at/all", "no weights file"),
     ],
 )
-def test_no_file_and_no_name_is_refused_without_a_download(name, message, client):
+def test_missing_file_is_an_error_without_a_download(name, message, client):
     with pytest.raises(ValueError, match=message):
         hub.fetch(name)
     assert client.calls == []
 
 
-def test_a_directory_is_refused(client, tmp_path):
+def test_directory_without_weights_is_an_error(client, tmp_path):
     with pytest.raises(ValueError, match="is a directory"):
         hub.fetch(tmp_path)
 
 
-# --- a start of training ------------------------------------------------------------
+# --- training from pretrained weights -----------------------------------------------
 
 
 def training_state(streams=pretrained.STREAMS) -> Any:
-    """Parameters and statistics, other ones in each stream; made without compiling."""
+    """Draws different parameters and statistics for each stream, without compiling."""
     shapes = families.variable_shapes(resnet.create("resnet10", 7, width=4), 32)
     rng = np.random.default_rng(0)
     params, stats = (
@@ -602,7 +606,7 @@ def training_state(streams=pretrained.STREAMS) -> Any:
     return params, stats
 
 
-def test_both_streams_start_from_the_file_and_heads_stay_fresh(tmp_path):
+def test_both_streams_start_from_a_weights_file_without_its_classifier(tmp_path):
     model = network(classes=1000)
     path = save(model.state_dict(), tmp_path, "safetensors")
     params, stats = training_state()
@@ -614,8 +618,8 @@ def test_both_streams_start_from_the_file_and_heads_stay_fresh(tmp_path):
     assert jax.tree.structure((new_params, new_stats)) == jax.tree.structure(before)
     expected = to_linen(model.state_dict().items())
     for stream in pretrained.STREAMS:
-        fresh = new_params[stream].pop("fc")
-        jax.tree.map(np.testing.assert_array_equal, fresh, params[stream]["fc"])
+        initial = new_params[stream].pop("fc")
+        jax.tree.map(np.testing.assert_array_equal, initial, params[stream]["fc"])
         start = {"params": new_params[stream], "batch_stats": new_stats[stream]}
         expected["params"].pop("fc", None)
         assert_same(start, expected)
@@ -626,7 +630,7 @@ def test_both_streams_start_from_the_file_and_heads_stay_fresh(tmp_path):
         for stream in pretrained.STREAMS
         for x in jax.tree.leaves(tree[stream])
     ]
-    assert len(set(buffers)) == len(buffers)  # else donation fails
+    assert len(set(buffers)) == len(buffers)  # donation needs distinct buffers
     report = "\n".join(lines)
     for part in (
         str(path),
@@ -638,7 +642,7 @@ def test_both_streams_start_from_the_file_and_heads_stay_fresh(tmp_path):
         assert part in report
 
 
-def test_a_baseline_starts_from_a_known_name(client, tmp_path, monkeypatch):
+def test_baseline_starts_from_a_published_name(client, tmp_path, monkeypatch):
     model = network()
     path = save(model.state_dict(), tmp_path, "safetensors")
     client.hf_hub_download = lambda *_: str(path)
@@ -659,7 +663,7 @@ def test_a_baseline_starts_from_a_known_name(client, tmp_path, monkeypatch):
         start(params, stats, arch="resnet50")
 
 
-def test_a_file_without_a_classifier_starts_the_rest(tmp_path):
+def test_weights_without_a_classifier_start_the_other_layers(tmp_path):
     state = dict(network().state_dict())
     del state["fc.weight"], state["fc.bias"]
     path = save(state, tmp_path, "zip.pth")
@@ -668,8 +672,8 @@ def test_a_file_without_a_classifier_starts_the_rest(tmp_path):
         params, stats, pretrained=path, arch="resnet10"
     )
     (stream,) = stats
-    fresh = new_params[stream].pop("fc")
-    jax.tree.map(np.testing.assert_array_equal, fresh, params[stream]["fc"])
+    initial = new_params[stream].pop("fc")
+    jax.tree.map(np.testing.assert_array_equal, initial, params[stream]["fc"])
     start = {"params": new_params[stream], "batch_stats": new_stats[stream]}
     assert_same(start, to_linen(state.items()))
     assert (
@@ -677,7 +681,7 @@ def test_a_file_without_a_classifier_starts_the_rest(tmp_path):
     )
 
 
-def test_a_start_that_does_not_fit_is_refused(tmp_path):
+def test_pretrained_weights_of_another_size_are_an_error(tmp_path):
     path = save(network(width=8).state_dict(), tmp_path, "safetensors")
     params, stats = training_state(pretrained.STREAMS[:1])
     start = partial(pretrained.start_from, pretrained=path, arch="resnet10")
@@ -690,14 +694,14 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
         start(params, stats)
 
 
-# --- a start from what was trained here ---------------------------------------------
+# --- training from a run or an export -----------------------------------------------
 
 CLASSES = [f"class {i}" for i in range(7)]
 ABOUT = {"width": 4, "stem": "imagenet", "mean": (0.1, 0.2, 0.3), "std": (1, 1, 1)}
 
 
 def save_run(folder, state, *, step=3, names=CLASSES):
-    """Saves a state as a run does."""
+    """Saves a state as a run's checkpoint."""
     params, stats = state
     about = {"model": {"backbone": "resnet10"} | ABOUT, "data": ABOUT}
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -708,7 +712,7 @@ def save_run(folder, state, *, step=3, names=CLASSES):
 
 
 def save_export(folder, state, names=CLASSES):
-    """Writes what `--mode export` does, as far as it matters here."""
+    """Writes the files of `--mode export` that `start_from` reads."""
     stream = pretrained.STREAMS[0]
     variables = {"params": state[0][stream], "batch_stats": state[1][stream]}
     weights.save_torch(folder / "model.safetensors", variables)
@@ -718,13 +722,13 @@ def save_export(folder, state, names=CLASSES):
 
 
 def trained_state(streams=pretrained.STREAMS):
-    """A state far from any fresh one."""
+    """Returns a state far from initial ones."""
     return jax.tree.map(lambda x: x * 0.5 + 3, training_state(streams))
 
 
 @pytest.mark.parametrize("save_as", [save_run, save_export])
 @pytest.mark.parametrize("streams", [pretrained.STREAMS, pretrained.STREAMS[:1]])
-def test_a_run_hands_on_its_classification_stream_and_classifier(
+def test_both_streams_start_from_a_runs_classification_stream(
     save_as, streams, tmp_path
 ):
     trained = trained_state(streams)
@@ -734,9 +738,9 @@ def test_a_run_hands_on_its_classification_stream_and_classifier(
         params, stats, pretrained=folder, arch="resnet10", class_names=CLASSES
     )
     for new, old in zip((new_params, new_stats), trained, strict=True):
-        for stream in pretrained.STREAMS:  # N_ar too, and from N_cls
+        for stream in pretrained.STREAMS:  # N_ar starts from N_cls, too
             assert_same(new[stream], old["classification_stream"])
-    assert (new_params["attention_head"]["bias"] == 1).all()  # fresh
+    assert (new_params["attention_head"]["bias"] == 1).all()  # unchanged
     report = "\n".join(lines)
     for part in (
         "step 3, epoch 2" if save_as is save_run else "model.safetensors",
@@ -748,7 +752,7 @@ def test_a_run_hands_on_its_classification_stream_and_classifier(
         assert part in report
 
 
-def test_a_run_s_newest_checkpoint_is_taken(tmp_path):
+def test_newest_checkpoint_of_a_run_is_used(tmp_path):
     state = training_state(pretrained.STREAMS[:1])
     save_run(tmp_path, trained_state(pretrained.STREAMS[:1]), step=3)
     save_run(tmp_path, state, step=11)
@@ -761,12 +765,14 @@ def test_a_run_s_newest_checkpoint_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("names", "wanted", "classes"),
     [
-        (CLASSES[::-1], CLASSES, 7),  # as many, and not the same
+        (CLASSES[::-1], CLASSES, 7),  # the same number, but other classes
         (CLASSES[:5], CLASSES, 5),
         (CLASSES[:5], (), 5),
     ],
 )
-def test_a_classifier_of_other_classes_stays(save_as, names, wanted, classes, tmp_path):
+def test_classifier_of_other_classes_is_not_used(
+    save_as, names, wanted, classes, tmp_path
+):
     trained: Any = trained_state()
     fc = trained[0]["classification_stream"]["fc"]
     fc["kernel"], fc["bias"] = fc["kernel"][:, :classes], fc["bias"][:classes]
@@ -784,7 +790,7 @@ def test_a_classifier_of_other_classes_stays(save_as, names, wanted, classes, tm
     assert "fc of classification_stream and regularization_stream" in lines[4]
 
 
-def test_a_run_that_does_not_fit_is_refused(tmp_path):
+def test_run_of_another_network_is_an_error(tmp_path):
     save_run(tmp_path, trained_state())
     wide = training_state()
     del wide[0]["classification_stream"]["layer4_0"]["conv1"]
@@ -796,7 +802,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path):
     state = [{"classification_stream": other[c]} for c in ("params", "batch_stats")]
     with pytest.raises(ValueError, match=r"fit resnet18 .*like a resnet10"):
         start(*state, arch="resnet18")
-    # Other directories are not taken for runs.
+    # Other directories are errors, too.
     (empty := tmp_path / "empty").mkdir()
     for folder, message in [
         (empty, "neither a run .* nor an export"),
@@ -810,7 +816,7 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("about", [None, "{", "{}"])
-def test_an_export_without_its_description_is_refused(about, tmp_path):
+def test_export_without_its_config_is_an_error(about, tmp_path):
     save_export(tmp_path, trained_state())
     (tmp_path / "config.json").unlink()
     if about:
@@ -818,12 +824,12 @@ def test_an_export_without_its_description_is_refused(about, tmp_path):
     start = partial(pretrained.start_from, *training_state(), arch="resnet10")
     with pytest.raises(ValueError, match=r"no config\.json of an export"):
         start(pretrained=tmp_path)
-    # As the message says, the file itself will do.
+    # The weights file itself can be used, as the message says.
     assert "fresh: fc of" in start(pretrained=tmp_path / "model.safetensors")[2][4]
 
 
 @pytest.mark.parametrize("save_as", [save_run, save_export])
-def test_how_images_were_normalized_is_known_before_any_work(save_as, tmp_path):
+def test_wrong_normalization_is_an_error_before_any_work(save_as, tmp_path):
     folder = save_as(tmp_path / "first", trained_state(pretrained.STREAMS[:1]))
     about = tuple(ABOUT["mean"]), tuple(ABOUT["std"])
     assert pretrained.normalization(folder) == about
@@ -840,7 +846,7 @@ def test_how_images_were_normalized_is_known_before_any_work(save_as, tmp_path):
     check_config.check(config)
 
 
-def test_how_images_were_normalized_may_be_unknown(tmp_path, monkeypatch):
+def test_normalization_is_none_if_unknown(tmp_path, monkeypatch):
     record = resnet.PUBLISHED["timm/resnet50.tv2_in1k"]
     for name in ("timm/resnet50.tv2_in1k", tmp_path / record.file):
         assert pretrained.normalization(name) == (record.mean, record.std)
@@ -850,7 +856,7 @@ def test_how_images_were_normalized_may_be_unknown(tmp_path, monkeypatch):
             (tmp_path / "config.json").write_text(content)
         for name in ("someone/else", tmp_path, tmp_path / "weights.pth"):
             assert pretrained.normalization(name) is None
-    # No name is no place either: not even that of a run.
+    # An empty name is not the current directory, even if that is a run.
     (tmp_path / "checkpoints").mkdir()
     assert pretrained.normalization(tmp_path) is None  # nothing is saved yet
     save_run(tmp_path, trained_state(pretrained.STREAMS[:1]))
@@ -859,7 +865,7 @@ def test_how_images_were_normalized_may_be_unknown(tmp_path, monkeypatch):
     assert pretrained.normalization("") is None
 
 
-def test_what_was_read_once_need_not_be_read_again(tmp_path):
+def test_opened_weights_can_be_used_without_their_file(tmp_path):
     state = training_state()
     path = save(network().state_dict(), tmp_path, "safetensors")
     expected = pretrained.start_from(*state, pretrained=path, arch="resnet10")
@@ -871,7 +877,7 @@ def test_what_was_read_once_need_not_be_read_again(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
-def test_a_preview_says_what_a_start_would_do_and_needs_no_arrays(tmp_path):
+def test_preview_equals_the_report_of_start_from_and_needs_no_arrays(tmp_path):
     state = training_state()
     abstract = jax.eval_shape(lambda: state)
     path = save(network(classes=1000).state_dict(), tmp_path, "safetensors")
