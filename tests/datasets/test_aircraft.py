@@ -6,7 +6,7 @@ from cra_jax.datasets import sources
 from tests.helpers.dataset_folders import aircraft_tree, labels, names, save_image
 
 
-def test_aircraft_without_its_banner(tmp_path):
+def test_aircraft_images_are_read_without_their_banner(tmp_path):
     root = aircraft_tree(tmp_path)
     data = root / "fgvc-aircraft-2013b" / "data"
     for path in (root, data.parent, data):
@@ -20,19 +20,19 @@ def test_aircraft_without_its_banner(tmp_path):
     record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
     image = record.read(50)
     assert image.shape == (50, 100, 3)
-    assert image[..., 0].min() > 200  # red to its last row
+    assert image[..., 0].min() > 200  # red in every row
     assert image[..., 2].max() < 50
-    # 11 to 60 and 6 to 70, counted from 1, of 100 x 50 pixels
+    # x 11 to 60 and y 6 to 70, counted from 1, of 100 x 50 pixels
     assert record.box == pytest.approx((0.1, 0.1, 0.6, 1))
     assert "20 px cut off" in record.stamp
 
 
-def test_aircraft_without_boxes(tmp_path):
+def test_aircraft_is_read_without_boxes(tmp_path):
     dataset = sources.load("aircraft", aircraft_tree(tmp_path, images_box=""))
     assert dataset.splits["train"][0].box is None
 
 
-AIRCRAFT_MISTAKES = {
+WRONG_LISTS = {
     "unknown variant": (
         {"variants": "An-12\nF-16\n"},
         r"image 0000001 has variant 'F/A-18'",
@@ -51,14 +51,14 @@ AIRCRAFT_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", AIRCRAFT_MISTAKES)
-def test_mistakes_in_aircraft(mistake, tmp_path):
-    changes, message = AIRCRAFT_MISTAKES[mistake]
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_wrong_aircraft_lists_are_errors(case, tmp_path):
+    changes, message = WRONG_LISTS[case]
     with pytest.raises(ValueError, match=message):
         sources.load("aircraft", aircraft_tree(tmp_path, **changes))
 
 
-def test_aircraft_that_is_all_banner(tmp_path):
+def test_aircraft_image_that_is_only_banner_is_an_error(tmp_path):
     aircraft_tree(tmp_path)
     file = tmp_path / "fgvc-aircraft-2013b" / "data" / "images" / "0000001.jpg"
     save_image(file, size=(100, 20))

@@ -4,7 +4,7 @@ from cra_jax.datasets import sources
 from tests.helpers.dataset_folders import csv_tree, labels, names
 
 
-def test_csv_with_splits_and_boxes(tmp_path):
+def test_csv_with_splits_and_boxes_is_read(tmp_path):
     file = csv_tree(
         tmp_path,
         "Path, label ,split,x_min,y_min,x_max,y_max,photographer\n"
@@ -18,7 +18,10 @@ def test_csv_with_splits_and_boxes(tmp_path):
     assert dataset.name == "csv"
     assert dataset.root == tmp_path
     assert dataset.class_names == ("Tit, great", "Wren")
-    assert names(dataset, "train") == ["photos/2.png", "photos/1.png"]  # as listed
+    assert names(dataset, "train") == [
+        "photos/2.png",
+        "photos/1.png",
+    ]  # CSV's order
     assert labels(dataset, "train") == [1, 0]
     assert names(dataset, "test") == ["photos/3.png"]
     assert dataset.splits["train"][0].box == pytest.approx((0.1, 0.1, 0.6, 0.5))
@@ -32,18 +35,18 @@ def test_csv_with_splits_and_boxes(tmp_path):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_csv_of_spreadsheets(separator, encoding, tmp_path):
+def test_csv_of_spreadsheets_is_read(separator, encoding, tmp_path):
     text = "label,split,path\r\n2,train,photos/1.png\r\n10,train,photos/2.png\r\n"
     text += "02,validation,photos/3.png\r\n"
     text = text.replace(",", separator)
     dataset = sources.load("csv", csv_tree(tmp_path, text, encoding=encoding))
     assert dataset.class_names == ("2", "10")
     assert labels(dataset, "train") == [0, 1]
-    assert labels(dataset, "test") == [0]  # 02 is 2
+    assert labels(dataset, "test") == [0]  # 02 equals 2
     assert names(dataset, "test") == ["photos/3.png"]
 
 
-def test_csv_without_splits_draws_as_from_folders(tmp_path):
+def test_csv_without_splits_draws_a_test_split(tmp_path):
     text = "path,label\n" + "".join(f"photos/{i}.png,{i % 2}\n" for i in range(1, 9))
     file = csv_tree(tmp_path, text)
     dataset = sources.load("csv", file, seed=1, test_share=0.5)
@@ -61,7 +64,7 @@ def test_csv_without_splits_draws_as_from_folders(tmp_path):
 ROW = "photos/1.png,a,train\n"
 
 
-CSV_MISTAKES = {
+WRONG_TEXTS = {
     "empty file": ("", r"header \[\] lacks path, label; expected"),
     "no rows": ("path,label\n\n", "there are no rows after the header"),
     "no header": (ROW, r"header .*1\.png.* lacks path, label"),
@@ -102,9 +105,9 @@ CSV_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", CSV_MISTAKES)
-def test_mistakes_in_csv(mistake, tmp_path):
-    text, message = CSV_MISTAKES[mistake]
+@pytest.mark.parametrize("case", WRONG_TEXTS)
+def test_wrong_csv_is_an_error(case, tmp_path):
+    text, message = WRONG_TEXTS[case]
     with pytest.raises(ValueError, match=message) as caught:
         sources.load("csv", csv_tree(tmp_path, text))
     assert str(tmp_path) in str(caught.value)
@@ -125,13 +128,13 @@ def test_mistakes_in_csv(mistake, tmp_path):
         "1,2,3,nan",
     ],
 )
-def test_odd_boxes_in_csv(box, tmp_path):
+def test_wrong_boxes_in_csv_are_errors(box, tmp_path):
     text = f"path,label,x_min,y_min,x_max,y_max\nphotos/1.png,a,{box}\n"
     with pytest.raises(ValueError, match=r"line 2: the box is .*x_min < x_max"):
         sources.load("csv", csv_tree(tmp_path, text))
 
 
-def test_csv_in_another_encoding(tmp_path):
+def test_csv_in_another_encoding_is_an_error(tmp_path):
     file = csv_tree(tmp_path, "path,label\nphotos/1.png,épée\n", encoding="latin-1")
     with pytest.raises(ValueError, match=r"list\.csv: .*save the file as UTF-8"):
         sources.load("csv", file)

@@ -15,7 +15,7 @@ from tests.helpers.dataset_folders import (
 )
 
 
-def test_cub(tmp_path):
+def test_cub_is_read(tmp_path):
     cub_tree(tmp_path / "CUB_200_2011")
     for path in (tmp_path, str(tmp_path / "CUB_200_2011")):
         dataset = sources.load("cub", path)
@@ -29,7 +29,7 @@ def test_cub(tmp_path):
     assert record.read(25).shape == (25, 50, 3)
 
 
-def test_cub_without_boxes_and_with_an_image_too_many(tmp_path):
+def test_cub_is_read_without_boxes_and_unlisted_images_are_noted(tmp_path):
     cub_tree(tmp_path, boxes=False)
     save_image(tmp_path / "images/001.Wren/w3.jpg")
     dataset = sources.load("cub", tmp_path)
@@ -39,7 +39,7 @@ def test_cub_without_boxes_and_with_an_image_too_many(tmp_path):
     assert dataset.notes[0].endswith("w3.jpg")
 
 
-def test_cub_with_gaps_in_its_class_numbers(tmp_path):
+def test_cub_with_gaps_in_its_class_numbers_is_read(tmp_path):
     cub_tree(
         tmp_path,
         classes="17 017.Tit\n9 009.Wren\n",
@@ -50,7 +50,7 @@ def test_cub_with_gaps_in_its_class_numbers(tmp_path):
     assert labels(dataset, "train") == [0, 1]
 
 
-CUB_MISTAKES = {
+WRONG_LISTS = {
     "no labels": ({"image_class_labels": ""}, r"labels\.txt: this file is missing"),
     "no classes": ({"classes": ""}, r"classes\.txt: this file is missing"),
     "one label short": (
@@ -94,15 +94,15 @@ CUB_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", CUB_MISTAKES)
-def test_mistakes_in_cub(mistake, tmp_path):
-    changes, message = CUB_MISTAKES[mistake]
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_wrong_cub_lists_are_errors(case, tmp_path):
+    changes, message = WRONG_LISTS[case]
     with pytest.raises(ValueError, match=message) as caught:
         sources.load("cub", cub_tree(tmp_path, **changes))
     assert str(tmp_path) in str(caught.value)
 
 
-def test_missing_images_are_counted_and_named(tmp_path):
+def test_missing_images_are_an_error_with_their_count_and_names(tmp_path):
     cub_tree(tmp_path)
     for file in (CUB_FILES[0], CUB_FILES[2]):
         (tmp_path / "images" / file).unlink()
@@ -112,7 +112,7 @@ def test_missing_images_are_counted_and_named(tmp_path):
         sources.load("cub", tmp_path)
 
 
-def test_loading_opens_no_image(tmp_path):
+def test_load_opens_no_image(tmp_path):
     cub_tree(tmp_path)
     for file in CUB_FILES:
         (tmp_path / "images" / file).write_bytes(b"not an image")
@@ -122,9 +122,9 @@ def test_loading_opens_no_image(tmp_path):
             use()
 
 
-# Where a mark in the stored image's top left quarter goes once it is upright.
+# The stored image has a white rectangle in its top left quarter.
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_turn_with_the_image(orientation, tmp_path):
+def test_boxes_rotate_with_the_image(orientation, tmp_path):
     cub_tree(tmp_path, bounding_boxes="".join(f"{i} 8 8 24 8\n" for i in range(1, 5)))
     pixels = np.zeros((48, 80, 3), np.uint8)
     pixels[8:16, 8:32] = 255
@@ -147,7 +147,7 @@ def test_boxes_turn_with_the_image(orientation, tmp_path):
     )
 
 
-def test_boxes_follow_the_cut_of_long_images_and_stay_inside(tmp_path):
+def test_boxes_of_cropped_long_images_are_cropped_and_clipped(tmp_path):
     cub_tree(
         tmp_path,
         bounding_boxes="1 950 0 100 5\n2 0 0 10 5\n3 -5 -5 20 20\n4 90 40 99 99\n",
@@ -163,7 +163,7 @@ def test_boxes_follow_the_cut_of_long_images_and_stay_inside(tmp_path):
     assert edge.box == pytest.approx((0, 0, 0.15, 0.3))
 
 
-def test_nabirds_counts_only_classes_with_images(tmp_path):
+def test_nabirds_has_only_classes_with_images(tmp_path):
     dataset = sources.load("nabirds", nabirds_tree(tmp_path / "nabirds").parent)
     assert dataset.name == "nabirds"
     assert dataset.class_names == ("Titmouse", "Junco (Red-backed/Grey)")
@@ -172,7 +172,7 @@ def test_nabirds_counts_only_classes_with_images(tmp_path):
     assert dataset.notes == ("2 of 4 names in classes.txt are groups without images",)
 
 
-def test_nabirds_label_without_a_name(tmp_path):
+def test_nabirds_label_without_a_name_is_an_error(tmp_path):
     root = nabirds_tree(tmp_path, classes="0 Birds\n817 Titmouse\n")
     with pytest.raises(
         ValueError, match=r"image a-2 has class '1010'.*in classes\.txt"

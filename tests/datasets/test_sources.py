@@ -9,7 +9,7 @@ from cra_jax.datasets import sources, synthetic
 from tests.helpers.dataset_folders import labels, names, tree
 
 
-def test_wrong_calls_are_refused(tmp_path):
+def test_wrong_arguments_of_load_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"'birds': choose .*cub, cars, .*csv"):
         sources.load("birds", tmp_path)
     with pytest.raises(ValueError, match=r"'cub' has no option test_share; .*none"):
@@ -32,7 +32,7 @@ HINTS = {
 
 
 @pytest.mark.parametrize("source", HINTS)
-def test_no_empty_or_foreign_path_says_what_is_expected(source, tmp_path):
+def test_missing_or_other_path_is_an_error_that_names_the_layout(source, tmp_path):
     (tmp_path / "note.txt").write_text("nothing else here")
     for path in ("", None, tmp_path / "gone", tmp_path, tmp_path / "note.txt"):
         with pytest.raises(ValueError, match=HINTS[source]) as caught:
@@ -41,32 +41,37 @@ def test_no_empty_or_foreign_path_says_what_is_expected(source, tmp_path):
             assert str(path) in str(caught.value)
 
 
-def test_paths_from_here_and_from_home(tmp_path, monkeypatch):
-    tree(tmp_path / "set", *(f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"))
+def test_relative_and_home_paths_are_resolved(tmp_path, monkeypatch):
+    tree(
+        tmp_path / "dataset",
+        *(f"{s}/{c}/1.png" for s in ("train", "test") for c in "ab"),
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    here, home = sources.load("folder", "set"), sources.load("folder", "~/set")
+    relative, in_home = (
+        sources.load("folder", "dataset"),
+        sources.load("folder", "~/dataset"),
+    )
     monkeypatch.chdir("/")
-    for dataset in (here, home):
+    for dataset in (relative, in_home):
         assert dataset.splits["test"][0].read(32).shape == (32, 38, 3)
-    assert names(here, "train") == names(home, "train")
+    assert names(relative, "train") == names(in_home, "train")
 
 
-def test_every_source_is_tried_above():
+def test_hints_cover_every_source():
     assert set(HINTS) | {"synthetic", "tfds"} == set(sources.SOURCES)
 
 
-def test_unreadable_folder_is_named(tmp_path, monkeypatch):
+def test_unreadable_directory_is_an_error(tmp_path, monkeypatch):
     def deny(self):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "iterdir", deny)  # root may read everything
+    monkeypatch.setattr(Path, "iterdir", deny)  # as root, permissions have no effect
     with pytest.raises(ValueError, match=f"{tmp_path}: Permission denied; make"):
         sources.load("folder", tmp_path)
 
 
-def test_every_option_is_read():
-    """Another value of an option is another data set."""
+def test_every_option_changes_the_dataset():
 
     def contents(**options: Any):
         splits = sources.load("synthetic", **options).splits.values()
@@ -84,7 +89,7 @@ def test_every_option_is_read():
         assert contents(**{option: value}) != contents(), option
 
 
-def test_synthetic():
+def test_synthetic_records_equal_the_drawings():
     options = {"num_species": 6, "habitat_share": 0.8}
     dataset = sources.load("synthetic", seed=3, train_size=60, test_size=12, **options)
 
@@ -107,7 +112,7 @@ def test_synthetic():
         assert record.box == pytest.approx(drawing.box)
 
 
-def test_stamp_of_a_drawing_follows_the_code_that_draws(tmp_path, monkeypatch):
+def test_stamp_of_a_drawing_changes_with_the_code(tmp_path, monkeypatch):
     before = sources.load("synthetic").splits["train"][0].stamp
     changed = tmp_path / "synthetic.py"
     changed.write_text(Path(synthetic.__file__).read_text() + "# redrawn\n")
@@ -115,12 +120,12 @@ def test_stamp_of_a_drawing_follows_the_code_that_draws(tmp_path, monkeypatch):
     assert sources.load("synthetic").splits["train"][0].stamp != before
 
 
-def test_too_few_drawings_to_show_every_species():
+def test_too_few_drawings_for_all_classes_are_an_error():
     with pytest.raises(ValueError, match="2 classes have no training image: "):
         sources.load("synthetic", train_size=6)
 
 
-def test_real_cub(shared_data):
+def test_real_cub_is_read(shared_data):
     dataset = sources.load("cub", shared_data / "cub_10")
     assert [len(dataset.splits[split]) for split in ("train", "test")] == [149, 145]
     assert len(dataset.class_names) == 10
@@ -131,11 +136,16 @@ def test_real_cub(shared_data):
     assert min(dataset.splits["train"][0].read(64).shape[:2]) == 64
 
 
-def test_real_cars(shared_data):
+def test_real_cars_is_read(shared_data):
     dataset = sources.load("cars", shared_data / "stanford_cars_98")
     assert [len(dataset.splits[split]) for split in ("train", "test")] == [3115, 993]
     assert len(dataset.class_names) == 98
     assert dataset.notes == ()
     assert set(labels(dataset, "test")) <= set(range(98))
-    assert dataset.splits["test"][0].box == (0, 0, 1, 1)  # these are cut to the car
+    assert dataset.splits["test"][0].box == (
+        0,
+        0,
+        1,
+        1,
+    )  # cropped to the car
     assert min(dataset.splits["test"][0].read(64).shape[:2]) == 64

@@ -25,7 +25,7 @@ from tests.helpers.dataset_folders import (
     ],
     ids=str,
 )
-def test_cars_devkit(layout, tmp_path):
+def test_cars_with_devkit_is_read(layout, tmp_path):
     devkit_tree(tmp_path / "stanford_cars", **layout)
     for path in (tmp_path, tmp_path / "stanford_cars"):
         dataset = sources.load("cars", path)
@@ -41,11 +41,11 @@ def test_cars_devkit(layout, tmp_path):
     assert record.read(25).shape == (25, 50, 3)
 
 
-def test_cars_without_test_labels_says_which_file_goes_where(tmp_path):
+def test_cars_without_test_labels_is_an_error_that_names_the_file(tmp_path):
     devkit_tree(tmp_path, test_labels=None)
-    place = tmp_path / "cars_test_annos_withlabels.mat"
+    missing = tmp_path / "cars_test_annos_withlabels.mat"
     with pytest.raises(
-        ValueError, match=f"{place}: this file is missing; put it there"
+        ValueError, match=f"{missing}: this file is missing; put it there"
     ):
         sources.load("cars", tmp_path)
     save_mat(tmp_path / "cars_annos.mat", "annotations", [{"a": 1}])
@@ -55,7 +55,7 @@ def test_cars_without_test_labels_says_which_file_goes_where(tmp_path):
         sources.load("cars", tmp_path)
 
 
-def test_unlabelled_test_list_under_the_other_name(tmp_path):
+def test_test_list_without_labels_is_an_error(tmp_path):
     devkit_tree(tmp_path)
     unlabelled = tmp_path / "devkit" / "cars_test_annos.mat"
     unlabelled.replace(tmp_path / "cars_test_annos_withlabels.mat")
@@ -64,7 +64,7 @@ def test_unlabelled_test_list_under_the_other_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 20, None])
-def test_damaged_mat_is_named(content, tmp_path):
+def test_damaged_mat_file_is_an_error(content, tmp_path):
     file = devkit_tree(tmp_path) / "devkit" / "cars_train_annos.mat"
     file.write_bytes(file.read_bytes()[:150] if content is None else content)
     with pytest.raises(
@@ -73,7 +73,7 @@ def test_damaged_mat_is_named(content, tmp_path):
         sources.load("cars", tmp_path)
 
 
-def test_cars_label_out_of_range(tmp_path):
+def test_cars_label_out_of_range_is_an_error(tmp_path):
     devkit_tree(tmp_path)
     rows = car_rows("train")
     rows[1]["class"] = 4
@@ -82,7 +82,7 @@ def test_cars_label_out_of_range(tmp_path):
         sources.load("cars", tmp_path)
 
 
-def test_cars_images_missing_or_too_many(tmp_path):
+def test_unlisted_images_are_noted_and_missing_images_are_an_error(tmp_path):
     devkit_tree(tmp_path)
     save_image(tmp_path / "cars_test" / "00009.jpg")
     (note,) = sources.load("cars", tmp_path).notes
@@ -92,7 +92,7 @@ def test_cars_images_missing_or_too_many(tmp_path):
         sources.load("cars", tmp_path)
 
 
-def test_cars_one_folder(tmp_path):
+def test_cars_in_one_directory_is_read(tmp_path):
     train = car_rows("train", "relative_im_path", "car_ims/", first=1)
     test = car_rows("test", "relative_im_path", "car_ims/", first=5)
     rows = [{**row, "test": 0} for row in train] + [{**row, "test": 1} for row in test]
@@ -112,7 +112,7 @@ def test_cars_one_folder(tmp_path):
         sources.load("cars", tmp_path)
 
 
-def test_cars_class_folders(tmp_path):
+def test_cars_in_class_directories_is_read(tmp_path):
     safe = [name.replace("/", "-") for name in CARS]
     for split, numbers in CAR_LABELS.items():
         for i, number in enumerate(numbers, 1):
@@ -129,7 +129,7 @@ def test_cars_class_folders(tmp_path):
         assert labels(dataset, "train") == [0, 0, 1, 2]
         assert labels(dataset, "test") == [1, 2]
         has_boxes = [record.box is not None for record in dataset.splits["train"]]
-        assert has_boxes == [path == tmp_path] * 4  # the lists lie beside car_data/
+        assert has_boxes == [path == tmp_path] * 4  # the lists are next to car_data/
     dataset = sources.load("cars", tmp_path)
     assert dataset.splits["train"][0].box == pytest.approx((0.11, 0, 0.6, 0.5))
 

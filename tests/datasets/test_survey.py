@@ -27,16 +27,16 @@ def lines_of(dataset: Dataset, **options) -> list[str]:
 
 
 @pytest.fixture
-def dirty(tmp_path) -> Path:
-    """Folders of three classes with something of everything."""
-    root = tmp_path / "set"
+def mixed(tmp_path) -> Path:
+    """Makes a dataset of 3 classes with all special cases of the survey."""
+    root = tmp_path / "dataset"
     for i, name in enumerate(("Tit", "Tit", "Wren", "Wren", "Wren", "Owl")):
         save(noise(i), root / "train" / name / f"{i}.png")
     save(noise(10, 30, 20).convert("L"), root / "train/Owl/grey.png")
     save(noise(11, 500, 20), root / "train/Owl/long.png")
     frames = [noise(i).convert("P") for i in (12, 13)]
-    moving = root / "train/Owl/moving.gif"
-    save(frames[0], moving, save_all=True, append_images=frames[1:])
+    animation = root / "train/Owl/moving.gif"
+    save(frames[0], animation, save_all=True, append_images=frames[1:])
     exif = Image.Exif()
     exif[0x0112] = 6
     save(noise(14), root / "test/Tit/turned.jpg", exif=exif)
@@ -45,7 +45,7 @@ def dirty(tmp_path) -> Path:
     return root
 
 
-def test_a_clean_set(tmp_path):
+def test_survey_of_a_dataset_without_special_cases(tmp_path):
     for i in range(8):
         split = "test" if i < 2 else "train"
         save(noise(i), tmp_path / split / "ab"[i % 2] / f"{i}.jpg")
@@ -66,11 +66,11 @@ def test_a_clean_set(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_dirty_set(dirty, workers):
-    dataset = sources.load("folder", dirty)
+def test_survey_of_a_dataset_with_all_special_cases(mixed, workers):
+    dataset = sources.load("folder", mixed)
     lines = lines_of(dataset, workers=workers)
     assert lines[:9] == [
-        f"folder: 3 classes in {dirty}",
+        f"folder: 3 classes in {mixed}",
         "train: 9 images of 3 classes; of a class 2 to 4, median 3",
         "  fewest, 2: Tit",
         "  most, 4: Owl",
@@ -96,16 +96,16 @@ def test_a_dirty_set(dirty, workers):
     assert lines[-1].startswith("  test/Wren/page.jpg: not an image")
 
 
-def test_duplicates_are_found_by_their_pixels(dirty):
-    train, test = dirty / "train", dirty / "test"
+def test_images_with_equal_pixels_are_duplicates(mixed):
+    train, test = mixed / "train", mixed / "test"
     shutil.copy(train / "Tit/0.png", train / "Wren/copy.png")
     note = PngImagePlugin.PngInfo()
     note.add_text("Comment", "saved again")
     save(Image.open(train / "Tit/1.png"), test / "Tit/again.png", pnginfo=note)
-    save(noise(1, 40, 60), test / "Tit/other.png")  # as many pixels as 1.png
+    save(noise(1, 40, 60), test / "Tit/other.png")  # the same number of pixels as 1.png
     for name in ("x", "y"):
         save(noise(99), test / f"Wren/{name}.png")
-    lines = lines_of(sources.load("folder", dirty))
+    lines = lines_of(sources.load("folder", mixed))
     start = lines.index("duplicates within train: 1")
     assert lines[start:-2] == [
         "duplicates within train: 1",
@@ -118,7 +118,7 @@ def test_duplicates_are_found_by_their_pixels(dirty):
     ]
 
 
-def test_the_shape_is_part_of_the_pixels(tmp_path):
+def test_images_of_different_shapes_are_no_duplicates(tmp_path):
     for i, size in enumerate([(20, 30), (30, 20)]):
         save(Image.new("RGB", size, "red"), tmp_path / f"train/{'ab'[i]}/1.png")
         save(noise(i), tmp_path / f"test/{'ab'[i]}/1.png")
@@ -126,7 +126,7 @@ def test_the_shape_is_part_of_the_pixels(tmp_path):
     assert "duplicates within train: none" in lines
 
 
-def test_many_names_are_cut_short(tmp_path):
+def test_long_lists_of_names_are_truncated(tmp_path):
     for i in range(13):
         save(noise(i, 90, 10), tmp_path / f"train/{'ab'[i % 2]}/{i}.png")
     save(noise(50), tmp_path / "test/a/1.png")
@@ -138,7 +138,7 @@ def test_many_names_are_cut_short(tmp_path):
     assert line.endswith("and 3 more")
 
 
-def test_nothing_but_unreadable_images(tmp_path):
+def test_survey_of_only_unreadable_images(tmp_path):
     for name in ("train/a", "train/b", "test/a"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").write_bytes(b"")
@@ -148,16 +148,16 @@ def test_nothing_but_unreadable_images(tmp_path):
     assert lines[8] == f"contact sheet of 0 of 2 classes: {tmp_path / 'sheet.png'}"
 
 
-def test_a_file_that_went_away_is_named(dirty):
-    dataset = sources.load("folder", dirty)
-    (dirty / "train/Tit/0.png").unlink()
+def test_missing_file_is_listed_as_unreadable(mixed):
+    dataset = sources.load("folder", mixed)
+    (mixed / "train/Tit/0.png").unlink()
     lines = lines_of(dataset)
     assert "unreadable: 2" in lines
     assert any("train/Tit/0.png" in line for line in lines[-2:])
 
 
 def boxed(root: Path, *boxes: str) -> Dataset:
-    """Red images of 100 x 50 pixels in class a and green ones in b, by a CSV."""
+    """Makes a CSV of images of 100 x 50 pixels: class a is red, class b is green."""
     rows = ["path,label,split,x_min,y_min,x_max,y_max"]
     for i, box in enumerate(boxes):
         label = "ab"[i % 2]
@@ -168,20 +168,20 @@ def boxed(root: Path, *boxes: str) -> Dataset:
     return sources.load("csv", root / "list.csv")
 
 
-def test_boxes(tmp_path):
+def test_survey_of_boxes(tmp_path):
     dataset = boxed(
         tmp_path, "0,0,100,50", "50,25,100,50", "0,0,50,50", "200,60,300,70", ",,,"
     )
     lines = lines_of(dataset)
-    place = lines.index("boxes: of 4 images; 0% to 100% of the area, median 38%")
-    assert lines[place + 1] == "  3.png: its box is empty"
+    index = lines.index("boxes: of 4 images; 0% to 100% of the area, median 38%")
+    assert lines[index + 1] == "  3.png: its box is empty"
 
 
-def test_a_box_that_cannot_be_found_is_listed(dirty, tmp_path):
+def test_unreadable_box_is_listed(mixed, tmp_path):
     def fail():
         raise ValueError("no such annotation")
 
-    dataset = sources.load("folder", dirty)
+    dataset = sources.load("folder", mixed)
     content = io.BytesIO()
     noise(1).save(content, "PNG")
     record = Record(
@@ -194,11 +194,11 @@ def test_a_box_that_cannot_be_found_is_listed(dirty, tmp_path):
     )
     dataset.splits["test"] = (record,)
     lines = lines_of(dataset, sheet=tmp_path / "sheet.png")
-    place = lines.index("boxes: of 0 images")
-    assert lines[place + 1] == "  x.png: no such annotation"
+    index = lines.index("boxes: of 0 images")
+    assert lines[index + 1] == "  x.png: no such annotation"
 
 
-def test_the_contact_sheet(tmp_path):
+def test_contact_sheet_shows_images_boxes_and_class_names(tmp_path):
     dataset = boxed(tmp_path, "25,0,100,50", "25,0,100,50", "0,0,50,50", "1,1,9,9")
     file = tmp_path / "new" / "sheet.png"
     lines = lines_of(dataset, sheet=file)
@@ -210,13 +210,13 @@ def test_the_contact_sheet(tmp_path):
             : survey._SIDE_PX, : survey._SIDE_PX
         ]
         assert (tile[56, 56] == color).all()
-        assert (tile[56, 0] == survey._FRAME).all()  # 25 of 100 is the square's edge
-        assert (sheet[row * step :, : survey._NAME_PX][:112] < 100).any()  # its name
+        assert (tile[56, 0] == survey._FRAME).all()  # the box's left edge
+        assert (sheet[row * step :, : survey._NAME_PX][:112] < 100).any()  # class name
     rest = sheet[:, survey._NAME_PX + step :]
-    assert (rest == 255).all()  # one training image each; none of the tests
+    assert (rest == 255).all()  # one training image a class, and no test images
 
 
-def test_the_sheet_takes_few_of_many(tmp_path):
+def test_contact_sheet_shows_a_subset_of_many_images(tmp_path):
     def read(label: int, side_px: int) -> np.ndarray:
         if label == 1:
             raise ValueError("lost")
@@ -238,33 +238,33 @@ def test_the_sheet_takes_few_of_many(tmp_path):
     assert (shown == shown[:, :1]).all()
     values = shown[:, 0, 0].tolist()
     assert values[0] == 0
-    assert values[1] == 128  # grey: it cannot be read
+    assert values[1] == 128  # grey, because it is unreadable
     assert values[2:] == sorted(values[2:])
 
 
-def test_spread():
+def test_spread_selects_evenly_spaced_items():
     assert survey._evenly_spaced(range(10), 5) == [0, 2, 4, 6, 8]
     assert survey._evenly_spaced(range(3), 5) == [0, 1, 2]
     assert survey._evenly_spaced([], 5) == []
 
 
-def test_a_sheet_that_cannot_be_written(dirty):
-    dataset = sources.load("folder", dirty)
-    place = dirty / "train/Tit/0.png/sheet.png"
+def test_unwritable_contact_sheet_is_an_error(mixed):
+    dataset = sources.load("folder", mixed)
+    file = mixed / "train/Tit/0.png/sheet.png"
     with pytest.raises(ValueError, match=r"cannot write the contact sheet .*another"):
-        survey.describe(dataset, sheet=place, progress=False)
+        survey.describe(dataset, sheet=file, progress=False)
 
 
-def test_progress_is_shown(dirty, capsys):
-    survey.describe(sources.load("folder", dirty))
+def test_progress_is_shown(mixed, capsys):
+    survey.describe(sources.load("folder", mixed))
     assert "examining: 12 of 12 images" in capsys.readouterr().err
 
 
-def test_the_real_birds(shared_data, tmp_path):
+def test_survey_of_real_birds(shared_data, tmp_path):
     dataset = sources.load("cub", shared_data / "cub_10")
     lines = lines_of(dataset, sheet=tmp_path / "sheet.png")
     assert "kinds: 294 JPEG RGB" in lines
     assert "unreadable: none" in lines
-    place = lines.index("duplicates between the splits: 1")  # a fault of CUB itself
-    assert "Crested_Auklet_0024_2676149281.jpg (train) = " in lines[place + 1]
-    assert "LABELS DIFFER: 005.Crested_Auklet / 007.Par" in lines[place + 1]
+    index = lines.index("duplicates between the splits: 1")  # an error in CUB
+    assert "Crested_Auklet_0024_2676149281.jpg (train) = " in lines[index + 1]
+    assert "LABELS DIFFER: 005.Crested_Auklet / 007.Par" in lines[index + 1]

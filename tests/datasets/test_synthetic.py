@@ -1,4 +1,4 @@
-"""The drawn data set: the same everywhere, balanced, and true about its own clues."""
+"""The synthetic dataset: its pixels, labels, boxes, masks and habitats."""
 
 import hashlib
 import time
@@ -20,13 +20,13 @@ PINNED = {
 
 
 def _plan(split, index, num_species=8, habitat_share=0.85):
-    """(label, habitat) without the cost of drawing."""
+    """Returns (label, habitat) without drawing the image."""
     stream = Stream(0, SPLITS.index(split), index)
     return synthetic._plan(stream, split, index, num_species, habitat_share)
 
 
 def _sha256(size_px: int) -> str:
-    """Of two images of each habitat, over all splits."""
+    """Returns the digest of 16 images of each split."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for index in range(16):
@@ -37,15 +37,15 @@ def _sha256(size_px: int) -> str:
 
 
 @pytest.mark.parametrize("size_px", PINNED)
-def test_pixels_are_pinned(size_px):
-    """A change here changes every figure in the README: it must be meant."""
+def test_pixels_have_not_changed(size_px):
+    """A change of the pixels changes every figure in the README."""
     assert _sha256(size_px) == PINNED[size_px]
 
 
-def test_an_image_is_a_function_of_its_arguments_alone():
+def test_drawing_depends_only_on_its_arguments():
     first = draw("train", 5)
     draw("test", 9)
-    numbers: Any = np.array([5, 64, 8])  # NumPy's integers, as an index array gives
+    numbers: Any = np.array([5, 64, 8])  # NumPy integers, as in an array of indices
     again = draw("train", numbers[0], size_px=numbers[1], num_species=numbers[2])
     assert type(again.label) is type(again.habitat) is int
     np.testing.assert_array_equal(first.image, again.image)
@@ -56,7 +56,7 @@ def test_an_image_is_a_function_of_its_arguments_alone():
     )
 
 
-def test_seed_split_and_index_each_make_another_image():
+def test_seed_split_and_index_change_the_drawing():
     images = [
         draw("train", 8),
         draw("train", 16),
@@ -69,7 +69,7 @@ def test_seed_split_and_index_each_make_another_image():
     assert len(boxes) == len(images)
 
 
-def test_shapes_types_and_names():
+def test_drawing_has_the_documented_shapes_and_types():
     drawing = draw("test", 13, size_px=48)
     assert drawing.image.shape == (48, 48, 3)
     assert drawing.image.dtype == drawing.mask.dtype == np.uint8
@@ -81,9 +81,9 @@ def test_shapes_types_and_names():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_scene_does_not_depend_on_the_size(split):
+def test_scene_does_not_depend_on_the_image_size(split):
     for index in range(8):
-        # At home, so that the eight images show the eight habitats.
+        # With habitat_share=1, the eight images show the eight habitats.
         large, small = (
             draw(split, index, size_px=n, habitat_share=1.0) for n in (128, 64)
         )
@@ -97,8 +97,8 @@ def test_the_scene_does_not_depend_on_the_size(split):
         assert np.abs(cover - small.mask).mean() < 1
 
 
-def test_windows_cut_nothing_off(monkeypatch):
-    """Shapes are painted inside windows for speed alone."""
+def test_drawing_in_windows_changes_no_pixel(monkeypatch):
+    """Shapes are drawn inside windows only for speed."""
     windowed = [draw("train", index, habitat_share=1.0) for index in range(16)]
     everywhere = (slice(None), slice(None))
     monkeypatch.setattr(Canvas, "slices", lambda self, box: everywhere)
@@ -108,8 +108,8 @@ def test_windows_cut_nothing_off(monkeypatch):
         np.testing.assert_array_equal(drawing.image, whole.image)
 
 
-def test_the_box_is_tight(monkeypatch):
-    # The bird is painted in a window of its box, which would hide a box too small.
+def test_box_encloses_the_mask_tightly(monkeypatch):
+    # Without windows: the window of the bird would hide a box that is too small.
     everywhere = (slice(None), slice(None))
     monkeypatch.setattr(Canvas, "slices", lambda self, box: everywhere)
     size = 256
@@ -117,30 +117,30 @@ def test_the_box_is_tight(monkeypatch):
         drawing = draw("train", index, size_px=size)
         rows, columns = np.nonzero(drawing.mask > 127)
         seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-        # A beak's tip covers less than half of its last pixels, and some of the next.
+        # The tip of the beak covers less than half of its last pixels.
         np.testing.assert_allclose(np.array(drawing.box) * size, seen, atol=3.0)
         rows, columns = np.nonzero(drawing.mask)
         fringe = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         np.testing.assert_allclose(fringe, np.array(drawing.box) * size, atol=3.0)
 
 
-def test_the_mask_is_the_bird():
-    """The same bird before another habitat: where the mask is full, nothing changes."""
+def test_another_habitat_changes_no_pixel_inside_the_mask():
+    """The bird is the same in both drawings."""
     changed = 0
     for index in range(32):
-        home = draw("train", index, habitat_share=1.0)
-        away = draw("train", index, habitat_share=0.0)
-        assert home.habitat != away.habitat
-        np.testing.assert_array_equal(home.mask, away.mask)
-        inside = home.mask == 255
+        own_habitat = draw("train", index, habitat_share=1.0)
+        other_habitat = draw("train", index, habitat_share=0.0)
+        assert own_habitat.habitat != other_habitat.habitat
+        np.testing.assert_array_equal(own_habitat.mask, other_habitat.mask)
+        inside = own_habitat.mask == 255
         assert inside.sum() > 100
-        gap = np.abs(home.image.astype(int) - away.image).max(-1)
+        gap = np.abs(own_habitat.image.astype(int) - other_habitat.image).max(-1)
         assert gap[inside].max() <= 1
         changed += (gap[~inside] > 8).mean()
     assert changed / 32 > 0.7
 
 
-def test_the_bird_keeps_its_distance_from_the_border():
+def test_birds_have_a_margin_to_the_border():
     sides = []
     for index in range(400):
         stream = Stream(0, 0, index)
@@ -154,7 +154,7 @@ def test_the_bird_keeps_its_distance_from_the_border():
 
 
 @pytest.mark.parametrize("num_species", [2, 5, 8])
-def test_labels_are_balanced_and_habitats_follow(num_species):
+def test_labels_are_balanced_and_all_habitats_occur(num_species):
     plans = [_plan("test_shifted", i, num_species) for i in range(40 * num_species)]
     labels, habitats = np.transpose(plans)
     assert np.bincount(labels).tolist() == [40] * num_species
@@ -167,46 +167,46 @@ def test_labels_are_balanced_and_habitats_follow(num_species):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("share", [0.0, 0.6, 0.85, 1.0])
-def test_the_habitat_goes_with_the_species_in_the_share_asked_for(split, share):
+def test_habitat_share_is_the_share_of_images_in_the_species_own_habitat(split, share):
     count = 2048
     plans = [_plan(split, index, habitat_share=share) for index in range(count)]
     at_home = np.mean([label == habitat for label, habitat in plans])
-    # Four standard deviations; none at 0 and 1.
+    # Four standard deviations; they are 0 for a share of 0 or 1.
     assert abs(at_home - share) <= 4 * (share * (1 - share) / count) ** 0.5
 
 
-def test_shifted_habitats_are_never_home_and_evenly_spread():
+def test_shifted_habitats_are_uniform_over_the_other_habitats():
     pairs = np.zeros((8, 8), int)
     for index in range(8000):
         pairs[_plan("test_shifted", index, habitat_share=1.0)] += 1
     assert np.trace(pairs) == 0
-    away = pairs[~np.eye(8, dtype=bool)]
+    other_habitat = pairs[~np.eye(8, dtype=bool)]
     expected = 8000 / 56
-    assert np.abs(away - expected).max() < 4.5 * expected**0.5
+    assert np.abs(other_habitat - expected).max() < 4.5 * expected**0.5
 
 
-def test_no_part_settles_the_species():
-    kinds = synthetic._SPECIES
+def test_no_single_part_determines_the_species():
+    species = synthetic._SPECIES
     for part in ("crown", "bars", "breast", "tail", "ring", "beak", "beak_length"):
-        values = [getattr(kind, part) for kind in kinds]
+        values = [getattr(bird, part) for bird in species]
         assert all(values.count(value) >= 2 for value in values), part
-    assert len({(kind.crown, kind.breast) for kind in kinds}) == len(kinds)
+    assert len({(bird.crown, bird.breast) for bird in species}) == len(species)
 
 
-def test_parts_show_at_64_px():
-    """Species drawn over one pose and habitat differ in some pixels, and only few."""
+def test_species_differ_in_few_pixels_at_64_px():
+    """Two species are drawn with the same pose and habitat."""
     for label in range(1, 8):
         stream = [Stream(0, 0, 0) for _ in range(2)]
         canvas = [Canvas.blank(64) for _ in range(2)]
-        for s, c, kind in zip(stream, canvas, (label, label - 1), strict=True):
+        for s, c, species in zip(stream, canvas, (label, label - 1), strict=True):
             c.rgb[:] = 0.5
-            synthetic._bird(s, c, synthetic._pose(s, synthetic._SPECIES[kind]))
+            synthetic._bird(s, c, synthetic._pose(s, synthetic._SPECIES[species]))
         gap = np.abs(canvas[0].rgb - canvas[1].rgb).max(0)
         assert 8 < (gap > 0.2).sum() < 0.1 * 64 * 64
 
 
-def test_some_parts_are_worn_most_are_not():
-    """The redness of the middle of a red crown, over many birds of one species."""
+def test_parts_are_visible_in_most_images():
+    """Counts the red crowns over many birds of one species."""
     size, red = 64, []
     for index in range(0, 8 * 150, 8):
         stream = Stream(0, 0, index)
@@ -234,27 +234,27 @@ def test_some_parts_are_worn_most_are_not():
         ({"habitat_share": float("nan")}, "habitat_share is nan"),
     ],
 )
-def test_bad_arguments_are_named_with_the_cure(arguments, message):
+def test_wrong_arguments_of_draw_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         draw(**({"split": "train", "index": 0} | arguments))
 
 
-def test_class_names_checks_its_argument():
+def test_wrong_argument_of_class_names_is_an_error():
     with pytest.raises(ValueError, match="num_species is 9"):
         class_names(9)
 
 
-def test_contact_sheet_holds_the_images_by_place():
+def test_contact_sheet_shows_the_drawings_in_order():
     sheet = contact_sheet(size_px=40, num_species=3, columns=2, gap_px=2)
     assert sheet.shape == (3 * 42 + 2, 4 * 42 + 8, 3)
-    home = draw("train", 4, size_px=40, num_species=3).image
-    np.testing.assert_array_equal(sheet[44:84, 44:84], home)
-    away = draw("test_shifted", 5, size_px=40, num_species=3).image
-    np.testing.assert_array_equal(sheet[86:126, 132:172], away)
+    own_habitat = draw("train", 4, size_px=40, num_species=3).image
+    np.testing.assert_array_equal(sheet[44:84, 44:84], own_habitat)
+    other_habitat = draw("test_shifted", 5, size_px=40, num_species=3).image
+    np.testing.assert_array_equal(sheet[86:126, 132:172], other_habitat)
     assert (sheet[:, 86:90] == 255).all()
 
 
-def test_command_line_saves_the_sheet(tmp_path, capsys):
+def test_command_line_saves_the_contact_sheet(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert synthetic._main([str(out)]) == 0
     with Image.open(out) as image:
@@ -265,8 +265,8 @@ def test_command_line_saves_the_sheet(tmp_path, capsys):
     )
 
 
-def test_speed(capsys):
-    """Prints how long an image takes; machines differ: nothing is asserted."""
+def test_print_drawing_time(capsys):
+    """Prints the time of one drawing; the test asserts no time, as machines differ."""
     start = time.perf_counter()
     drawings = [draw("train", index) for index in range(64)]
     spent = (time.perf_counter() - start) / len(drawings)

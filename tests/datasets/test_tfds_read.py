@@ -1,4 +1,4 @@
-"""Real array_record sets, which tfds builds here without TensorFlow."""
+"""Reading tfds datasets; tfds builds them as array_record without TensorFlow."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from cra_jax.input import decoding, image_cache
 from cra_jax.input.records import Record
 from tests.helpers.tiny_tfds import build, jpeg, labelled, plain, rows
 
-BOX = (0.125, 0.25, 0.5, 0.75)  # as tfds has it: y_min, x_min, y_max, x_max
+BOX = (0.125, 0.25, 0.5, 0.75)  # tfds order: y_min, x_min, y_max, x_max
 
 
 def content(record: Record) -> bytes:
@@ -24,10 +24,10 @@ def content(record: Record) -> bytes:
     return record.content()
 
 
-# --- what is read -------------------------------------------------------------------
+# --- features -----------------------------------------------------------------------
 
 
-def test_features_like_those_of_caltech_birds2011(tmp_path):
+def test_features_of_caltech_birds2011_are_read(tmp_path):
     species = "wren", "tit", "owl"
     stored = {
         f"{split}/{i}.jpg": {
@@ -75,7 +75,7 @@ def test_features_like_those_of_caltech_birds2011(tmp_path):
             assert record.label == row["label"]
             assert content(record) == row["image"]
             assert np.array_equal(record.read(8), decoding.read(row["image"], 8))
-            if record.name == "train/4.jpg":  # rotated clockwise: y became 1 - x
+            if record.name == "train/4.jpg":  # rotated clockwise: y becomes 1 - x
                 assert record.read(8).shape == (16, 8, 3)
                 assert record.box == pytest.approx((0.5, 0.25, 0.875, 0.75))
             elif record.name == "train/5.jpg":
@@ -84,11 +84,11 @@ def test_features_like_those_of_caltech_birds2011(tmp_path):
                 assert record.box == pytest.approx((0.25, 0.125, 0.75, 0.5))
 
 
-def test_names_of_classes_and_numbers_for_images(tmp_path):
+def test_class_names_of_label_are_used_and_images_are_numbered(tmp_path):
     features = {
         "image": tfds.features.Image(),
         "label": tfds.features.ClassLabel(names=["wren", "tit"]),
-        "label_name": tfds.features.Text(),  # of no use where the label has names
+        "label_name": tfds.features.Text(),  # not used, as the label has names
     }
     splits = {
         split: [{**row, "label_name": str(row["label"])} for row in rows(*span)]
@@ -104,7 +104,7 @@ def test_names_of_classes_and_numbers_for_images(tmp_path):
     assert {content(record): record.label for record in train} == by_content
 
 
-def test_file_names_that_train_and_test_share_become_numbers(tmp_path):
+def test_file_names_in_both_splits_are_replaced_by_numbers(tmp_path):
     features = {**labelled(), "file_name": tfds.features.Text()}
     train, test = (
         [{**row, "file_name": f"{i}.jpg"} for i, row in enumerate(rows(2, first))]
@@ -120,7 +120,7 @@ def test_file_names_that_train_and_test_share_become_numbers(tmp_path):
     ("bbox_format", "corners"),
     [("REL_XYXY", BOX), (None, (1.0, 2.0, 3.0, 4.0)), (None, (0.5, 0.5, 0.5, 0.5))],
 )
-def test_boxes_that_say_something_else_are_not_used(tmp_path, bbox_format, corners):
+def test_boxes_of_another_format_are_not_used(tmp_path, bbox_format, corners):
     box = tfds.features.BBox(*corners)
     both = [{**row, "bbox": box} for row in rows(2)]
     features = {
@@ -132,14 +132,14 @@ def test_boxes_that_say_something_else_are_not_used(tmp_path, bbox_format, corne
     assert [e.box for e in found["train"]] == [None, None]
 
 
-def test_numbers_stay_where_the_names_are_not_one_for_each_class(tmp_path):
+def test_class_names_are_numbers_if_names_are_not_unique(tmp_path):
     features = {**labelled(), "label_name": tfds.features.Text()}
     both = [{**row, "label_name": "bird"} for row in rows(2)]
     build(tmp_path, "same", features, {"train": both, "test": both})
     assert tfds_read.read_dataset("same", tmp_path).class_names == ("0", "1")
 
 
-def test_a_set_built_anew_has_other_stamps_and_is_read_anew(tmp_path):
+def test_rebuilt_dataset_has_other_stamps_and_contents(tmp_path):
     plain(tmp_path)
     before = sources.load("tfds", tmp_path, name="plain").splits["train"]
     again = sources.load("tfds", tmp_path, name="plain").splits["train"]
@@ -153,16 +153,16 @@ def test_a_set_built_anew_has_other_stamps_and_is_read_anew(tmp_path):
     assert {content(r) for r in after}.isdisjoint(old)
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+def test_undecodable_image_is_an_error(tmp_path):
     both = [*rows(2), {"image": b"no image", "label": 0}]
     plain(tmp_path, train=both, test=both)
     records = sources.load("tfds", tmp_path, name="plain").splits["train"]
-    (junk,) = [record for record in records if content(record) == b"no image"]
-    with pytest.raises(decoding.ImageError, match=f"^{junk.name}: not an image"):
-        junk.read(8)
+    (undecodable,) = [record for record in records if content(record) == b"no image"]
+    with pytest.raises(decoding.ImageError, match=f"^{undecodable.name}: not an image"):
+        undecodable.read(8)
 
 
-def test_images_are_prepared(tmp_path):
+def test_images_of_tfds_are_cached(tmp_path):
     plain(tmp_path)
     records = sources.load("tfds", tmp_path, name="plain").splits["train"]
     prepared = image_cache.prepare(
@@ -173,7 +173,7 @@ def test_images_are_prepared(tmp_path):
         assert np.array_equal(prepared[i], decoding.read(content(record), 8))
 
 
-def test_progress_can_be_silenced(tmp_path, capsys):
+def test_progress_is_printed_by_default(tmp_path, capsys):
     plain(tmp_path)
     tfds_read.read_dataset("plain", tmp_path)
     assert "labels of plain: 6 of 6 images" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_progress_can_be_silenced(tmp_path, capsys):
 # --- splits -------------------------------------------------------------------------
 
 
-def test_validation_serves_where_there_is_no_test(tmp_path):
+def test_validation_is_the_test_split_if_there_is_no_test(tmp_path):
     plain(tmp_path, train=rows(2), validation=rows(4, 10), extra=rows(2, 20))
     dataset = sources.load("tfds", tmp_path, name="plain")
     assert set(dataset.splits) == {"train", "test"}
@@ -193,7 +193,7 @@ def test_validation_serves_where_there_is_no_test(tmp_path):
     assert dataset.notes[1:] == ("the split 'extra' is not used",)
 
 
-def test_test_goes_before_validation(tmp_path):
+def test_test_is_preferred_to_validation(tmp_path):
     plain(tmp_path, train=rows(2), validation=rows(4, 10), test=rows(2, 20))
     found = tfds_read.read_dataset("plain", tmp_path)
     assert len(found.splits["test"]) == 2
@@ -201,25 +201,25 @@ def test_test_goes_before_validation(tmp_path):
 
 
 @pytest.mark.parametrize("only", ["train", "test"])
-def test_one_split_is_not_enough(tmp_path, only):
+def test_single_split_is_an_error(tmp_path, only):
     plain(tmp_path, **{only: rows(2)})
     with pytest.raises(ValueError, match=f"its splits are {only}; train is needed"):
         tfds_read.read_dataset("plain", tmp_path)
 
 
-# --- what is refused ----------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------
 
 
-def test_a_set_that_is_not_built(tmp_path):
+def test_unbuilt_dataset_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="'mnist' is not built there; build") as caught:
         sources.load("tfds", tmp_path, name="mnist")
     message = str(caught.value)
     assert "--mode prepare" in message
     assert 'pip install ".[tfds-build]"' in message
-    assert "sha256" not in message  # of the archives, which tfds downloads itself
+    assert "sha256" not in message  # tfds downloads the archives itself
 
 
-def test_cars_says_which_archives_go_where(tmp_path):
+def test_unbuilt_cars196_is_an_error_that_lists_the_archives(tmp_path):
     with pytest.raises(ValueError, match="dead since 2023") as caught:
         tfds_read.read_dataset("cars196:2.1.0", tmp_path)
     message = str(caught.value)
@@ -227,25 +227,25 @@ def test_cars_says_which_archives_go_where(tmp_path):
     assert "--config.data.source=cars" in message
     listed = (
         Path(tfds.__file__).parent / "url_checksums" / "cars196.txt"
-    ).read_text()  # what tfds itself will check
+    ).read_text()  # the checksums that tfds checks
     assert len(listed.splitlines()) == 4
     for line in listed.splitlines():
         _, size, sha256, file = line.split("\t")
         assert f"    {file}  {size} bytes\n        sha256 {sha256}" in message
 
 
-def test_where_a_set_is_to_be_built(tmp_path):
+def test_where_to_build_is_none_for_a_built_dataset(tmp_path):
     assert tfds_read.build_directory("plain", tmp_path) == tmp_path
     root = plain(tmp_path)
     assert tfds_read.build_directory("plain", tmp_path) is None
     assert tfds_read.build_directory("plain:2.0.0", tmp_path) == tmp_path
-    described = root / "dataset_info.json"
-    described.write_text(described.read_text().replace("array_record", "tfrecord"))
+    info_file = root / "dataset_info.json"
+    info_file.write_text(info_file.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="stored as tfrecord"):
         tfds_read.build_directory("plain", tmp_path)
 
 
-def test_misspelt_sets_and_versions(tmp_path):
+def test_misspelled_names_and_versions_are_errors(tmp_path):
     with pytest.raises(
         ValueError, match=r"no dataset of that name; meant is caltech_bi"
     ):
@@ -261,7 +261,7 @@ def test_misspelt_sets_and_versions(tmp_path):
         sources.load("tfds", tmp_path)
 
 
-def test_without_a_path_it_is_where_tfds_keeps_its_sets(tmp_path, monkeypatch):
+def test_default_path_is_the_data_dir_of_tfds(tmp_path, monkeypatch):
     plain(tmp_path)
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path.parent))
@@ -269,15 +269,15 @@ def test_without_a_path_it_is_where_tfds_keeps_its_sets(tmp_path, monkeypatch):
         assert len(sources.load("tfds", path, name="plain").splits["train"]) == 4
 
 
-def test_a_set_that_only_tensorflow_reads(tmp_path):
-    described = plain(tmp_path) / "dataset_info.json"
-    text = described.read_text().replace("array_record", "tfrecord")
-    described.write_text(text)
+def test_tfrecord_dataset_is_an_error(tmp_path):
+    info_file = plain(tmp_path) / "dataset_info.json"
+    text = info_file.read_text().replace("array_record", "tfrecord")
+    info_file.write_text(text)
     with pytest.raises(ValueError, match=r"stored as tfrecord, .* move that folder aw"):
         tfds_read.read_dataset("plain", tmp_path)
 
 
-def test_damaged_sets(tmp_path):
+def test_damaged_dataset_is_an_error(tmp_path):
     root = plain(tmp_path)
     records = sources.load("tfds", tmp_path, name="plain").splits["train"]
     (shard,) = root.glob("*train*")
@@ -286,7 +286,7 @@ def test_damaged_sets(tmp_path):
     damaged = bytearray(intact)
     damaged[300] ^= 255
     shard.write_bytes(damaged)
-    tfds_read._source.cache_clear()  # what an open file holds may be read still
+    tfds_read._source.cache_clear()  # an open file may still be readable
     with pytest.raises(decoding.ImageError, match=r"image \d of 'train' cannot be"):
         _ = [record.read(8) for record in records]
     with pytest.raises(ValueError, match=r"'train' of plain is damaged .* remove"):
@@ -302,28 +302,28 @@ def test_damaged_sets(tmp_path):
         tfds_read.read_dataset("plain", tmp_path)
 
 
-def test_images_without_a_class(tmp_path):
+def test_images_without_a_class_are_an_error(tmp_path):
     unlabelled = [{**row, "label": -1} for row in rows(2)]
     plain(tmp_path, train=rows(2), test=unlabelled)
     with pytest.raises(ValueError, match=r"2 of 2 images of 'test' have no class .*-1"):
         tfds_read.read_dataset("plain", tmp_path)
 
 
-def test_sets_of_another_kind(tmp_path):
+def test_datasets_without_uint8_images_and_labels_are_errors(tmp_path):
     both = [{**row, "label": "wren"} for row in rows(2)]
     features = {**labelled(), "label": tfds.features.Text()}
     build(tmp_path, "texts", features, {"train": both, "test": both})
     with pytest.raises(ValueError, match="not have uint8 images of one class each"):
         tfds_read.read_dataset("texts", tmp_path)
 
-    described = plain(tmp_path) / "features.json"
-    text = described.read_text().replace('"uint8"', '"uint16"')
-    described.write_text(text)
+    info_file = plain(tmp_path) / "features.json"
+    text = info_file.read_text().replace('"uint8"', '"uint16"')
+    info_file.write_text(text)
     with pytest.raises(ValueError, match="not have uint8 images of one class each"):
         tfds_read.read_dataset("plain", tmp_path)
 
 
-def test_the_keys_that_a_set_names_as_supervised(tmp_path):
+def test_supervised_keys_are_used_as_image_and_label(tmp_path):
     features = {
         "photo": tfds.features.Image(),
         "breed": tfds.features.ClassLabel(num_classes=2),
@@ -334,11 +334,11 @@ def test_the_keys_that_a_set_names_as_supervised(tmp_path):
         for row in rows(2)
     ]
     root = build(tmp_path, "dogs", features, {"train": both, "test": both})
-    described = root / "dataset_info.json"
-    info = json.loads(described.read_text())
+    info_file = root / "dataset_info.json"
+    info = json.loads(info_file.read_text())
     pair = [{"featureKey": "photo"}, {"featureKey": "breed"}]
     info["supervisedKeys"] = {"tuple": {"items": pair}}
-    described.write_text(json.dumps(info))
-    found = tfds_read.read_dataset("dogs", tmp_path)
+    info_file.write_text(json.dumps(info))
+    found = tfds_read.read_set("dogs", tmp_path)
     assert found.class_names == ("a", "b")
     assert {e.content() for e in found.splits["train"]} == {r["photo"] for r in both}
