@@ -1,4 +1,4 @@
-"""The order is a function of (seed, epoch, index), and every image counts once."""
+"""Training batches as a function of (seed, epoch, index); evaluation batches."""
 
 import hashlib
 import itertools
@@ -16,13 +16,13 @@ from cra_jax.runtime.prefetch import prefetch
 CROP = 8
 
 
-def tell(image: np.ndarray) -> int:
-    """The index that `numbered` wrote into the third channel of every pixel."""
+def index_of(image: np.ndarray) -> int:
+    """Returns the index that `numbered` wrote into the third channel."""
     return int(image[0, 0, 2])
 
 
 def numbered(*sizes: tuple[int, int]) -> list[np.ndarray]:
-    """Images whose pixel at (y, x) is (y, x, index): a window tells where it was."""
+    """Makes images whose pixel at (y, x) is (y, x, index)."""
     images = []
     for i, (height, width) in enumerate(sizes):
         y, x = np.mgrid[:height, :width]
@@ -52,23 +52,23 @@ def assert_same(one: dict, other: dict) -> None:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_batch_holds_what_its_index_says():
+def test_images_and_labels_of_a_batch_match_its_index():
     batches = train()
     for step in range(3 * batches.steps_per_epoch):
         batch = batches.batch(step)
         assert batch["image"].shape == (4, CROP, CROP, 3)
-        kinds = {name: value.dtype for name, value in batch.items()}
-        assert kinds == {
+        dtypes = {name: value.dtype for name, value in batch.items()}
+        assert dtypes == {
             "image": np.uint8,
             "flip": np.bool_,
             "label": np.int32,
             "index": np.int32,
         }
-        assert [tell(image) for image in batch["image"]] == batch["index"].tolist()
+        assert [index_of(image) for image in batch["image"]] == batch["index"].tolist()
         np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
 
 
-def test_crops_are_windows_of_the_image_as_it_stands():
+def test_crops_are_unflipped_windows_of_the_image():
     y, x = np.mgrid[:CROP, :CROP]
     for image in train().batch(0)["image"]:
         np.testing.assert_array_equal(image[..., 0], y + image[0, 0, 0])
@@ -76,22 +76,22 @@ def test_crops_are_windows_of_the_image_as_it_stands():
 
 
 @pytest.mark.parametrize(("workers", "depth"), [(1, 1), (4, 1), (1, 8), (4, 8)])
-def test_workers_and_depth_change_nothing(workers, depth):
-    # A new object for each: what one has cached must not matter to the other.
+def test_batches_do_not_depend_on_workers_and_depth(workers, depth):
+    # Two objects, because one may cache values.
     ahead = prefetch(train().batch, 3, 18, workers=workers, depth=depth)
     plain = train()
     for step, batch in zip(range(3, 18), ahead, strict=True):
         assert_same(batch, plain.batch(step))
 
 
-def test_resumed_at_any_step_goes_on_alike():
+def test_resumed_batches_equal_uninterrupted_batches():
     whole = [train().batch(step) for step in range(12)]
-    for step in reversed(range(12)):  # asked backwards, and by an object that is new
+    for step in reversed(range(12)):  # in reverse order, each from a new object
         assert_same(train().batch(step), whole[step])
 
 
-def test_the_stream_is_pinned():
-    """Another NumPy, machine or version of this code must not shuffle differently."""
+def test_batches_have_not_changed():
+    """The order must not depend on NumPy's version, the machine or code changes."""
     batches = train()
     digest = hashlib.sha256()
     for step in range(12):
@@ -105,7 +105,7 @@ def test_the_stream_is_pinned():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**64 - 1))
-def test_every_image_at_most_once_an_epoch(count, batch_size, seed):
+def test_every_image_occurs_at_most_once_an_epoch(count, batch_size, seed):
     batch_size = min(batch_size, count)
     batches = train(count, seed=seed, batch_size=batch_size)
     steps = batches.steps_per_epoch
@@ -117,7 +117,7 @@ def test_every_image_at_most_once_an_epoch(count, batch_size, seed):
         assert len(set(index.tolist())) == len(index) == steps * batch_size
 
 
-def test_other_images_are_dropped_each_epoch():
+def test_dropped_images_differ_between_epochs():
     batches = train(7, batch_size=4)
     assert (batches.steps_per_epoch, batches.dropped_per_epoch) == (1, 3)
     seen = [frozenset(batches.batch(step)["index"].tolist()) for step in range(30)]
@@ -125,9 +125,9 @@ def test_other_images_are_dropped_each_epoch():
     assert frozenset.union(*seen) == frozenset(range(7))
 
 
-def test_seed_and_epoch_both_change_order_crop_and_flip():
+def test_seed_and_epoch_change_order_crops_and_flips():
     def drawn(seed, epoch):
-        """Per image, so that the order and the crops are told apart."""
+        """Returns the order, and crops and flips sorted by image."""
         batches = train(20, sizes=[(30, 30)] * 20, seed=seed, batch_size=20)
         batch = batches.batch(epoch)
         sort = np.argsort(batch["index"])
@@ -140,7 +140,7 @@ def test_seed_and_epoch_both_change_order_crop_and_flip():
             assert not np.array_equal(one, two)
 
 
-def test_an_image_keeps_its_crop_whatever_the_batch_size():
+def test_crops_and_flips_do_not_depend_on_the_batch_size():
     def drawn(batch_size):
         batches = train(20, batch_size=batch_size)
         rows = {}
@@ -155,12 +155,12 @@ def test_an_image_keeps_its_crop_whatever_the_batch_size():
     assert drawn(4) == drawn(10)
 
 
-def test_crops_cover_the_image_evenly_and_independently():
-    """Chi-square over all places a crop can have, and flips, against uniform."""
-    rooms = (4, 4)  # the crop can start in 4 rows and 4 columns
-    size = (CROP + rooms[0] - 1, CROP + rooms[1] - 1)
+def test_crops_and_flips_are_uniform_and_independent():
+    """Chi-square test of all crop positions and flips against uniform."""
+    starts = (4, 4)  # the crop can start in 4 rows and 4 columns
+    size = (CROP + starts[0] - 1, CROP + starts[1] - 1)
     batches = train(sizes=[size] * 60, batch_size=60)
-    counts = np.zeros((*rooms, 2))
+    counts = np.zeros((*starts, 2))
     for epoch in range(100):
         batch = batches.batch(epoch)
         corner = batch["image"][:, 0, 0].astype(int)
@@ -171,8 +171,8 @@ def test_crops_cover_the_image_evenly_and_independently():
     assert chi_square < 61.1  # 31 degrees of freedom, 0.1 %; the seed is fixed
 
 
-def test_neighbours_in_the_order_are_uniformly_random_pairs():
-    """Places 2i and 2i + 1 become contrast pairs: all orders of 4 must be as likely."""
+def test_order_is_uniformly_random():
+    """All orders of 4 are equally likely; images 2i and 2i + 1 are contrast pairs."""
     batches = train(4, batch_size=4)
     counts = dict.fromkeys(itertools.permutations(range(4)), 0)
     for epoch in range(2400):
@@ -181,7 +181,7 @@ def test_neighbours_in_the_order_are_uniformly_random_pairs():
     assert chi_square < 49.7  # 23 degrees of freedom, 0.1 %; the seed is fixed
 
 
-def test_flip_can_be_switched_off_and_moves_no_crop():
+def test_flip_false_changes_no_crop():
     on, off = train().batch(0), train(flip=False).batch(0)
     assert on["flip"].any()
     assert not off["flip"].any()
@@ -189,13 +189,13 @@ def test_flip_can_be_switched_off_and_moves_no_crop():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 21, 50])
-def test_center_counts_each_once(batch_size):
+def test_center_batches_have_every_image_once(batch_size):
     sizes = [(10 + i % 5, 9 + i % 7) for i in range(21)]
     batches = center_batches(
         numbered(*sizes), range(21), batch_size=batch_size, crop_px=CROP
     )
     assert len(batches) == -(-21 // batch_size)
-    for _ in range(2):  # a second pass is the same
+    for _ in range(2):  # the second iteration gives the same batches
         counted = []
         for batch in batches:
             valid = batch["valid"]
@@ -213,7 +213,7 @@ def test_center_counts_each_once(batch_size):
 
 
 class Sized(list):
-    """Images that know their sizes, and count how often one is read."""
+    """Images with known sizes that count the reads."""
 
     def __init__(self, images):
         super().__init__(images)
@@ -230,11 +230,11 @@ SIZES = [(8, 11), (8, 16), (12, 8), (8, 11), (9, 16), (8, 9), (16, 8), (8, 11)]
 
 @pytest.mark.parametrize("bucket_px", [0, 1, 4, 100])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 20])
-@pytest.mark.parametrize("kind", [Sized, list])
-def test_full_counts_each_once_and_keeps_every_pixel(bucket_px, batch_size, kind):
+@pytest.mark.parametrize("make", [Sized, list])
+def test_full_batches_have_every_image_and_pixel_once(bucket_px, batch_size, make):
     images = numbered(*SIZES)
     batches = full_batches(
-        kind(images), range(8), batch_size=batch_size, bucket_px=bucket_px
+        make(images), range(8), batch_size=batch_size, bucket_px=bucket_px
     )
     counted = []
     for number, batch in enumerate(batches):
@@ -258,14 +258,14 @@ def test_full_counts_each_once_and_keeps_every_pixel(bucket_px, batch_size, kind
     assert sorted(counted) == list(range(8))
 
 
-def test_full_reads_no_image_for_a_size_that_is_known():
+def test_full_batches_read_no_image_to_get_a_known_size():
     images = Sized(numbered(*SIZES))
     batches = full_batches(images, range(8), batch_size=3, bucket_px=4)
     assert images.reads == 0
     assert sum(batch["valid"].sum() for batch in batches) == images.reads == 8
 
 
-def test_groups_come_by_size_and_members_in_the_order_of_the_split():
+def test_full_batches_are_grouped_by_size_in_the_order_of_the_split():
     batches = full_batches(numbered(*SIZES), range(8), batch_size=2, bucket_px=0)
     assert [batch["index"].tolist() for batch in batches] == [
         [5, -1],  # 8 x 9
@@ -279,7 +279,7 @@ def test_groups_come_by_size_and_members_in_the_order_of_the_split():
 
 
 def joined(batches: list[dict]) -> dict:
-    """The rows of several batches, one after another."""
+    """Concatenates the rows of several batches."""
     return {
         name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]
     }
@@ -293,7 +293,9 @@ def joined(batches: list[dict]) -> dict:
     seed=st.integers(0, 2**64 - 1),
     step=st.integers(0, 10_000),
 )
-def test_hosts_together_make_the_batch_of_one(hosts, share, spare, seed, step):
+def test_concatenated_batches_of_hosts_are_the_whole_batch(
+    hosts, share, spare, seed, step
+):
     batch_size = hosts * share
     kwargs: Any = {"batch_size": batch_size, "seed": seed}
     count = batch_size + spare
@@ -303,21 +305,21 @@ def test_hosts_together_make_the_batch_of_one(hosts, share, spare, seed, step):
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 6])
-def test_shards_of_an_epoch_are_disjoint_and_cover_the_set(hosts):
-    made = [train(30, batch_size=6, shard=(i, hosts)) for i in range(hosts)]
+def test_shards_of_an_epoch_are_disjoint_and_cover_the_split(hosts):
+    per_host = [train(30, batch_size=6, shard=(i, hosts)) for i in range(hosts)]
     for epoch in range(2):
         steps = range(5 * epoch, 5 * epoch + 5)
         seen = [
             np.concatenate([batches.batch(step)["index"] for step in steps])
-            for batches in made
+            for batches in per_host
         ]
         assert [len(index) for index in seen] == [30 // hosts] * hosts
         assert sorted(np.concatenate(seen).tolist()) == list(range(30))
 
 
 @pytest.mark.parametrize(("hosts", "devices"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
-def test_the_devices_of_all_hosts_share_the_same_batch(hosts, devices, monkeypatch):
-    """Device k of all gets rows k b/n to (k + 1) b/n, whichever host it is at."""
+def test_devices_of_all_hosts_get_parts_of_the_same_batch(hosts, devices, monkeypatch):
+    """Device k of n gets rows k b/n to (k + 1) b/n, on any host."""
     monkeypatch.setattr("jax.local_device_count", lambda: devices)
     parts = []
     for i in range(hosts):
@@ -334,15 +336,15 @@ def test_the_devices_of_all_hosts_share_the_same_batch(hosts, devices, monkeypat
         assert_same(rows, whole.batch(step))
 
 
-@pytest.mark.parametrize("kind", [list, lambda images: Sized(images)])
-def test_a_plan_is_the_batch_without_its_pixels(kind):
+@pytest.mark.parametrize("make", [list, lambda images: Sized(images)])
+def test_plan_is_the_batch_without_its_pixels(make):
     sizes = [(10 + i % 5, 9 + i % 7) for i in range(21)]
-    images = kind(numbered(*sizes))
+    images = make(numbered(*sizes))
     batches = TrainBatches(
         images, [0] * 21, batch_size=4, crop_px=CROP, seed=3, shard=(1, 2)
     )
     plans = [batches.plan(step) for step in range(12)]
-    assert getattr(images, "reads", 0) == 0  # sizes that are known cost nothing
+    assert getattr(images, "reads", 0) == 0  # known sizes need no read
     for step, plan in enumerate(plans):
         batch = batches.batch(step)
         corner = batch.pop("image")[:, 0, 0, :2]  # `numbered` wrote (y, x) there
@@ -351,7 +353,7 @@ def test_a_plan_is_the_batch_without_its_pixels(kind):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_evaluate_disjoint_rows_in_as_many_batches(hosts):
+def test_hosts_evaluate_disjoint_rows_in_equally_many_batches(hosts):
     for make, extra in (
         (center_batches, {"crop_px": CROP}),
         (full_batches, {"bucket_px": 4}),
@@ -367,7 +369,7 @@ def test_hosts_evaluate_disjoint_rows_in_as_many_batches(hosts):
             assert_same(joined([part[number] for part in parts]), batch)
 
 
-def test_hosts_that_cannot_share_a_batch_are_told():
+def test_batch_size_that_hosts_cannot_share_is_an_error():
     match = r"a batch of 4 images cannot be shared evenly by 3 hosts: .*multiple of 3"
     with pytest.raises(ValueError, match=match):
         train(shard=(0, 3))
@@ -381,13 +383,13 @@ def test_hosts_that_cannot_share_a_batch_are_told():
             train(shard=shard)
 
 
-def test_too_few_images_for_a_batch():
+def test_too_few_images_for_a_batch_are_an_error():
     with pytest.raises(ValueError, match=r"set train.batch_size to 3 or less"):
         train(3, batch_size=4)
 
 
 @pytest.mark.parametrize("make", [Sized, list])
-def test_an_image_smaller_than_the_crop_is_named(make):
+def test_image_smaller_than_the_crop_is_an_error(make):
     images = make(numbered((9, 9), (12, 7), (9, 9)))
     kwargs: dict[str, Any] = {"batch_size": 3, "crop_px": 8}
     match = r"image 1 is 12 x 7 .*data.crop_px to 7 or less, or data.short_side_px"
@@ -397,7 +399,7 @@ def test_an_image_smaller_than_the_crop_is_named(make):
         list(center_batches(images, [0, 0, 0], **kwargs))
 
 
-def test_sizes_that_are_known_are_checked_before_training():
+def test_known_sizes_are_checked_before_the_first_batch():
     with pytest.raises(ValueError, match="image 1 is 12 x 7"):
         center_batches(
             Sized(numbered((9, 9), (12, 7))), [0, 0], batch_size=1, crop_px=8
@@ -416,7 +418,7 @@ def test_sizes_that_are_known_are_checked_before_training():
         ({"images": []}, "the split has no images"),
     ],
 )
-def test_bad_arguments_are_named(changes: dict[str, Any], match: str):
+def test_wrong_arguments_are_errors(changes: dict[str, Any], match: str):
     arguments: dict[str, Any] = {
         "images": numbered((9, 9), (9, 9), (9, 9)),
         "labels": [0, 1, 2],
@@ -428,14 +430,14 @@ def test_bad_arguments_are_named(changes: dict[str, Any], match: str):
         TrainBatches(**(arguments | changes))
 
 
-def test_a_negative_step_or_bucket_is_refused():
+def test_negative_step_or_bucket_px_is_an_error():
     with pytest.raises(ValueError, match="step is -1"):
         train().batch(-1)
     with pytest.raises(ValueError, match="bucket_px is -8"):
         full_batches(numbered((9, 9)), [0], batch_size=1, bucket_px=-8)
 
 
-def test_images_of_another_kind_are_not_cast_in_silence():
+def test_images_of_another_dtype_or_rank_are_errors():
     grey = [np.zeros((9, 9), np.uint8)]
     floats = [np.zeros((9, 9, 3))]
     for images in (grey, floats):

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from cra_jax.datasets import listing
 from cra_jax.input import decoding
 
-# Two by three tiles of 16 px, all different, so that no flip or turn goes unseen.
+# Two by three tiles of 16 px, all different, so that flips and rotations are detected.
 TILES = (
     np.array(
         [
@@ -24,25 +24,25 @@ TILES = (
 )
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
-def tiles(kind: str = "PNG", **options) -> bytes:
-    return encoded(Image.fromarray(TILES), kind, **options)
+def tiles(file_format: str = "PNG", **options) -> bytes:
+    return encoded(Image.fromarray(TILES), file_format, **options)
 
 
-def photo(height_px: int = 60, width_px: int = 90) -> np.ndarray:
-    """Smooth, with detail: what a codec meets in life."""
+def smooth_image(height_px: int = 60, width_px: int = 90) -> np.ndarray:
+    """Makes a smooth image with detail, like a photograph."""
     y, x = np.mgrid[:height_px, :width_px] / 9.0
     waves = [np.sin(x * k + y) * np.cos(y * k) for k in (1.0, 1.7, 2.3)]
     return (np.stack(waves, -1) * 100 + 128).astype(np.uint8)
 
 
-def waves(kind: str) -> bytes:
-    return encoded(Image.fromarray(photo()), kind)
+def encoded_image(file_format: str) -> bytes:
+    return encoded(Image.fromarray(smooth_image()), file_format)
 
 
 def exif(orientation: int) -> bytes:
@@ -51,10 +51,10 @@ def exif(orientation: int) -> bytes:
     return tags.tobytes()
 
 
-# --- every kind of file becomes upright RGB ---------------------------------------
+# --- all file formats are decoded to upright RGB ----------------------------------
 
 
-# How a camera would have stored the tiles under each orientation: numpy, not Pillow.
+# The stored pixels for each orientation, made with NumPy, not Pillow.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -68,11 +68,13 @@ STORED = {
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_orientation_is_applied(kind, orientation):
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_orientation_is_applied(file_format, orientation):
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](TILES)))
     lossless = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
-    data = encoded(stored, kind, exif=exif(orientation), **lossless.get(kind, {}))
+    data = encoded(
+        stored, file_format, exif=exif(orientation), **lossless.get(file_format, {})
+    )
 
     image = decoding.decode(data)
 
@@ -84,23 +86,23 @@ XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
  xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description
  xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF>
 </x:xmpmeta>"""
-TIFF_TURNED_TWICE = tiles("TIFF", tiffinfo={0x0112: 6, 700: XMP})
+TWICE_ROTATED_TIFF = tiles("TIFF", tiffinfo={0x0112: 6, 700: XMP})
 
 
-def test_orientation_that_a_tiff_tells_twice_is_applied_once():
+def test_orientation_stored_twice_in_a_tiff_is_applied_once():
     upright = np.rot90(TILES, -1)
-    assert np.array_equal(decoding.decode(TIFF_TURNED_TWICE), upright)
+    assert np.array_equal(decoding.decode(TWICE_ROTATED_TIFF), upright)
 
 
-def test_unknown_orientation_is_upright():
+def test_unknown_orientation_is_ignored():
     assert np.array_equal(decoding.decode(tiles(exif=exif(9))), TILES)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow tells what is wrong with the EXIF data
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of the EXIF data
 @pytest.mark.parametrize(
     "damaged", [b"II*\0\x08\0\0\0\x40\0\xff\xff", b"no EXIF", b"II"]
 )
-def test_damaged_exif_is_upright(damaged):
+def test_damaged_exif_is_ignored(damaged):
     jpeg = tiles("JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + damaged)
     for data in (jpeg, tiles(exif=damaged)):
         image = decoding.decode(data)
@@ -108,7 +110,7 @@ def test_damaged_exif_is_upright(damaged):
         assert abs(image.astype(int) - TILES).max() <= 4
 
 
-def test_decoded_images_are_plain_writable_arrays(tmp_path):
+def test_decoded_images_are_contiguous_writable_uint8_arrays(tmp_path):
     (tmp_path / "a.png").write_bytes(tiles())
     from_path = decoding.decode(tmp_path / "a.png")
 
@@ -120,7 +122,7 @@ def test_decoded_images_are_plain_writable_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
-def test_grey_becomes_three_equal_channels(mode):
+def test_grey_image_is_decoded_to_three_equal_channels(mode):
     grey = Image.fromarray(TILES).convert(mode)
     image = decoding.decode(encoded(grey, "PNG"))
 
@@ -128,12 +130,12 @@ def test_grey_becomes_three_equal_channels(mode):
     assert np.array_equal(image, np.stack([expected] * 3, -1))
 
 
-def test_palette():
+def test_palette_image_is_decoded_to_rgb():
     few_colours = Image.fromarray(TILES).convert("P", palette=Image.Palette.ADAPTIVE)
     assert np.array_equal(decoding.decode(encoded(few_colours, "PNG")), TILES)
 
 
-def test_alpha_shows_white():
+def test_alpha_is_blended_with_white():
     alpha = np.zeros(TILES.shape[:2], np.uint8)
     alpha[:, 16:32], alpha[:, 32:] = 128, 255
     rgba = np.dstack([TILES, alpha])
@@ -146,7 +148,7 @@ def test_alpha_shows_white():
     assert np.array_equal(image[:, 32:], TILES[:, 32:])
 
 
-def test_grey_alpha_shows_white():
+def test_alpha_of_grey_is_blended_with_white():
     pixels = np.full((4, 4, 2), 90, np.uint8)
     pixels[:2, :, 1] = 0
     pixels[2:, :, 1] = 255
@@ -156,7 +158,7 @@ def test_grey_alpha_shows_white():
     assert (image[2:] == 90).all()
 
 
-def test_transparent_colour_of_a_palette_and_of_rgb_shows_white():
+def test_transparent_colour_of_palette_and_rgb_is_white():
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([200, 0, 0, 0, 0, 200])
     palette.putpixel((0, 0), 0)
@@ -174,10 +176,10 @@ def test_transparent_colour_of_a_palette_and_of_rgb_shows_white():
         assert image[1, 1].tolist() == [255, 255, 255]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_is_scaled(kind):
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled(file_format):
     values = np.array([[0, 128, 129, 257 * 100, 40000, 65535]], np.uint16)
-    image = decoding.decode(encoded(Image.fromarray(values), kind))
+    image = decoding.decode(encoded(Image.fromarray(values), file_format))
 
     assert image[0, :, 0].tolist() == [0, 0, 1, 100, 156, 255]
     assert (image == image[..., :1]).all()
@@ -189,7 +191,7 @@ def test_16_bit_big_endian_tiff_is_scaled():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_32_bit_grey_is_refused(dtype):
+def test_32_bit_grey_is_an_error(dtype):
     data = encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
     with pytest.raises(decoding.ImageError, match=r"x\.tif.*32-bit.*8 or 16 bits"):
         decoding.decode(data, name="x.tif")
@@ -205,8 +207,8 @@ def without_adobe_marker(jpeg: bytes) -> bytes:
     return jpeg[:start] + jpeg[start + 2 + length :]
 
 
-def test_cmyk_is_told_from_inverted_cmyk():
-    inverted = encoded(RED_CMYK, "JPEG", quality=100)  # Pillow writes Adobe's way
+def test_cmyk_and_inverted_cmyk_are_both_decoded():
+    inverted = encoded(RED_CMYK, "JPEG", quality=100)  # as Adobe writes it
     plain = without_adobe_marker(
         encoded(ImageChops.invert(RED_CMYK), "JPEG", quality=100)
     )
@@ -215,20 +217,20 @@ def test_cmyk_is_told_from_inverted_cmyk():
         assert abs(image - [255, 0, 0]).max() <= 3
 
 
-def test_first_frame_of_an_animation():
+def test_first_frame_of_an_animation_is_decoded():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
-    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
-        options = {"lossless": True} if kind == "WEBP" else {}
+    for file_format in ("GIF", "WEBP", "PNG", "TIFF"):
+        options = {"lossless": True} if file_format == "WEBP" else {}
         data = encoded(
-            frames[0], kind, save_all=True, append_images=frames[1:], **options
+            frames[0], file_format, save_all=True, append_images=frames[1:], **options
         )
         image = decoding.decode(data)
         assert image.shape == (8, 8, 3)
-        assert (image == [255, 0, 0]).all(), kind
+        assert (image == [255, 0, 0]).all(), file_format
 
 
 @pytest.mark.parametrize("suffix", sorted(listing.SUFFIXES))
-def test_every_suffix_that_counts_as_an_image_is_decoded(suffix, tmp_path):
+def test_files_of_all_image_suffixes_are_decoded(suffix, tmp_path):
     file = tmp_path / f"tiles{suffix}"
     mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
     Image.fromarray(TILES).convert(mode).save(
@@ -238,63 +240,63 @@ def test_every_suffix_that_counts_as_an_image_is_decoded(suffix, tmp_path):
     assert decoding.decode(file).shape == TILES.shape
 
 
-# --- what cannot be used is refused by name, with the cure ------------------------
+# --- errors -----------------------------------------------------------------------
 
 
 def truncated(data: bytes) -> bytes:
     return data[: len(data) * 6 // 10]
 
 
-def png_that_claims(width_px: int, height_px: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        crc = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+def png_with_wrong_size(width_px: int, height_px: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", crc)
 
     header = struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
-BAD = {
+UNREADABLE = {
     "empty": (b"", "empty"),
     "text": (b"species,count\nwren,3\n" * 9, "not an image"),
     "page": (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an im"),
-    "jpeg": (truncated(waves("JPEG")), "truncated"),
-    "png": (truncated(waves("PNG")), "truncated"),
-    "gif": (truncated(waves("GIF")), "truncated"),
+    "jpeg": (truncated(encoded_image("JPEG")), "truncated"),
+    "png": (truncated(encoded_image("PNG")), "truncated"),
+    "gif": (truncated(encoded_image("GIF")), "truncated"),
     "webp": (
-        truncated(waves("WEBP")),
+        truncated(encoded_image("WEBP")),
         "not an im|trunc",
     ),
     "header alone": (
-        waves("JPEG")[:20],
+        encoded_image("JPEG")[:20],
         "not an im|trunc",
     ),
-    "bomb": (png_that_claims(60_000, 60_000), "shrink the image"),
+    "bomb": (png_with_wrong_size(60_000, 60_000), "shrink the image"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("case", UNREADABLE)
 @pytest.mark.parametrize("as_path", [True, False])
-def test_bad_files_are_refused_by_name(kind, as_path, tmp_path):
-    data, message = BAD[kind]
+def test_unreadable_files_are_errors_with_their_name(case, as_path, tmp_path):
+    data, message = UNREADABLE[case]
     file = tmp_path / "bird 7.jpg"
     file.write_bytes(data)
-    for use in (decoding.decode, lambda p, **kw: decoding.read(p, 32, **kw)):
+    for function in (decoding.decode, lambda p, **kw: decoding.read(p, 32, **kw)):
         with pytest.raises(decoding.ImageError, match=message) as caught:
-            use(file) if as_path else use(data, name="bird 7.jpg")
+            function(file) if as_path else function(data, name="bird 7.jpg")
         assert "bird 7.jpg" in str(caught.value)
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_file_and_directory_are_errors(tmp_path):
     with pytest.raises(decoding.ImageError, match=r"gone\.jpg: there is no"):
         decoding.decode(tmp_path / "gone.jpg")
     with pytest.raises(decoding.ImageError, match="this is a directory"):
         decoding.decode(tmp_path)
 
 
-def test_max_pixels():
+def test_image_above_max_pixels_is_an_error():
     pixels = TILES.shape[0] * TILES.shape[1]
     assert decoding.decode(tiles(), max_pixels=pixels).shape == TILES.shape
     with pytest.raises(decoding.ImageError, match=r"48 x 32 pixels .* 1,535;"):
@@ -303,18 +305,17 @@ def test_max_pixels():
         decoding.read(tiles(), 32, max_pixels=pixels - 1)
 
 
-def test_damage_never_surprises():
-    """Whatever a few flipped bytes do: an image, or a ImageError."""
-    kinds = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+def test_damaged_files_give_an_image_or_an_image_error():
+    formats = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
     outcomes = {"image": 0, "refused": 0}
-    for kind in kinds:
-        whole = encoded(Image.fromarray(photo(20, 30)), kind)
+    for file_format in formats:
+        whole = encoded(Image.fromarray(smooth_image(20, 30)), file_format)
         for seed in range(40):
-            rng = random.Random(f"{kind} {seed}")
+            rng = random.Random(f"{file_format} {seed}")
             data = bytearray(whole)
             for _ in range(rng.randint(1, 8)):
-                place = min(int(rng.expovariate(1 / 60)), len(data) - 1)
-                data[place] = rng.randrange(256)
+                position = min(int(rng.expovariate(1 / 60)), len(data) - 1)
+                data[position] = rng.randrange(256)
             try:
                 image = decoding.decode(bytes(data), max_pixels=10**6)
             except decoding.ImageError:
@@ -345,15 +346,15 @@ def test_damage_never_surprises():
         ((1, 300), 32, (32, 256)),
     ],
 )
-def test_sizes(size, short_side_px, expected):
-    image = decoding.resize_short_side(photo(*size), short_side_px)
+def test_resize_short_side_gives_the_expected_size(size, short_side_px, expected):
+    image = decoding.resize_short_side(smooth_image(*size), short_side_px)
 
     assert image.shape == (*expected, 3)
     assert image.dtype == np.uint8
     assert image.flags.c_contiguous
 
 
-def test_long_images_keep_their_centre():
+def test_long_images_are_cropped_around_their_centre():
     strip = np.zeros((10, 2000, 3), np.uint8)
     strip[:, 960:1040] = 255
     image = decoding.resize_short_side(strip, 10)
@@ -369,15 +370,15 @@ def test_long_images_keep_their_centre():
         decoding.kept_region(10, 10, max_aspect=0.5)
 
 
-def test_same_size_is_the_same_image_but_not_the_same_memory():
-    image = photo()
+def test_resize_to_the_same_size_is_a_copy():
+    image = smooth_image()
     out = decoding.resize_short_side(image, 60)
     assert np.array_equal(out, image)
     assert not np.shares_memory(out, image)
 
 
 def bicubic_1d(rows: np.ndarray, size: int) -> np.ndarray:
-    """MATLAB's imresize along axis 0: cubic with a = -0.5, widened when shrinking."""
+    """MATLAB's imresize along axis 0: cubic, a = -0.5, antialiased when shrinking."""
     scale = size / len(rows)
     width = max(1.0, 1 / scale)
     out = np.empty((size, *rows.shape[1:]))
@@ -394,24 +395,24 @@ def bicubic_1d(rows: np.ndarray, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("short_side_px", [23, 60, 100])
 def test_resize_is_antialiased_bicubic(short_side_px):
-    image = photo(60, 75)
+    image = smooth_image(60, 75)
     resized = decoding.resize_short_side(image, short_side_px)
 
     wide = bicubic_1d(image.astype(float).swapaxes(0, 1), resized.shape[1])
     oracle = bicubic_1d(wide.swapaxes(0, 1), resized.shape[0]).clip(0, 255)
-    assert abs(resized - oracle).max() <= 1.5  # Pillow rounds twice, once a direction
+    assert abs(resized - oracle).max() <= 1.5  # Pillow rounds twice, once for each axis
 
 
-def test_shrinking_leaves_no_moire():
+def test_downscaled_checkerboard_is_grey():
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     image = decoding.resize_short_side(np.stack([board] * 3, -1), 100)
     assert abs(image[4:-4, 4:-4].astype(int) - 127).max() <= 8
 
 
-def test_read_is_decode_then_resize(tmp_path):
+def test_read_equals_decode_and_resize(tmp_path):
     for data in (
         tiles(exif=exif(6)),
-        encoded(Image.fromarray(photo(400, 600)), "JPEG"),
+        encoded(Image.fromarray(smooth_image(400, 600)), "JPEG"),
     ):
         (tmp_path / "a.jpg").write_bytes(data)
         image = decoding.read(tmp_path / "a.jpg", 50)
@@ -421,39 +422,46 @@ def test_read_is_decode_then_resize(tmp_path):
         assert np.array_equal(image, decoding.read(data, 50))
 
 
-def test_read_of_a_very_long_image():
+def test_read_crops_a_very_long_image():
     strip = encoded(Image.new("RGB", (20_000, 10), "red"), "PNG")
     assert decoding.read(strip, 512).shape == (512, 4096, 3)
     assert decoding.read(strip, 64, max_aspect=2).shape == (64, 128, 3)
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_errors():
     with pytest.raises(ValueError, match=r"short_side_px is 0"):
-        decoding.resize_short_side(photo(), 0)
+        decoding.resize_short_side(smooth_image(), 0)
     with pytest.raises(ValueError, match=r"short_side_px is -3"):
         decoding.read(tiles(), -3)
-    for wrong in (photo().astype(np.float32), photo()[..., 0], photo()[..., :2]):
+    for wrong in (
+        smooth_image().astype(np.float32),
+        smooth_image()[..., 0],
+        smooth_image()[..., :2],
+    ):
         with pytest.raises(ValueError, match=r"uint8 \[h, w, 3\], not"):
             decoding.resize_short_side(wrong, 32)
 
 
-def test_read_header(tmp_path):
+def test_read_header_returns_size_and_orientation(tmp_path):
     (tmp_path / "a.jpg").write_bytes(tiles("JPEG", exif=exif(6)))
     assert decoding.read_header(tmp_path / "a.jpg") == (48, 32, 6)
     assert decoding.read_header(tiles()) == (48, 32, 1)
     assert decoding.read_header(tiles(exif=exif(9))) == (48, 32, 1)
-    for data in (tiles("TIFF", exif=exif(6)), TIFF_TURNED_TWICE):  # Pillow turns these
+    for data in (
+        tiles("TIFF", exif=exif(6)),
+        TWICE_ROTATED_TIFF,
+    ):  # by Pillow
         assert decoding.read_header(data) == (32, 48, 1)
     for data in (b"", b"no image at all"):
         with pytest.raises(decoding.ImageError, match=r"b\.jpg"):
             decoding.read_header(data, name="b.jpg")
 
 
-def test_unreadable_file(tmp_path, monkeypatch):
+def test_file_without_permission_is_an_error(tmp_path, monkeypatch):
     def deny(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.png").write_bytes(tiles())
-    monkeypatch.setattr(Image, "open", deny)  # root may read everything
+    monkeypatch.setattr(Image, "open", deny)  # as root, permissions have no effect
     with pytest.raises(decoding.ImageError, match=r"a\.png.*change its permissions"):
         decoding.decode(tmp_path / "a.png")

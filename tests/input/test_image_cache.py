@@ -1,6 +1,6 @@
-"""An image cache is whole or not there, and holds what its records say.
+"""The image cache: its content, damage, interruption and errors.
 
-Run as a script, this file prepares a cache in a process of its own, to be killed.
+Run as a script, this file prepares a cache; tests kill the process.
 """
 
 import collections
@@ -34,13 +34,13 @@ Disk = collections.namedtuple("Disk", "total used free")
 
 
 def image(i: int, short_side_px: int) -> np.ndarray:
-    """An image that no other has, of a size that few others have."""
+    """Makes a different image for each i; few have the same size."""
     size = (short_side_px + i % 5, short_side_px) if i % 2 else (short_side_px, 17 + i)
     return np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
 
 
 def read(log: Path, i: int, short_side_px: int) -> np.ndarray:
-    """Reads image i, and notes it in a file that other processes can see."""
+    """Returns image i and records the read in a file shared by processes."""
     with open(log, "a") as file:
         file.write(f"{i}\n")
     return image(i, short_side_px)
@@ -84,10 +84,10 @@ def assert_holds(opened, count: int = 30, side: int = SIDE) -> None:
 
 @pytest.fixture
 def start(tmp_path):
-    """Prepares the store in another process, told where to die or to wait."""
+    """Prepares the image cache in a process that ends or waits at a given point."""
     with contextlib.ExitStack() as stack:
 
-        def begin(how: str) -> subprocess.Popen:
+        def start_process(how: str) -> subprocess.Popen:
             process = subprocess.Popen(
                 [sys.executable, __file__, str(tmp_path), how],
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -98,20 +98,20 @@ def start(tmp_path):
             stack.callback(process.kill)
             return process
 
-        yield begin
+        yield start_process
 
 
 def main(folder: Path, how: str) -> None:
-    """What `start` starts. Odd images are not in the sample for the estimate."""
+    """Runs in the process of `start`. Odd images are not in the size estimate."""
 
-    def die():
+    def kill_self():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def reader(log, i, short_side_px):
         if how == f"die at image {i}":
-            die()
+            kill_self()
         if how == f"wait at image {i}":
-            wait_for(lambda: (folder / "go").exists())
+            wait_until(lambda: (folder / "go").exists())
         return read(log, i, short_side_px)
 
     real, calls = os.replace, []
@@ -119,27 +119,27 @@ def main(folder: Path, how: str) -> None:
     def replace(one, two):
         calls.append(two)
         if how == f"die before rename {len(calls)}":
-            die()
+            kill_self()
         real(one, two)
 
     os.replace = replace
     prepare(folder, make(folder, reader=reader), workers=2, progress=True)
 
 
-def wait_for(condition) -> None:
+def wait_until(condition) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "waited for a minute"
         time.sleep(0.01)
 
 
-def test_holds_every_image_once_decoded(tmp_path):
+def test_cache_has_every_image_and_reads_it_once(tmp_path):
     first = prepare(tmp_path)
     assert_holds(first)
     assert first.shapes.tolist() == [list(image(i, SIDE).shape[:2]) for i in range(30)]
     assert [record.name for record in first.records] == [f"{i}.jpg" for i in range(30)]
     assert first.skipped == {}
-    assert reads(tmp_path) == 30  # the sample that the size is judged by, too: once
+    assert reads(tmp_path) == 30  # the sample of the size estimate is read once, too
     again = prepare(tmp_path)
     assert_holds(again)
     assert reads(tmp_path) == 0
@@ -147,7 +147,7 @@ def test_holds_every_image_once_decoded(tmp_path):
     assert not files(tmp_path, ".partial")
 
 
-def test_images_are_views_that_cannot_be_written(tmp_path):
+def test_cached_images_are_read_only_views(tmp_path):
     opened = prepare(tmp_path)
     assert opened[3].flags.owndata is False
     with pytest.raises(ValueError, match="read-only"):
@@ -158,20 +158,20 @@ def test_images_are_views_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_no_byte(tmp_path, workers):
-    here = prepare(tmp_path / "a", make(tmp_path), workers=workers)
-    there = prepare(tmp_path / "b", make(tmp_path), workers=2)
-    assert here.path.read_bytes() == there.path.read_bytes()
-    assert here.path.name == there.path.name
+def test_cache_does_not_depend_on_workers(tmp_path, workers):
+    one = prepare(tmp_path / "a", make(tmp_path), workers=workers)
+    other = prepare(tmp_path / "b", make(tmp_path), workers=2)
+    assert one.path.read_bytes() == other.path.read_bytes()
+    assert one.path.name == other.path.name
 
 
 @pytest.mark.parametrize("how", ["stamp", "name", "order", "size", "count"])
-def test_a_change_makes_another_store(tmp_path, how):
+def test_changed_records_or_size_make_another_cache(tmp_path, how):
     old = prepare(tmp_path)
     before = old.path.read_bytes()
     records, side = make(tmp_path), SIDE
     if how == "stamp":
-        records[7] = Record("7.jpg", 1, functools.partial(image, 99), "mended since")
+        records[7] = Record("7.jpg", 1, functools.partial(image, 99), "changed")
     elif how == "name":
         records[7] = Record("x.jpg", 1, records[7].read, "v7")
     elif how == "order":
@@ -188,7 +188,7 @@ def test_a_change_makes_another_store(tmp_path, how):
     assert old.path.read_bytes() == before
 
 
-def test_labels_are_no_part_of_the_pixels(tmp_path):
+def test_changed_labels_make_no_other_cache(tmp_path):
     prepare(tmp_path)
     reads(tmp_path)
     relabelled = [Record(r.name, 2 - r.label, r.read, r.stamp) for r in make(tmp_path)]
@@ -199,22 +199,22 @@ def test_labels_are_no_part_of_the_pixels(tmp_path):
 @pytest.mark.parametrize(
     "how", ["die at image 21", "die before rename 1", "die before rename 2"]
 )
-def test_killed_in_the_middle(tmp_path, start, how):
+def test_killed_process_leaves_no_cache(tmp_path, start, how):
     killed = start(how)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    assert reads(tmp_path) > 15  # beyond the sample
+    assert reads(tmp_path) > 15  # more than the sample
     assert not files(tmp_path, ".json")
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) >= 30
-    whole = prepare(tmp_path / "untouched", make(tmp_path))
+    whole = prepare(tmp_path / "uninterrupted", make(tmp_path))
     assert prepare(tmp_path).path.read_bytes() == whole.path.read_bytes()
     assert not files(tmp_path, ".partial")
 
 
-def test_two_processes_at_once(tmp_path, start):
+def test_second_process_waits_for_the_first(tmp_path, start):
     first = start("wait at image 21")
-    wait_for(lambda: files(tmp_path, ".partial"))
+    wait_until(lambda: files(tmp_path, ".partial"))
     second = start("wait at image 21")
     assert second.stderr is not None
     assert "waiting for another process that uses it" in second.stderr.readline()
@@ -222,7 +222,7 @@ def test_two_processes_at_once(tmp_path, start):
     for process in (first, second):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-    assert reads(tmp_path) == 30  # by one of them
+    assert reads(tmp_path) == 30  # by one process
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) == 0
 
@@ -231,7 +231,7 @@ def test_two_processes_at_once(tmp_path, start):
     "damage",
     ["pixels cut", "pixels gone", "index cut", "index changed", "not an index"],
 )
-def test_damage_is_noticed_and_mended(tmp_path, capsys, damage):
+def test_damaged_cache_is_prepared_again(tmp_path, capsys, damage):
     opened = prepare(tmp_path)
     index = opened.path.with_suffix(".json")
     text = index.read_text()
@@ -241,7 +241,7 @@ def test_damage_is_noticed_and_mended(tmp_path, capsys, damage):
         opened.path.unlink()
     elif damage == "index cut":
         index.write_text(text[: len(text) // 2])
-    elif damage == "index changed":  # two shapes exchanged: the size is as before
+    elif damage == "index changed":  # two shapes swapped: the file size is the same
         changed = json.loads(text)
         changed["shapes"][0], changed["shapes"][1] = changed["shapes"][1::-1]
         assert changed != json.loads(text)
@@ -251,40 +251,40 @@ def test_damage_is_noticed_and_mended(tmp_path, capsys, damage):
     assert_holds(prepare(tmp_path, progress=True))
     errors = capsys.readouterr().err
     assert errors.count("is damaged or truncated") == 1
-    assert "older caches" not in errors  # it is not another one than itself
+    assert "older caches" not in errors  # the damaged one is not older
     reads(tmp_path)
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) == 0
 
 
-def _flip(path: Path, place: int) -> None:
+def _flip_bit(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_is_said_and_the_image_read_anew(tmp_path, capsys):
+def test_image_with_a_flipped_bit_is_reported_and_read_from_its_file(tmp_path, capsys):
     opened = prepare(tmp_path)
-    place = 3 * int(opened.shapes[:4].prod(axis=1).sum()) + 5  # of the fifth image
-    _flip(opened.path, place)
+    position = 3 * int(opened.shapes[:4].prod(axis=1).sum()) + 5  # of the fifth image
+    _flip_bit(opened.path, position)
     reads(tmp_path)
     damaged = prepare(tmp_path)
     for _ in range(2):
         assert_holds(damaged)
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert (
-        said.count("warning: ")
-        == said.count("the next start makes the image cache")
+        errors.count("warning: ")
+        == errors.count("the next start makes the image cache")
         == 1
     )
-    assert f"4.jpg in {opened.path} is damaged" in said
-    assert reads(tmp_path) == 2  # that image, at each access
+    assert f"4.jpg in {opened.path} is damaged" in errors
+    assert reads(tmp_path) == 2  # one image, at each access
     assert_holds(prepare(tmp_path))
     assert reads(tmp_path) == 30
     assert not capsys.readouterr().err
 
 
-def test_an_image_is_looked_at_once(tmp_path, monkeypatch):
+def test_checksum_of_an_image_is_computed_once(tmp_path, monkeypatch):
     opened = prepare(tmp_path)
     calls = []
     crc32 = image_cache.zlib.crc32
@@ -306,17 +306,17 @@ def test_an_image_is_looked_at_once(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_flipped_bit_without_its_original_is_an_error(tmp_path, reader, message):
+def test_flipped_bit_without_the_original_file_is_an_error(tmp_path, reader, message):
     opened = prepare(tmp_path)
-    _flip(opened.path, 0)
+    _flip_bit(opened.path, 0)
     damaged = prepare(tmp_path, make(tmp_path, reader=reader))
     with pytest.raises(ValueError, match=f"0.jpg in .* is damaged.*{message}"):
         damaged[0]
-    assert opened.path.with_suffix(".json").exists()  # nothing is given up
+    assert opened.path.with_suffix(".json").exists()  # the cache is kept
     np.testing.assert_array_equal(opened[1], image(1, SIDE))
 
 
-def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9, 20_000))
     with pytest.raises(ValueError, match=r"30 images takes about .* of 0.00 GB free"):
         prepare(tmp_path)
@@ -324,7 +324,7 @@ def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
     assert not files(tmp_path, ".pixels")
 
 
-def test_the_estimate_is_close(tmp_path, capsys, monkeypatch):
+def test_estimated_size_and_older_caches_are_printed(tmp_path, capsys, monkeypatch):
     usage = Disk(10**12, 0, 10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     records = [
@@ -339,7 +339,7 @@ def test_the_estimate_is_close(tmp_path, capsys, monkeypatch):
     assert "1 older caches" in capsys.readouterr().err
 
 
-def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch):
+def test_disk_that_becomes_full_is_an_error(tmp_path, monkeypatch):
     def fsync(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -353,8 +353,8 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch):
     assert_holds(prepare(tmp_path))
 
 
-def test_nothing_takes_its_name_before_it_is_on_disk(tmp_path, monkeypatch):
-    """A loss of power cannot be tested here; the order of the calls can."""
+def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
+    """Checks the order of the calls, as a power failure cannot be tested."""
     calls = []
     fsync, replace = os.fsync, os.replace
 
@@ -372,9 +372,9 @@ def test_nothing_takes_its_name_before_it_is_on_disk(tmp_path, monkeypatch):
     assert calls == ["file", ".pixels", "folder", "file", ".json", "folder"]
 
 
-def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+def test_progress_is_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     prepare(tmp_path, progress=True)
-    assert len(capsys.readouterr().err.splitlines()) == 2  # at the start, at the end
+    assert len(capsys.readouterr().err.splitlines()) == 2  # at the start and at the end
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
     prepare(tmp_path, progress=True, short_side_px=13)
     lines = capsys.readouterr().err.splitlines()[-30:]
@@ -393,23 +393,23 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
     assert "30/30" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
-def test_silence_when_asked(tmp_path, capsys):
+def test_progress_false_prints_nothing(tmp_path, capsys):
     prepare(tmp_path)
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_cache_folder_that_cannot_be_made(tmp_path):
+def test_unwritable_cache_dir_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="make it writable"):
         prepare(tmp_path, cache_dir=tmp_path / "file" / "cache")
 
 
-def test_a_read_only_folder_serves_what_it_holds(tmp_path):
+def test_cache_in_a_read_only_directory_can_be_used(tmp_path):
     prepare(tmp_path)
     cache = tmp_path / "cache"
     cache.chmod(0o555)
     if os.access(cache, os.W_OK):
-        pytest.skip("this user, root, may write anywhere")
+        pytest.skip("as root, permissions have no effect")
     try:
         assert_holds(prepare(tmp_path))
         with pytest.raises(ValueError, match=r"Permission denied.*make it writable"):
@@ -418,8 +418,8 @@ def test_a_read_only_folder_serves_what_it_holds(tmp_path):
         cache.chmod(0o755)
 
 
-def spoil(folder: Path, *bad: int, count: int = 30) -> list[Record]:
-    """Records of files, some of which are no images."""
+def make_files(folder: Path, *bad: int, count: int = 30) -> list[Record]:
+    """Makes records of files; the files `bad` are no images."""
     records = []
     for i in range(count):
         path = folder / f"{i}.png"
@@ -432,17 +432,17 @@ def spoil(folder: Path, *bad: int, count: int = 30) -> list[Record]:
     return records
 
 
-def test_one_bad_image_is_named(tmp_path):
+def test_unreadable_image_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 30 images cannot be read:\n  7\.png: "):
-        prepare(tmp_path, spoil(tmp_path, 7))
+        prepare(tmp_path, make_files(tmp_path, 7))
     assert not files(tmp_path, ".pixels")
     assert not files(tmp_path, ".partial")
-    assert_holds(prepare(tmp_path, spoil(tmp_path)))
+    assert_holds(prepare(tmp_path, make_files(tmp_path)))
 
 
-def test_many_bad_images_are_counted(tmp_path):
+def test_many_unreadable_images_are_an_error_with_ten_names(tmp_path):
     with pytest.raises(ValueError, match="12 of 30") as error:
-        prepare(tmp_path, spoil(tmp_path, *range(12)))
+        prepare(tmp_path, make_files(tmp_path, *range(12)))
     lines = str(error.value).splitlines()
     assert [line.split(":")[0] for line in lines[1:11]] == [
         f"  {i}.png" for i in range(10)
@@ -450,8 +450,8 @@ def test_many_bad_images_are_counted(tmp_path):
     assert lines[11] == "  and 2 more"
 
 
-def test_bad_images_are_left_out_when_asked_and_said_each_time(tmp_path, capsys):
-    records = spoil(tmp_path, 0, 7)
+def test_skip_unreadable_skips_images_and_reports_them_at_each_start(tmp_path, capsys):
+    records = make_files(tmp_path, 0, 7)
     for _ in range(2):
         opened = prepare(tmp_path, records, skip_unreadable=True, progress=True)
         assert list(opened.skipped) == ["0.png", "7.png"]
@@ -461,16 +461,18 @@ def test_bad_images_are_left_out_when_asked_and_said_each_time(tmp_path, capsys)
         assert len(opened) == len(opened.shapes) == 28
         for i, record in enumerate(opened.records):
             np.testing.assert_array_equal(opened[i], record.read(SIDE))
-    with pytest.raises(ValueError, match="2 of 30"):  # others still want all of them
+    with pytest.raises(ValueError, match="2 of 30"):  # by default, all are needed
         prepare(tmp_path, records)
 
 
-def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
+def test_skip_unreadable_with_no_readable_image_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="4 of 4"):
-        prepare(tmp_path, spoil(tmp_path, *range(4), count=4), skip_unreadable=True)
+        prepare(
+            tmp_path, make_files(tmp_path, *range(4), count=4), skip_unreadable=True
+        )
 
 
-def test_an_error_of_the_program_is_no_bad_image(tmp_path):
+def test_other_exceptions_are_raised_unchanged(tmp_path):
     def broken(short_side_px):
         raise ZeroDivisionError
 
@@ -482,7 +484,7 @@ def test_an_error_of_the_program_is_no_bad_image(tmp_path):
         prepare(tmp_path, grey)
 
 
-def test_threads_end_when_it_fails(tmp_path, monkeypatch):
+def test_threads_end_after_an_error(tmp_path, monkeypatch):
     def replace(one, two):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -502,12 +504,12 @@ def test_threads_end_when_it_fails(tmp_path, monkeypatch):
         ({"workers": 0}, "workers is 0"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, changes, match):
+def test_wrong_arguments_are_errors(tmp_path, changes, match):
     with pytest.raises(ValueError, match=match):
         prepare(tmp_path, **changes)
 
 
-def test_streamed_decodes_at_each_access(tmp_path):
+def test_streamed_images_are_decoded_at_each_access(tmp_path):
     streamed = image_cache.StreamedImages(make(tmp_path), SIDE)
     assert_holds(streamed)
     assert_holds(streamed)
@@ -515,10 +517,12 @@ def test_streamed_decodes_at_each_access(tmp_path):
     assert not hasattr(streamed, "shapes")
     assert streamed.skipped == {}
     with pytest.raises(ValueError, match=r"unreadable image: 1\.png"):
-        image_cache.StreamedImages(spoil(tmp_path, 1, count=2), SIDE)[1]
+        image_cache.StreamedImages(make_files(tmp_path, 1, count=2), SIDE)[1]
 
 
-def test_cache_goes_into_the_data_or_to_the_user(tmp_path, monkeypatch):
+def test_default_cache_dir_is_in_the_dataset_or_in_the_users_cache(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert image_cache.default_cache_dir(tmp_path) == tmp_path / ".cra_jax_cache"
     (tmp_path / "data").mkdir(mode=0o555)
@@ -532,7 +536,7 @@ def test_cache_goes_into_the_data_or_to_the_user(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "data"]
 
 
-def test_real_photographs(shared_data, tmp_path):
+def test_cache_of_real_photographs_equals_the_decoded_images(shared_data, tmp_path):
     dataset = sources.load("cub", shared_data / "cub_10" / "CUB_200_2011")
     records = dataset.splits["test"][::10]
     opened = prepare(tmp_path, records, short_side_px=128)

@@ -1,4 +1,4 @@
-"""Crops cut out on the device are the host's, bit for bit."""
+"""Crops made on the device are bitwise equal to crops made on the host."""
 
 import os
 
@@ -28,7 +28,7 @@ SIDES = st.tuples(st.integers(CROP, 30), st.integers(CROP, 30))
 
 
 class Images(list):
-    """Noise of given sizes, which are known before an image is read."""
+    """Noise images of given sizes, with known shapes."""
 
     def __init__(self, sizes):
         rng = np.random.default_rng(0)
@@ -37,16 +37,16 @@ class Images(list):
 
 
 def assert_same_batches(sizes, *, steps: int = 4, seed: int = 0) -> None:
-    """Compares the two paths over `steps` batches, through prefetching's door."""
+    """Compares `steps` batches made on the device and on the host."""
     images = Images(sizes)
     batches = TrainBatches(
         images, np.arange(len(sizes)), batch_size=8, crop_px=CROP, seed=seed
     )
-    kept = DeviceImages(images, crop_px=CROP, progress=False)
+    on_device = DeviceImages(images, crop_px=CROP, progress=False)
     for step in range(steps):
         on_host = batches.batch(step)
         del on_host["index"]
-        wanted, found = split(on_host), kept.batch(batches.plan(step))
+        wanted, found = split(on_host), on_device.batch(batches.plan(step))
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert found[name].dtype == value.dtype
@@ -55,48 +55,48 @@ def assert_same_batches(sizes, *, steps: int = 4, seed: int = 0) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(SIDES, min_size=8, max_size=20), st.integers(0, 2**64 - 1))
-def test_any_shapes_give_the_batches_of_the_host(sizes, seed):
+def test_batches_of_any_shapes_equal_those_of_the_host(sizes, seed):
     assert_same_batches(sizes, seed=seed)
 
 
-def test_extreme_places_are_cut_right():
-    """Crops as large as the image, and images of one row or column to spare."""
+def test_crops_at_the_border_equal_those_of_the_host():
+    """Crops as large as the image, or smaller by one row or column."""
     exact = [(CROP, CROP)] * 4 + [(CROP, CROP + 1), (CROP + 1, CROP)] * 4
     assert_same_batches([*exact, (CROP, 90), (90, CROP)], steps=20)
 
 
-def test_a_store_of_one_short_side_is_not_padded():
+def test_images_with_one_short_side_are_not_padded():
     images = Images([(9, 12), (20, 9), (9, 9)] * 3)
-    kept = DeviceImages(images, crop_px=CROP, progress=False)
-    assert kept._lines.nbytes == sum(image.nbytes for image in images)
+    on_device = DeviceImages(images, crop_px=CROP, progress=False)
+    assert on_device._lines.nbytes == sum(image.nbytes for image in images)
 
 
-def test_a_step_takes_what_is_cut_without_a_copy():
-    """The images go to the devices once, and the batch stays where it was cut."""
+def test_training_step_uses_the_crops_without_a_copy():
+    """Images are transferred once; crops stay on their device."""
     images = Images([(9, 12)] * 16)
     batches = TrainBatches(
         images, np.zeros(16, int), batch_size=16, crop_px=CROP, seed=0
     )
-    kept = DeviceImages(images, crop_px=CROP, progress=False)
+    on_device = DeviceImages(images, crop_px=CROP, progress=False)
     plan = batches.plan(0)
-    kept.batch(plan)  # compiles; what it holds of constants is sent then
-    assert len(kept._lines.addressable_shards) == device_count() == 8
+    on_device.batch(plan)  # compiles and transfers constants
+    assert len(on_device._lines.addressable_shards) == device_count() == 8
 
     def step(state, batch):
         total = batch["image"].astype(np.float32).sum()
         return {"x": state["x"] + all_mean(total)}, {}
 
     run = train_step(step)
-    state, _ = run({"x": np.float32(0)}, kept.batch(plan))
+    state, _ = run({"x": np.float32(0)}, on_device.batch(plan))
     with jax.transfer_guard_device_to_device("disallow"):
-        batch = kept.batch(plan)
+        batch = on_device.batch(plan)
         assert len(batch["image"].addressable_shards) == 8
         state, _ = run(state, batch)
     expected = 2 * batches.batch(0)["image"].sum() / 8
     np.testing.assert_allclose(state["x"], expected, rtol=1e-6)
 
 
-def test_too_large_for_the_devices_is_refused_with_the_figures(monkeypatch):
+def test_images_too_large_for_the_devices_are_an_error(monkeypatch):
     monkeypatch.setattr(devices_module, "free_bytes", lambda: 2_000_000)
     images = Images([(100, 200)] * 40)
     match = (
@@ -110,7 +110,7 @@ def test_too_large_for_the_devices_is_refused_with_the_figures(monkeypatch):
 
 
 class Device:
-    """As much of a device as `devices.free_bytes` asks."""
+    """The part of a device that `devices.free_bytes` uses."""
 
     def __init__(self, **stats):
         self._stats = stats
@@ -119,7 +119,7 @@ class Device:
         return self._stats
 
 
-def test_free_memory_is_that_of_the_fullest_device(monkeypatch):
+def test_free_bytes_is_the_minimum_over_devices(monkeypatch):
     devices = [
         Device(bytes_limit=100, bytes_in_use=30, num_allocs=2),
         Device(bytes_limit=100, bytes_in_use=60),
@@ -128,17 +128,17 @@ def test_free_memory_is_that_of_the_fullest_device(monkeypatch):
     assert free_bytes() == 40
 
 
-def test_free_memory_of_a_host_is_shared_by_its_devices(monkeypatch):
-    """A CPU does not say; what the system says is within what it has."""
+def test_free_bytes_of_a_host_is_divided_by_its_devices(monkeypatch):
+    """A CPU total_bytes no memory statistics; the system's value is used instead."""
     monkeypatch.setattr(devices_module, "_available_bytes", lambda: 9_000)
-    assert free_bytes() == 1_000  # of eight, and one share for the host
+    assert free_bytes() == 1_000  # 9 shares: eight devices and the host
     monkeypatch.undo()
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0.001 * has < _available_bytes() <= has
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.001 * total_bytes < _available_bytes() <= total_bytes
 
 
-def test_training_is_the_same_to_the_bit(tmp_path):
-    """Both runs log the same numbers, and say where the images are."""
+def test_training_metrics_are_equal_on_device_and_on_host(tmp_path):
+    """Compares all metrics except times."""
     logged = []
     for on_device in (False, True):
         config = tiny_config.config(
@@ -158,7 +158,7 @@ def test_training_is_the_same_to_the_bit(tmp_path):
     assert {x["split"] for x in logged[0]} == {"train", "test", "test_shifted"}
 
 
-def test_images_that_are_streamed_cannot_stay(tmp_path):
+def test_on_device_with_streamed_images_is_an_error(tmp_path):
     config = tiny_config.config(
         tmp_path, **{"data.on_device": True, "data.prepare": False}
     )
