@@ -1,4 +1,4 @@
-"""Scores against counting by hand, and means that fetch only when asked."""
+"""Accuracies compared with counts image by image."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from cra_jax.inference import accuracy
 
 
-def test_scores_are_counted_image_by_image():
+def test_classification_scores_equal_counts_image_by_image():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(37, 9)), rng.integers(0, 8, 37)
     top1 = top5 = loss = 0
@@ -26,25 +26,25 @@ def test_scores_are_counted_image_by_image():
     assert found["count"] == 37
 
 
-def test_a_class_that_the_split_lacks_does_not_count():
+def test_mean_per_class_skips_classes_without_images():
     found = accuracy.classification_scores(np.eye(4)[[0, 1, 1]], np.array([0, 1, 3]))
     assert found["mean_per_class"] == pytest.approx((1 + 1 + 0) / 3)
 
 
-def test_of_equal_scores_the_lower_class_wins():
+def test_lower_class_is_predicted_for_equal_scores():
     logits = np.zeros((2, 7))
     found = accuracy.classification_scores(logits, np.array([0, 6]))
     assert (found["top1"], found["top5"]) == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_scores_that_are_no_numbers_are_refused(bad):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_scores_are_an_error(value):
     logits = np.zeros((3, 4))
-    logits[1, 2] = bad
+    logits[1, 2] = value
     with pytest.raises(ValueError, match="image 1 of the split are not finite"):
         accuracy.classification_scores(logits, np.zeros(3, int))
 
 
-def test_an_empty_split_is_refused():
+def test_empty_split_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         accuracy.classification_scores(np.zeros((0, 4)), np.zeros(0, int))

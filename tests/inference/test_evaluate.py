@@ -1,4 +1,4 @@
-"""Both protocols, image by image, on any batch size; the strongest activation."""
+"""Both evaluation protocols, and the scores of activation and attention in boxes."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def _images(shapes, seed=0):
 
 @pytest.fixture(scope="module")
 def network():
-    """A ResNet with statistics that are not the initial ones, and its variables."""
+    """Returns a ResNet, and variables with statistics that differ from initial ones."""
     backbone = resnet.create("resnet10", 5, width=8, stem="small")
     variables: Any = jax.jit(backbone.init)(
         jax.random.key(0), jnp.zeros((1, 32, 32, 3))
@@ -60,7 +60,7 @@ def _full(network, images, *, bucket_px, batch_size=8):
     return evaluate.predict_split(step, variables, batches, len(images)).logits
 
 
-def test_full_is_the_sliding_window_of_the_oracle(network):
+def test_full_protocol_equals_the_oracle(network):
     backbone, variables = network
     images = _images(SHAPES[1:4])
     found = _full(network, images, bucket_px=32)
@@ -72,7 +72,7 @@ def test_full_is_the_sliding_window_of_the_oracle(network):
         assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_buckets_score_as_exact_shapes_do(network):
+def test_bucketed_images_have_the_scores_of_exact_shapes(network):
     images = _images(SHAPES)
     exact = _full(network, images, bucket_px=0)
     for bucket_px in (8, 64):
@@ -81,7 +81,7 @@ def test_buckets_score_as_exact_shapes_do(network):
         )
 
 
-def test_of_an_image_as_large_as_the_crop_both_protocols_agree(network):
+def test_both_protocols_are_equal_for_images_of_the_crops_size(network):
     backbone, variables = network
     images = _images([(CROP, CROP)] * 3)
     center = protocols.make_center_step(backbone, mean=MEAN, std=STD)
@@ -91,7 +91,7 @@ def test_of_an_image_as_large_as_the_crop_both_protocols_agree(network):
 
 
 @pytest.mark.parametrize("batch_size", [8, 16])
-def test_every_image_counts_once_and_in_order(network, batch_size):
+def test_every_image_is_evaluated_once_and_in_order(network, batch_size):
     backbone, variables = network
     images = _images([(36, 40)] * 13)
     labels = np.arange(13) % 5
@@ -108,8 +108,8 @@ def test_every_image_counts_once_and_in_order(network, batch_size):
     assert scores["count"] == 13
 
 
-def test_the_strongest_activation_is_found_and_judged(tmp_path):
-    """A backbone that scores each pixel by its redness peaks at the one red pixel."""
+def test_pointing_and_activation_in_box_of_a_known_activation(tmp_path):
+    """The backbone's class score is the red channel; each image has one red pixel."""
 
     class Redness(Echo):
         def classify(self, features):
@@ -135,7 +135,7 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
         image[y, x, 0] = 255
         images.append(image)
         boxes.append((x / 40, y / 36, (x + 1) / 40, (y + 1) / 36))
-    boxes[1] = (0.0, 0.0, 0.5, 1.0)  # the peak is beside this one
+    boxes[1] = (0.0, 0.0, 0.5, 1.0)  # the peak is outside this box
     records = tuple(
         Record(str(i), 0, lambda side: images[0], "", locate=lambda b=box: b)
         for i, box in enumerate(boxes)
@@ -154,30 +154,30 @@ def test_the_strongest_activation_is_found_and_judged(tmp_path):
         assert_allclose(found.activation[i], expected)
     scores = evaluator.scores(found, split, "center")
     assert scores["count"] == scores["box_count"] == 3
-    # All that is active is one pixel: in its box twice, beside it once.
+    # The only active pixel is in its box twice and outside it once.
     assert scores["pointing"] == pytest.approx(2 / 3)
     assert scores["activation_in_box"] == pytest.approx(2 / 3)
-    half = 16 * CROP  # of the crop is in the second box
+    half = 16 * CROP  # the part of the crop in the second box
     assert scores["box_share"] == pytest.approx((1 + half + 1) / 3 / CROP**2)
     assert "attention_iou" not in scores
 
 
-def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
+def test_attention_iou_of_a_known_attention(network, tmp_path):
     backbone, variables = network
     config = tiny_config.config(tmp_path, **{"data.crop_px": CROP})
     images = _images([(CROP, CROP)] * 3)
-    # Head and box: half the crop in each direction, once in the middle, once beside.
+    # Attention: the central half of the crop; boxes: the same, half of it, the image.
     params = {
         "kernel": jnp.zeros((backbone.feature_channels, 4)),
         "bias": jnp.array([0.0, 0.0, np.arctanh(0.5), 0.0]),
     }
     bounds = ArtConfig(alpha_s=1.0, inside=False)
     head = art_module.trained_head({"attention_head": params}, bounds, "cra")
-    edge = 0.5 * (CROP - 1) / CROP / 2  # the frame ends at centres of pixels
+    edge = 0.5 * (CROP - 1) / CROP / 2  # the frame ends at the centres of pixels
     boxes = [
         (0.5 - edge, 0.5 - edge, 0.5 + edge, 0.5 + edge),
         (0.5 - edge, 0.5, 0.5 + edge, 0.5 + edge),
-        (0.0, 0.0, 1.0, 1.0),  # says nothing
+        (0.0, 0.0, 1.0, 1.0),  # the whole image: not counted
     ]
     records = tuple(
         Record(f"{i}.jpg", i, lambda side: images[0], "", locate=lambda b=box: b)
@@ -204,7 +204,7 @@ def test_with_a_head_the_attention_is_measured_too(network, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_buckets_score_as_exact_shapes_do_on_real_images(shared_data, arch):
+def test_bucketed_real_images_have_the_scores_of_exact_shapes(shared_data, arch):
     from cra_jax.datasets import sources
 
     dataset = sources.load("cub", str(shared_data / "cub_10"))

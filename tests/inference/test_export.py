@@ -1,4 +1,4 @@
-"""An export is the baseline's network and no more, and runs without this package."""
+"""An export has only the plain network and runs without this package."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 CLASSES = ["auk", "boobook", "crake", "dotterel"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# A server has jax and none of our code: here not even what is installed.
+# A server has jax, but not this package; the program blocks its import.
 SERVER = """
 import sys
 sys.modules.update(dict.fromkeys(["cra_jax", "flax", "configs"]))
@@ -46,7 +46,7 @@ np.savez(scores, **found)
 
 
 def random_like(model, *shape) -> Any:
-    """Variables unlike a fresh network's, made without compiling."""
+    """Draws variables that differ from initial ones, without compiling."""
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     shapes: Any = jax.eval_shape(model.init, jax.random.key(0), images)
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def random_images(count, side):
 
 
 def serve(files, images, folder):
-    """What a process without this package makes of the images."""
+    """Returns the scores of programs in a process without this package."""
     np.save(folder / "images.npy", images)
     paths = [folder / "images.npy", folder / "scores.npz", *files]
     done = subprocess.run(
@@ -88,7 +88,7 @@ def backbone_scores(model, variables, images):
 
 @pytest.fixture
 def tiny_lite0(monkeypatch):
-    """All that EfficientNet-Lite0 has, once."""
+    """Adds a small network with every type of block of EfficientNet-Lite0."""
     stages = (
         efficientnet.Stage(1, size=3, stride=1, expansion=1, features=8),
         efficientnet.Stage(2, size=5, stride=2, expansion=2, features=16),
@@ -98,7 +98,7 @@ def tiny_lite0(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_lite0")
-def test_a_program_runs_where_this_package_is_not(tmp_path):
+def test_exported_program_runs_without_this_package(tmp_path):
     images = random_images(5, 33)
     models = [
         resnet.create("resnet10", 4, width=8, stem="imagenet"),
@@ -114,7 +114,7 @@ def test_a_program_runs_where_this_package_is_not(tmp_path):
         expected.append(backbone_scores(model, variables, images))
     found = serve(files, images, tmp_path)
     for i, scores in enumerate(expected):
-        assert np.ptp(scores) > 0.1  # else anything would be close
+        assert np.ptp(scores) > 0.1  # the images have different scores
         assert found[f"all {i}"].shape == (5, 4)
         limit = 1e-5 * max(1, np.abs(scores).max())
         np.testing.assert_allclose(found[f"all {i}"], scores, rtol=0, atol=limit)
@@ -123,7 +123,7 @@ def test_a_program_runs_where_this_package_is_not(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet50", "efficientnet_lite0"])
-def test_a_program_of_a_whole_network_scores_as_it_does(arch):
+def test_exported_program_of_a_full_network_gives_the_same_scores(arch):
     family = efficientnet if arch in efficientnet.ARCHITECTURES else resnet
     model = family.create(arch, 200)
     variables = random_like(model, 1, 65, 65, 3)
@@ -137,11 +137,11 @@ def test_a_program_of_a_whole_network_scores_as_it_does(arch):
         np.testing.assert_allclose(found, expected[:count], rtol=0, atol=limit)
 
 
-# --- a run --------------------------------------------------------------------------
+# --- the export of a run -----------------------------------------------------------
 
 
 def save_run(kind, folder):
-    """A run of this kind; returns its config and all its variables."""
+    """Saves a run of this model.kind; returns its config and all its variables."""
     config = tiny_config.config(folder, **{"model.kind": kind})
     network = build.build_network(config, len(CLASSES))
     variables = random_like(network, 2, 32, 32, 3)
@@ -153,14 +153,14 @@ def save_run(kind, folder):
 
 @pytest.fixture
 def exported(tmp_path, capsys):
-    """The export of a CRA-CNN: config, all its variables, the folder."""
+    """Exports a CRA-CNN; returns its config, all its variables and the directory."""
     config, variables = save_run("cra", tmp_path)
     export.run(run_options.from_config(config), tmp_path)
     assert "model.safetensors, model.stablehlo" in capsys.readouterr().out
     return config, variables, tmp_path / "export"
 
 
-def test_an_export_has_a_plain_network_and_nothing_of_the_other_stream(exported):
+def test_export_has_only_the_classification_stream(exported):
     _, variables, folder = exported
     names = {path.name for path in folder.iterdir()}
     assert names == {"model.safetensors", "model.stablehlo", "config.json"}
@@ -168,13 +168,13 @@ def test_an_export_has_a_plain_network_and_nothing_of_the_other_stream(exported)
     flat: Any = flatten_dict(variables)
     expected: Any = flatten_dict(loaded)
     for (collection, *path), array in expected.items():
-        ours = flat[(collection, "classification_stream", *path)]
-        np.testing.assert_array_equal(array, ours)
+        value = flat[(collection, "classification_stream", *path)]
+        np.testing.assert_array_equal(array, value)
 
     def contents(array):
-        """The bytes of an array in linen's order and in torch's."""
-        torch_s = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        return {array.tobytes(), np.ascontiguousarray(torch_s).tobytes()}
+        """Returns the bytes of an array in the orders of linen and torch."""
+        in_torch_order = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        return {array.tobytes(), np.ascontiguousarray(in_torch_order).tobytes()}
 
     arrays = load_file(folder / "model.safetensors").values()
     stored = {array.tobytes() for array in arrays}
@@ -190,7 +190,7 @@ def test_an_export_has_a_plain_network_and_nothing_of_the_other_stream(exported)
     assert seen == {"regularization_stream": 0, "attention_head": 0}
 
 
-def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
+def test_export_describes_its_program_and_the_program_gives_the_same_scores(exported):
     config, _, folder = exported
     about = json.loads((folder / "config.json").read_text())
     assert about["class_names"] == CLASSES
@@ -212,10 +212,10 @@ def test_an_export_says_how_to_use_it_and_its_program_agrees(exported):
     )
 
 
-def test_an_export_scores_photographs_as_an_independent_network_does(
+def test_export_gives_the_scores_of_an_independent_network_on_photographs(
     shared_data, tmp_path
 ):
-    """Images and weights both go their own way, from the file to the scores."""
+    """Decoding, resizing, weights and network are all independent of the package."""
     net = randomize(TorchResNet("resnet18", photographs.SPECIES), seed=0).eval()
     variables = to_linen(net.state_dict().items())
     config = cub.get_config("resnet18")
@@ -228,24 +228,26 @@ def test_an_export_scores_photographs_as_an_independent_network_does(
     net = TorchResNet("resnet18", photographs.SPECIES).eval()
     net.load_state_dict(state, strict=True)
     with torch.no_grad():
-        theirs = net(torch.from_numpy(photographs.normalize(crops, about))).numpy()
-    assert np.ptp(theirs, 0).min() > 1e-2  # the images are told apart
+        expected = net(torch.from_numpy(photographs.normalize(crops, about))).numpy()
+    assert np.ptp(expected, 0).min() > 1e-2  # the images have different scores
 
     decoded = [read(path, short_side_px=160) for path in paths]
     labels = np.zeros(6, np.int32)
     (batch,) = batches.center_batches(decoded, labels, batch_size=6, crop_px=128)
     np.testing.assert_array_equal(batch["image"], crops)
     restored = restore(run_options.from_config(config), tmp_path)
-    ours = backbone_scores(restored.backbone, restored.variables, batch["image"])
+    scores_of_run = backbone_scores(
+        restored.backbone, restored.variables, batch["image"]
+    )
     program = (tmp_path / "export" / "model.stablehlo").read_bytes()
-    served = jax.export.deserialize(bytearray(program)).call(crops)
-    for scores in (ours, served):
-        difference = np.abs(np.asarray(scores) - theirs).max()
-        print(f"scores differ by {difference:.1e} of {np.abs(theirs).max():.1f}")
-        assert difference < 1e-4 * max(1, np.abs(theirs).max())
+    scores_of_program = jax.export.deserialize(bytearray(program)).call(crops)
+    for scores in (scores_of_run, scores_of_program):
+        difference = np.abs(np.asarray(scores) - expected).max()
+        print(f"scores differ by {difference:.1e} of {np.abs(expected).max():.1f}")
+        assert difference < 1e-4 * max(1, np.abs(expected).max())
 
 
-def test_cra_cnn_costs_what_the_baseline_does(tmp_path):
+def test_cra_cnn_has_the_parameters_and_flops_of_the_baseline(tmp_path):
     config = tiny_config.config(tmp_path)
     rows = free_at_test_time.costs(config, tmp_path, num_classes=4)
     baseline, *others = rows.values()

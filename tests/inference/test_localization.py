@@ -1,4 +1,4 @@
-"""Class activation maps, and how maps and attention fit a box."""
+"""Class activation maps, and the overlap of boxes with activation and attention."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def network():
     return backbone, init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
-def test_a_class_activation_map_is_that_of_zhou_et_al(network):
+def test_class_activation_equals_the_oracle(network):
     backbone, variables = network
     images = jax.random.normal(jax.random.key(1), (3, 32, 40, 3))
     out: Any = jax.jit(backbone.apply)(variables, images)
@@ -40,13 +40,13 @@ def test_a_class_activation_map_is_that_of_zhou_et_al(network):
             np.asarray(out.features[i]), fc["kernel"], chosen
         )
         assert_allclose(found[i], expected, rtol=1e-4, atol=1e-6)
-        # Its mean and the bias are the score.
+        # The score is the mean of the map plus the bias.
         score = out.logits[i, chosen] - fc["bias"][chosen]
         assert_allclose(found[i].mean(), score, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("size_px", [63, 64])
-def test_places_are_those_of_the_family(size_px):
+def test_places_px_are_the_places_of_the_family(size_px):
     cells = -(-size_px // 32)
     for family, name in ((resnet, "resnet18"), (efficientnet, "efficientnet_lite0")):
         backbone = family.create(name, 3)
@@ -54,10 +54,10 @@ def test_places_are_those_of_the_family(size_px):
         expected = [backbone.feature_place_px(i, size_px) for i in range(cells)]
         assert_array_equal(rows, expected)
         assert_array_equal(columns, expected)
-    assert rows[0] == {63: 30, 64: 31}[size_px]  # "SAME" pads even sizes unevenly
+    assert rows[0] == {63: 30, 64: 31}[size_px]  # "SAME" pads even sizes asymmetrically
 
 
-def test_the_peak_is_the_place_of_the_strongest_cell():
+def test_peak_px_is_the_place_of_the_strongest_cell():
     activation = np.zeros((2, 3, 4))
     activation[0, 2, 1] = activation[1, 0, 3] = 1
     rows, columns = np.array([1.0, 11, 21]), np.array([2.0, 12, 22, 32])
@@ -76,9 +76,9 @@ def _places():
 
 @settings(max_examples=12, deadline=None)
 @given(boxes, st.integers(0, 99))
-def test_the_share_inside_a_box_is_that_of_a_fine_lattice(box, seed):
+def test_share_inside_a_box_equals_the_oracle(box, seed):
     activation = np.random.default_rng(seed).normal(size=(3, 4))
-    activation[0, 0] = 1  # something is positive
+    activation[0, 0] = 1  # at least one positive value
     found = localization.share_inside(activation, box, crop_px=16, **_places())
     rows, columns = _places().values()
     expected = attention.share_inside(activation, box, rows, columns, 16, fine=8)
@@ -86,26 +86,26 @@ def test_the_share_inside_a_box_is_that_of_a_fine_lattice(box, seed):
 
 
 @given(boxes)
-def test_of_an_even_map_the_box_gets_its_share_of_the_crop(box):
+def test_share_of_a_constant_map_is_the_share_of_the_area(box):
     area = (box[2] - box[0]) * (box[3] - box[1]) / 16**2
     found = localization.share_inside(np.ones((3, 4)), box, crop_px=16, **_places())
     assert found == pytest.approx(area, abs=1e-12)
 
 
-def test_shares_of_the_whole_of_nothing_and_of_what_is_never_positive():
+def test_share_of_whole_crop_empty_box_and_negative_map():
     rng = np.random.default_rng(0)
-    some, none = rng.normal(size=(3, 4)), -np.ones((3, 4))
+    mixed, negative = rng.normal(size=(3, 4)), -np.ones((3, 4))
     whole, empty = (-0.5, -0.5, 15.5, 15.5), (3.0, 3.0, 3.0, 9.0)
     for activation, box, expected in (
-        (some, whole, 1),
-        (some, empty, 0),
-        (none, whole, 0),
+        (mixed, whole, 1),
+        (mixed, empty, 0),
+        (negative, whole, 0),
     ):
         found = localization.share_inside(activation, box, crop_px=16, **_places())
         assert found == pytest.approx(expected)
 
 
-def test_each_point_belongs_to_the_nearest_cell():
+def test_share_inside_assigns_points_to_the_nearest_cell():
     activation = np.zeros((3, 4))
     activation[1, 2] = 1  # x from 7 to 12, y from 4 to 9.5
     activation[0, 0] = 2  # x from -0.5 to 2.5, y from -0.5 to 4
@@ -119,13 +119,13 @@ def test_each_point_belongs_to_the_nearest_cell():
     assert share(2.5, 4, 7, 9.5) == 0
 
 
-def test_an_enlarged_map_keeps_its_values_where_the_cells_look():
+def test_enlarged_map_has_the_values_of_the_cells_at_their_places():
     activation = np.random.default_rng(0).normal(size=(3, 4))
     rows, columns = _places().values()
     found = class_activation.enlarge(activation, rows, columns, 16)
     assert found.shape == (16, 16)
     assert_allclose(found[np.ix_(rows.astype(int), columns.astype(int))], activation)
-    assert_allclose(found[15], found[12])  # on from the last centre
+    assert_allclose(found[15], found[12])  # constant beyond the last centre
     middle = 0.4 * activation[0, 1] + 0.6 * activation[0, 0]
     assert found[1, 2] == pytest.approx(middle)
 
@@ -134,13 +134,13 @@ matrices = st.tuples(*[st.floats(-1, 1)] * 6).map(lambda m: np.reshape(m, (2, 3)
 
 
 def _area(matrix):
-    """The determinant; numpy's own warns of the smallest numbers."""
+    """Returns the determinant; NumPy's function warns of tiny numbers."""
     return matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]
 
 
 @settings(max_examples=15, deadline=None)
 @given(matrices.filter(lambda m: abs(_area(m)) > 0.02), boxes)
-def test_overlap_with_a_box_is_that_of_a_fine_lattice(matrix, box):
+def test_iou_equals_the_oracle(matrix, box):
     corners = art_module.corners_px(matrix, 16)
     low = np.minimum(corners.min(0), -0.5) - 0.1
     high = np.maximum(corners.max(0), 15.5) + 0.1
@@ -150,7 +150,7 @@ def test_overlap_with_a_box_is_that_of_a_fine_lattice(matrix, box):
     assert localization.iou(corners, box) == pytest.approx(expected, abs=0.08)
 
 
-def test_overlaps_that_can_be_worked_out_by_hand():
+def test_iou_equals_values_computed_by_hand():
     square = np.array([[0, 0], [10, 0], [10, 10], [0, 10]], float)
     assert localization.iou(square, (0, 0, 10, 10)) == pytest.approx(1)
     assert localization.iou(square[::-1], (5, 0, 15, 10)) == pytest.approx(1 / 3)
@@ -162,13 +162,13 @@ def test_overlaps_that_can_be_worked_out_by_hand():
     assert localization.iou(point, (5, 5, 5, 5)) == 0
 
 
-def test_a_box_in_pixels_of_the_centre_crop_and_back():
-    # An image of 100 x 80, its crop of 64 from (18, 8) on.
+def test_box_in_crop_px_and_in_image_are_inverse():
+    # An image of 100 x 80; its crop of 64 starts at (18, 8).
     box = center_crop.box_in_crop_px((0.2, 0.2, 0.5, 0.5), (100, 80), 64)
     assert_allclose(box, (20 - 18 - 0.5, 16 - 8 - 0.5, 50 - 18 - 0.5, 40 - 8 - 0.5))
     back = center_crop.in_image(np.reshape(box, (2, 2)), (100, 80), 64)
     assert_allclose(back, [[0.2, 0.2], [0.5, 0.5]])
-    cut = center_crop.box_in_crop_px((0.0, 0.0, 0.5, 1.0), (100, 80), 64)
-    assert_allclose(cut, (-0.5, -0.5, 31.5, 63.5))
+    clipped = center_crop.box_in_crop_px((0.0, 0.0, 0.5, 1.0), (100, 80), 64)
+    assert_allclose(clipped, (-0.5, -0.5, 31.5, 63.5))
     x_min, _, x_max, _ = center_crop.box_in_crop_px((0, 0, 0.1, 1), (100, 80), 64)
-    assert x_min == x_max == -0.5  # beyond the crop's edge
+    assert x_min == x_max == -0.5  # outside the crop

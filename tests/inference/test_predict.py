@@ -1,4 +1,4 @@
-"""Prediction: evaluation's scores, places in the image, and every way to name one."""
+"""Prediction: scores, positions in the image, inputs, errors and overlays."""
 
 import dataclasses
 import io
@@ -24,11 +24,11 @@ from tests.helpers import tiny_run
 
 SIZES = [(36, 36), (90, 60), (60, 90), (33, 200), (500, 40), (61, 47), (640, 480)]
 ROOT = Path(__file__).resolve().parents[2]
-_TURNED = 0x0112, 6  # EXIF: the camera was held upright
+_ROTATED = 0x0112, 6  # the EXIF orientation of a rotated camera
 
 
 def _image(width, height, seed=0):
-    """A smooth image, so that a JPEG of it decodes to much the same everywhere."""
+    """Makes a smooth image, so that all JPEG decoders give nearly the same pixels."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
@@ -47,7 +47,7 @@ def predictor(run):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data set of class folders whose test images are of all sizes and kinds."""
+    """Makes a dataset of class directories with test images of many sizes."""
     root = tmp_path_factory.mktemp("data")
     for split in ("train", "test"):
         for name in tiny_run.CLASSES:
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
     for i, size in enumerate(SIZES):
         exif = Image.Exif()
         if i % 2:
-            exif[_TURNED[0]] = _TURNED[1]
+            exif[_ROTATED[0]] = _ROTATED[1]
         file = folders[i % len(folders)] / f"{i}.jpg"
         _image(*size, seed=i).save(file, exif=exif)
     for folder in (root / "train").iterdir():
@@ -64,7 +64,7 @@ def data(tmp_path_factory):
     return root
 
 
-def test_scores_are_those_of_evaluation(run, predictor, data):
+def test_predicted_scores_equal_the_scores_of_evaluation(run, predictor, data):
     config = run[0].copy_and_resolve_references()
     config.update_from_flattened_dict(
         {"data.source": "folder", "data.path": str(data), "eval.batch_size": 8}
@@ -87,26 +87,30 @@ def test_scores_are_those_of_evaluation(run, predictor, data):
         assert_allclose(answer.probabilities, np.sort(shares)[::-1][:5], rtol=1e-12)
         names = [tiny_run.CLASSES[label] for label in answer.labels]
         assert list(answer.classes) == names
-    assert len({answer.classes for answer in found}) > 1  # else anything would do
+    assert (
+        len({answer.classes for answer in found}) > 1
+    )  # the images have different predictions
 
 
-def test_one_image_is_the_same_alone_as_bytes_and_as_pixels(predictor, data):
+def test_path_bytes_and_pixels_of_one_image_give_the_same_prediction(predictor, data):
     files = sorted(data.rglob("test/**/*.jpg"))
     together = predictor(files)
     for file, expected in zip(files, together, strict=True):
-        kinds = [str(file), file.read_bytes(), decoding.decode(str(file))]
-        for image in kinds:
+        inputs = [str(file), file.read_bytes(), decoding.decode(str(file))]
+        for image in inputs:
             found = predictor(image)
             assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
             assert found.size_px == expected.size_px
-    assert predictor(kinds[1]).path == ""
+    assert predictor(inputs[1]).path == ""
     assert together[0].path == str(files[0])
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("size", [(72, 144), (144, 72), (45, 36), (36 * 20, 36)])
-def test_places_are_pixels_of_the_upright_image(run, size, turned, tmp_path):
-    """By hand: an attention of half the crop, right of and above its centre."""
+def test_crop_and_attention_are_in_pixels_of_the_upright_image(
+    run, size, rotated, tmp_path
+):
+    """The attention is half the crop, to the right of and above its centre."""
     network = trained.of_run(run_options.from_config(run[0]), run[1])
     head = network.head
     assert head is not None
@@ -117,27 +121,27 @@ def test_places_are_pixels_of_the_upright_image(run, size, turned, tmp_path):
         np.arctanh(scale / head.head.config.alpha_s),
         0.0,
     ]
-    config = dataclasses.replace(head.head.config, inside=False)  # Eq. 6 alone
+    config = dataclasses.replace(head.head.config, inside=False)  # only Eq. 6
     params = {"kernel": 0 * head.params["kernel"], "bias": np.array(bias, np.float32)}
     head = art_module.trained_head({"attention_head": params}, config, "cra")
     fixed = Predictor(dataclasses.replace(network, head=head))
     exif = Image.Exif()
-    exif[_TURNED[0]] = _TURNED[1] if turned else 1
-    stored = size[::-1] if turned else size
+    exif[_ROTATED[0]] = _ROTATED[1] if rotated else 1
+    stored = size[::-1] if rotated else size
     _image(*stored).save(tmp_path / "a.png", exif=exif)
     answer = fixed(tmp_path / "a.png")
     assert answer.size_px == size
-    # 36 pixels of the resized image, 32 of which are the crop, are so many here.
-    unit = min(size) / 36
-    shift = [(side / unit - 32) / 2 for side in size]
+    # The image's short side is 36 px after resizing; the crop has 32 px of these.
+    scale_up = min(size) / 36
+    shift = [(side / scale_up - 32) / 2 for side in size]
     if size[0] == 45:
-        shift[0] = 6  # an odd remainder goes to the right
-    left, top = shift[0] * unit, shift[1] * unit
-    box = [left, top, left + 32 * unit, top + 32 * unit]
+        shift[0] = 6  # the odd pixel is on the right
+    left, top = shift[0] * scale_up, shift[1] * scale_up
+    box = [left, top, left + 32 * scale_up, top + 32 * scale_up]
     assert_allclose(answer.crop_box_px, box, atol=1e-9)
-    # -1 and 1 are the centres of the crop's first and last pixel.
-    centre = [left + (16 + 15.5 * x) * unit, top + (16 + 15.5 * y) * unit]
-    half = 15.5 * scale * unit
+    # -1 and 1 are the centres of the first and last pixel of the crop.
+    centre = [left + (16 + 15.5 * x) * scale_up, top + (16 + 15.5 * y) * scale_up]
+    half = 15.5 * scale * scale_up
     corners = [(-half, -half), (half, -half), (half, half), (-half, half)]
     assert_allclose(answer.attention_px, np.add(centre, corners), atol=1e-4)
     expected = [centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half]
@@ -145,14 +149,16 @@ def test_places_are_pixels_of_the_upright_image(run, size, turned, tmp_path):
     assert_allclose(answer.attention_box_px, expected, atol=1e-4)
 
 
-def test_a_box_ends_where_the_image_does(predictor):
+def test_attention_box_is_clipped_to_the_image(predictor):
     answer = predictor(np.zeros((36, 36, 3), np.uint8))
     far = np.array([[-9.0, 5.0], [20.0, -3.0], [50.0, 20.0], [18.0, 40.0]])
-    moved = dataclasses.replace(answer, attention_px=far)
-    assert moved.attention_box_px == (0, 0, 36, 36)
+    clipped = dataclasses.replace(answer, attention_px=far)
+    assert clipped.attention_box_px == (0, 0, 36, 36)
 
 
-def test_a_run_its_checkpoint_and_its_export_agree(run, predictor, data, capsys):
+def test_run_checkpoint_and_export_give_the_same_prediction(
+    run, predictor, data, capsys
+):
     config, folder = run
     file = next(data.rglob("test/**/*.jpg"))
     expected = predictor(file)
@@ -175,7 +181,7 @@ def test_a_run_its_checkpoint_and_its_export_agree(run, predictor, data, capsys)
     assert "attention" not in found.to_json()
 
 
-def test_baseline_and_stn(tmp_path, data):
+def test_baseline_has_no_attention_and_stn_has_one(tmp_path, data):
     file = next(data.rglob("test/**/*.jpg"))
     tiny_run.save(tmp_path / "baseline", "baseline")
     assert predict.load(tmp_path / "baseline")(file).attention_px is None
@@ -183,7 +189,7 @@ def test_baseline_and_stn(tmp_path, data):
     assert predict.load(tmp_path / "stn")(file).attention_px.shape == (4, 2)
 
 
-def test_reading_stays_a_few_batches_ahead(predictor):
+def test_each_reads_only_a_few_batches_ahead(predictor):
     class Counted(list):
         read = 0
 
@@ -198,20 +204,22 @@ def test_reading_stays_a_few_batches_ahead(predictor):
     answers.close()
 
 
-def test_an_unreadable_image_stops_a_call_and_not_the_others(predictor, tmp_path):
+def test_unreadable_image_is_an_error_in_a_call_and_a_result_in_each(
+    predictor, tmp_path
+):
     good = tmp_path / "good.png"
     _image(40, 40).save(good)
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(good.read_bytes()[:100])
     with pytest.raises(decoding.ImageError, match=r"bad\.jpg"):
         predictor([good, bad])
-    kinds = [type(a) for a in predictor.each([bad, good, b"junk", good])]
-    broken = decoding.ImageError
-    assert kinds == [broken, Prediction, broken, Prediction]
+    types = [type(a) for a in predictor.each([bad, good, b"junk", good])]
+    error = decoding.ImageError
+    assert types == [error, Prediction, error, Prediction]
     assert predictor([]) == []
 
 
-def test_scores_that_are_not_finite_are_no_answer(run):
+def test_non_finite_scores_are_an_error(run):
     network = trained.of_run(run_options.from_config(run[0]), run[1])
     params = {**network.variables["params"]}
     params["fc"] = {k: v * np.nan for k, v in params["fc"].items()}
@@ -221,10 +229,10 @@ def test_scores_that_are_not_finite_are_no_answer(run):
         broken(np.zeros((36, 36, 3), np.uint8))
 
 
-# --- what is damaged, or a stranger's -----------------------------------------------
+# --- damaged and untrusted files ----------------------------------------------------
 
 
-def test_what_is_no_network_is_refused(tmp_path):
+def test_directory_without_a_network_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"neither a run .* nor an export"):
         predict.load(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -253,7 +261,7 @@ def test_what_is_no_network_is_refused(tmp_path):
         None,
     ],
 )
-def test_an_export_that_lies_is_refused(run, tmp_path, change, capsys):
+def test_export_with_a_wrong_config_is_an_error(run, tmp_path, change, capsys):
     config, folder = run
     if not (folder / "export").is_dir():
         export.run(run_options.from_config(config), folder)
@@ -271,13 +279,13 @@ def test_an_export_that_lies_is_refused(run, tmp_path, change, capsys):
     assert str(tmp_path) in str(caught.value)
 
 
-# --- the mode -----------------------------------------------------------------------
+# --- --mode predict -----------------------------------------------------------------
 
 
 @pytest.fixture
-def album(tmp_path):
-    """Two good images, one in a folder of its own, a bad one, and a text."""
-    folder = tmp_path / "album"
+def image_dir(tmp_path):
+    """Makes two images, one in a subdirectory, an unreadable image and a text file."""
+    folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     _image(50, 40, seed=1).save(folder / "b2.png")
     _image(40, 50, seed=2).save(folder / "more" / "b2.jpg")
@@ -290,15 +298,17 @@ def _lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_folder_is_predicted_and_what_is_unreadable_reported(
-    run, predictor, album, capsys
+def test_directory_is_predicted_and_unreadable_images_are_reported(
+    run, predictor, image_dir, capsys
 ):
     folder = run[1]
-    predict.run(run_options.from_config(run[0]), folder, [str(album)], overlays=True)
+    predict.run(
+        run_options.from_config(run[0]), folder, [str(image_dir)], overlays=True
+    )
     printed = capsys.readouterr()
     lines = _lines(printed.out)
     assert (folder / "predictions.jsonl").read_text() == printed.out
-    names = [os.path.relpath(line["path"], album) for line in lines]
+    names = [os.path.relpath(line["path"], image_dir) for line in lines]
     assert names == ["b2.png", "b10.jpg", "more/b2.jpg"]
     assert "not an image" in lines[1]["error"]
     assert set(lines[1]) == {"path", "error"}
@@ -320,51 +330,57 @@ def test_a_folder_is_predicted_and_what_is_unreadable_reported(
             assert min(image.size) >= 320
 
 
-def test_every_way_to_name_images(album, monkeypatch, capsys):
-    b2, b10 = str(album / "b2.png"), str(album / "b10.jpg")
-    inner = str(album / "more" / "b2.jpg")
+def test_images_are_found_by_path_directory_pattern_and_list(
+    image_dir, monkeypatch, capsys
+):
+    b2, b10 = str(image_dir / "b2.png"), str(image_dir / "b10.jpg")
+    inner = str(image_dir / "more" / "b2.jpg")
     assert predict.find_images([b10, "nowhere.jpg"]) == [b10, "nowhere.jpg"]
-    assert predict.find_images([str(album)]) == [b2, b10, inner]
-    assert predict.find_images([f"{album}/b*"]) == [b2, b10]
-    assert predict.find_images([f"{album}/**/*.jpg"]) == [b10, inner]
+    assert predict.find_images([str(image_dir)]) == [b2, b10, inner]
+    assert predict.find_images([f"{image_dir}/b*"]) == [b2, b10]
+    assert predict.find_images([f"{image_dir}/**/*.jpg"]) == [b10, inner]
     listed = io.TextIOWrapper(io.BytesIO(f"{b2}\n\n{inner}\n".encode() + b"\xff.jpg\n"))
     monkeypatch.setattr(sys, "stdin", listed)
     found = predict.find_images(["-", b10])
     assert found == [b2, inner, os.fsdecode(b"\xff.jpg"), b10]
-    # A file whose name looks like a pattern is that file.
-    odd = album / "[1].png"
-    odd.write_bytes(b"")
-    assert predict.find_images([str(odd)]) == [str(odd)]
+    # A path that exists is no pattern.
+    bracketed = image_dir / "[1].png"
+    bracketed.write_bytes(b"")
+    assert predict.find_images([str(bracketed)]) == [str(bracketed)]
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
         ([], "no images are named"),
-        (["{album}/empty"], "no images in this directory"),
-        (["{album}/*.gif"], "no images in this pattern"),
+        (["{image_dir}/empty"], "no images in this directory"),
+        (["{image_dir}/*.gif"], "no images in this pattern"),
         (["-"], "no images in this standard input"),
-        (["{album}/b10.jpg", "nowhere.jpg"], "none of 2 images can be read"),
+        (["{image_dir}/b10.jpg", "nowhere.jpg"], "none of 2 images can be read"),
     ],
 )
-def test_mistakes_end_in_one_line(run, album, images, message, monkeypatch, capsys):
-    (album / "empty").mkdir()
+def test_missing_or_unreadable_images_are_errors(
+    run, image_dir, images, message, monkeypatch, capsys
+):
+    (image_dir / "empty").mkdir()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(ValueError, match=message):
         predict.run(
             run_options.from_config(run[0]),
             run[1],
-            [name.format(album=album) for name in images],
+            [name.format(image_dir=image_dir) for name in images],
         )
 
 
-def test_from_the_command_line_until_the_reader_has_seen_enough(run, album, tmp_path):
-    """A list on standard input, a file beside it; then a pipe that is closed early."""
+def test_command_line_reads_a_list_and_ends_if_its_output_is_closed(
+    run, image_dir, tmp_path
+):
+    """The list comes from standard input; the reader closes the pipe early."""
     command = [sys.executable, str(ROOT / "launch.py"), "--mode=predict"]
     command += [f"--workdir={run[1]}", "--config.eval.checkpoint=6", "--images=-"]
-    more = [str(album / "more" / "b2.jpg")]
+    more = [str(image_dir / "more" / "b2.jpg")]
     process = subprocess.Popen(
-        [*command, *more * 300],  # more than a pipe holds
+        [*command, *more * 300],  # more output than a pipe's buffer
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -374,25 +390,25 @@ def test_from_the_command_line_until_the_reader_has_seen_enough(run, album, tmp_
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdin.write(os.fsencode(album / "b2.png") + b"\n")
+        process.stdin.write(os.fsencode(image_dir / "b2.png") + b"\n")
         process.stdin.close()
         line = json.loads(process.stdout.readline())
         process.stdout.close()
-        said = process.stderr.read().decode()
-    assert line["path"] == str(album / "b2.png")
+        errors = process.stderr.read().decode()
+    assert line["path"] == str(image_dir / "b2.png")
     expected = predict.load(run[1], checkpoint="6")(line["path"])
     assert line["top"][0]["class"] == expected.classes[0]
-    assert "checkpoint 6 (epoch 1) of" in said
-    assert ": 301 images" in said
-    assert "Traceback" not in said
-    assert "BrokenPipe" not in said
+    assert "checkpoint 6 (epoch 1) of" in errors
+    assert ": 301 images" in errors
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
     assert process.returncode == 0
 
 
-def test_a_name_that_is_no_unicode_is_reported_too(run, album, capsys):
-    name = os.path.join(os.fsencode(album), b"caf\xe9.png")
+def test_file_name_that_is_no_unicode_is_reported(run, image_dir, capsys):
+    name = os.path.join(os.fsencode(image_dir), b"caf\xe9.png")
     with open(name, "wb") as file:
-        file.write((album / "b2.png").read_bytes())
+        file.write((image_dir / "b2.png").read_bytes())
     predict.run(None, run[1] / "checkpoints" / "6", [os.fsdecode(name)], overlays=True)
     (line,) = _lines(capsys.readouterr().out)
     assert os.fsencode(line["path"]) == name
@@ -401,20 +417,20 @@ def test_a_name_that_is_no_unicode_is_reported_too(run, album, capsys):
     assert len(_lines((run[1] / "predictions.jsonl").read_text())) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_said(run, album):
+def test_unwritable_run_directory_is_an_error(run, image_dir):
     blocked = run[1] / ".predictions.jsonl.partial"
     blocked.mkdir()
     try:
         with pytest.raises(ValueError, match="cannot write into"):
-            predict.run(run_options.from_config(run[0]), run[1], [str(album)])
+            predict.run(run_options.from_config(run[0]), run[1], [str(image_dir)])
     finally:
         blocked.rmdir()
 
 
-# --- images with overlays -----------------------------------------------------------
+# --- overlays -----------------------------------------------------------------------
 
 
-def test_heat_is_clear_where_nothing_speaks_for_the_class():
+def test_negative_activation_is_transparent():
     activation = np.array([[-3.0, 0.0], [1.0, 2.0]])
     colours = overlay.color_activation(activation)
     assert colours.shape == (2, 2, 4)
@@ -425,7 +441,7 @@ def test_heat_is_clear_where_nothing_speaks_for_the_class():
     assert_array_equal(overlay.color_activation(-np.ones((3, 3)))[..., 3], 0)
 
 
-def test_an_overlay_draws_in_its_place_and_leaves_the_rest():
+def test_overlay_changes_only_activation_and_attention():
     grey = np.full((400, 600, 3), 128, np.uint8)
     activation = np.zeros((200, 200))
     activation[50:100, 50:100] = 1
@@ -440,10 +456,10 @@ def test_an_overlay_draws_in_its_place_and_leaves_the_rest():
         )
     ).astype(int)
     assert drawn.shape[:2] > (400, 600)
-    moved = np.abs(drawn[:400] - 128).max(-1)
-    assert_array_equal(moved[:99], 0)  # above the crop
-    assert_array_equal(moved[:, 401:], 0)
-    assert_array_equal(moved[160:298, 202:248], 0)  # in it, where nothing is
-    assert moved[155:195, 255:290].min() > 30  # where the activation is
-    assert (drawn[150, 310:370] == 255).all()  # on the attention's edge
-    assert_array_equal(moved[190:220, 320:360], 0)  # within it
+    change = np.abs(drawn[:400] - 128).max(-1)
+    assert_array_equal(change[:99], 0)  # above the crop
+    assert_array_equal(change[:, 401:], 0)
+    assert_array_equal(change[160:298, 202:248], 0)  # in the crop, without activation
+    assert change[155:195, 255:290].min() > 30  # the activation
+    assert (drawn[150, 310:370] == 255).all()  # the edge of the attention
+    assert_array_equal(change[190:220, 320:360], 0)  # inside the attention

@@ -1,4 +1,4 @@
-"""What prediction reads of a checkpoint, and what only images need."""
+"""Restoring the plain backbone, and the attention head for figures."""
 
 import dataclasses
 from typing import Any
@@ -23,8 +23,8 @@ from tests.helpers import tiny_config
 NAMES = tuple("abcde")
 
 
-def _saved(folder, kind, **changes: Any):
-    """A run directory with a first state as step 3; its config and state."""
+def _save_run(folder, kind, **changes: Any):
+    """Saves an initial state as step 3 of a run; returns its config and state."""
     config = tiny_config.config(folder, **{"model.kind": kind, **changes})
     training = build.build_training(config, len(NAMES), steps_per_epoch=2)
     state = train_step.create_state(
@@ -34,7 +34,7 @@ def _saved(folder, kind, **changes: Any):
         crop_px=32,
         averaged=config.optim.ema_decay > 0,
     )
-    # Averages that are not the newest weights.
+    # The averages differ from the newest weights.
     average = jax.tree.map(lambda x: x + 1, state.average)
     state = dataclasses.replace(state, average=average)
     meta = {"class_names": NAMES, "epoch": 2, "config": config.to_dict()}
@@ -44,16 +44,16 @@ def _saved(folder, kind, **changes: Any):
 
 
 @pytest.mark.parametrize("kind", ["cra", "stn", "baseline"])
-def test_prediction_restores_the_plain_backbone_and_images_the_head(tmp_path, kind):
+def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind):
     changes = {"art.alpha_p": 0.9, "art.normalize_head": False}
-    config, state = _saved(tmp_path, kind, **changes)
+    config, state = _save_run(tmp_path, kind, **changes)
     restored = restore(run_options.from_config(config), tmp_path)
     stream = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], stream)
     assert set(restored.variables) == {"params", "batch_stats"}
     assert (restored.step, restored.epoch, restored.class_names) == (3, 2, NAMES)
 
-    # The checkpoint knows its own bounds, whatever the config says now.
+    # The bounds come from the checkpoint, not from the changed config.
     config.art.alpha_p, config.art.normalize_head = 0.5, True
     head = restore_attention(run_options.from_config(config), tmp_path)
     if kind == "baseline":
@@ -67,16 +67,16 @@ def test_prediction_restores_the_plain_backbone_and_images_the_head(tmp_path, ki
     assert head(jnp.ones((4, len(trained["kernel"])))).shape == (4, 2, 3)
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
-    config, _ = _saved(tmp_path, "cra")
+def test_missing_checkpoint_is_an_error(tmp_path):
+    config, _ = _save_run(tmp_path, "cra")
     config.eval.checkpoint = "7"
-    for take in (restore, restore_attention):
+    for function in (restore, restore_attention):
         with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
-            take(run_options.from_config(config), tmp_path)
+            function(run_options.from_config(config), tmp_path)
 
 
-def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
-    config, state = _saved(tmp_path, "cra", **{"optim.ema_decay": 0.9})
+def test_averages_are_restored_if_ema_decay_is_on(tmp_path):
+    config, state = _save_run(tmp_path, "cra", **{"optim.ema_decay": 0.9})
     for decay, params, stats in (
         (0.9, state.average["params"], state.average["batch_stats"]),
         (0.0, state.params, state.batch_stats),
@@ -91,21 +91,21 @@ def test_averages_are_what_predicts_where_the_run_has_them(tmp_path):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_a_run_starts_others_with_the_weights_that_it_predicts_with(tmp_path, decay):
-    config, state = _saved(tmp_path, "baseline", **{"optim.ema_decay": decay})
+def test_pretrained_weights_of_a_run_are_its_prediction_weights(tmp_path, decay):
+    config, state = _save_run(tmp_path, "baseline", **{"optim.ema_decay": decay})
     origin = pretrained.open_pretrained(str(tmp_path), arch=config.model.backbone)
     params, _ = state.to_predict()
     kernel = params["classification_stream"]["fc"]["kernel"]
     assert_array_equal(origin.arrays["fc.weight"], jnp.asarray(kernel).T)
 
 
-def test_averages_that_are_not_there_are_named_with_the_cure(tmp_path):
-    config, state = _saved(tmp_path, "cra")
+def test_missing_averages_are_an_error(tmp_path):
+    config, state = _save_run(tmp_path, "cra")
     config.optim.ema_decay = 0.99
-    for take in (restore, restore_attention):
+    for function in (restore, restore_attention):
         with pytest.raises(ValueError, match=r"optim.ema_decay asks.*checkpoint 3"):
-            take(run_options.from_config(config), tmp_path)
-    # A run that is older than the setting took no averages.
+            function(run_options.from_config(config), tmp_path)
+    # A run without the key ema_decay in its config has no averages.
     old = config.to_dict()
     del old["optim"]["ema_decay"]
     restored = restore(run_options.from_config(run_directory.upgraded(old)), tmp_path)
