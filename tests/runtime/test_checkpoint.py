@@ -1,4 +1,4 @@
-"""Checkpoints restore what was saved, keep the right ones, and refuse strangers."""
+"""Checkpoints: save, restore, keep the latest and the best, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def _state(value: float) -> TrainState:
     )
 
 
-def test_a_state_comes_back_with_its_structure(tmp_path):
+def test_restored_state_has_the_same_structure_and_values(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(3, _state(3), {"epoch": 1, "window": [{"loss": 0.5}]})
     with Checkpoints(tmp_path / "c") as checkpoints:
@@ -34,7 +34,7 @@ def test_a_state_comes_back_with_its_structure(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, _state(3))
 
 
-def test_saving_copies_before_it_returns(tmp_path):
+def test_save_copies_the_state_before_it_returns(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = {"x": jnp.zeros(1 << 18)}
     with Checkpoints(tmp_path / "c") as checkpoints:
@@ -61,14 +61,14 @@ def test_latest_and_best_are_kept(tmp_path):
             checkpoints.choose("3")
 
 
-def test_without_a_measured_step_there_is_no_best(tmp_path):
+def test_best_step_is_none_without_metrics(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(1, _state(1), {})
         checkpoints.wait()
         assert checkpoints.best_step() is None
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_saved_step_is_replaced_by_the_same_step(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(1, _state(1), {"epoch": 1})
         checkpoints.save(1, _state(5), {"epoch": 2})
@@ -77,7 +77,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
         assert (int(restored.step), checkpoints.meta(1)) == (5, {"epoch": 2})
 
 
-def test_a_branch_restores_alone(tmp_path):
+def test_part_of_a_state_can_be_restored(tmp_path):
     target = {
         "params": {
             "classification_stream": {
@@ -92,7 +92,7 @@ def test_a_branch_restores_alone(tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(target)
 
 
-def test_another_model_is_refused_by_name(tmp_path):
+def test_checkpoint_of_another_model_is_an_error_that_names_the_arrays(tmp_path):
     target = {
         "params": {
             "classification_stream": {
@@ -111,6 +111,6 @@ def test_another_model_is_refused_by_name(tmp_path):
     assert "fc.bias: checkpoint has none, model (5,)" in message
 
 
-def test_no_checkpoints_to_read(tmp_path):
+def test_missing_checkpoints_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are no checkpoints at"):
         Checkpoints(tmp_path / "nowhere", writable=False)

@@ -1,4 +1,4 @@
-"""Batches over eight fake devices, and the errors of those that cannot be shared."""
+"""Batches on eight simulated devices, and errors of wrong batch sizes."""
 
 import platform
 import subprocess
@@ -12,24 +12,24 @@ import pytest
 from cra_jax.runtime import devices
 
 
-def test_a_batch_that_does_not_divide_names_sizes_that_do():
+def test_batch_size_that_does_not_divide_is_an_error_that_names_valid_sizes():
     with pytest.raises(ValueError, match=r"train.batch_size=20 .* 8 device.*16, 24"):
         devices.check_divides(20, setting="train.batch_size")
     devices.check_divides(24, setting="train.batch_size")
 
 
 @pytest.mark.parametrize("size", [8, 0, -8, 5])
-def test_too_few_on_each_device(size):
+def test_too_few_images_on_each_device_are_an_error(size):
     with pytest.raises(ValueError, match=r"at least 2 images on each.*: 16 "):
         devices.check_divides(size, setting="train.batch_size", least=2)
     devices.check_divides(16, setting="train.batch_size", least=2)
 
 
-def test_evaluation_batches_are_rounded_up():
+def test_round_up_gives_multiples_of_the_device_count():
     assert [devices.round_up(n) for n in (1, 8, 9, 64)] == [8, 8, 16, 64]
 
 
-def test_train_step_means_over_devices_and_donates():
+def test_train_step_averages_over_devices_and_donates_the_state():
     def step(state, batch):
         total = devices.all_mean(batch["x"].sum())
         return {"x": state["x"] + total}, {"total": total}
@@ -45,16 +45,16 @@ def test_train_step_means_over_devices_and_donates():
     assert first["x"].is_deleted()
 
 
-def test_eval_step_keeps_the_order_of_the_batch():
+def test_eval_step_returns_results_in_the_order_of_the_batch():
     run = devices.eval_step(lambda scale, batch: {"y": scale * batch["x"]})
     x = np.arange(32.0).reshape(16, 2)
     np.testing.assert_array_equal(run(jnp.float32(3), {"x": x})["y"], 3 * x)
     assert len(jax.devices()) == devices.device_count() == 8
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-def test_memory_that_is_kept_is_not_cleared_again():
-    """In a process of its own; how many pages Linux had to give it, and to clear."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
+def test_keep_memory_avoids_page_faults():
+    """Counts the page faults of new processes with and without `keep_memory`."""
     code = """
 import resource, threading
 from cra_jax.runtime import devices

@@ -1,4 +1,4 @@
-"""Atomic writes and locks; test_image_cache.py checks what reaches the disk."""
+"""Atomic writes and locks; test_image_cache.py checks the order of fsync calls."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from cra_jax.runtime import files
 
 
 @pytest.mark.parametrize("fsync", [True, False])
-def test_a_file_is_replaced_when_the_block_ends(fsync, tmp_path):
+def test_file_is_replaced_at_the_end_of_the_block(fsync, tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with files.written_atomically(path, fsync=fsync) as file:
@@ -23,7 +23,7 @@ def test_a_file_is_replaced_when_the_block_ends(fsync, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_keeps_the_old_file_and_removes_the_partial_one(error, tmp_path):
+def test_error_keeps_the_old_file_and_removes_the_partial_file(error, tmp_path):
     path = tmp_path / "a.json"
     files.write_atomically(path, "Größe\n")
 
@@ -38,7 +38,7 @@ def test_an_error_keeps_the_old_file_and_removes_the_partial_one(error, tmp_path
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_the_mode_follows_the_umask(tmp_path):
+def test_mode_of_a_written_file_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         files.write_atomically(tmp_path / "a", "")
@@ -47,20 +47,20 @@ def test_the_mode_follows_the_umask(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_lock_refuses_or_waits(tmp_path, capsys):
+def test_second_lock_is_an_error_or_waits(tmp_path, capsys):
     lock = tmp_path / "lock"
     holder = rf"process {os.getpid()} on \S+"
 
-    def refuse():
+    def lock_or_fail():
         return files.locked(lock, "the run", instead="come back later")
 
     def wait():
         with files.locked(lock, "the run"):
             pass
 
-    with refuse():
+    with lock_or_fail():
         message = rf"the run is in use by another process \({holder}\): come back later"
-        with pytest.raises(ValueError, match=message), refuse():
+        with pytest.raises(ValueError, match=message), lock_or_fail():
             pass
         thread = threading.Thread(target=wait)
         thread.start()
@@ -70,5 +70,5 @@ def test_a_lock_refuses_or_waits(tmp_path, capsys):
     thread.join()
     waiting = "the run: waiting for another process that uses it\n"
     assert capsys.readouterr().err == waiting
-    with refuse():
+    with lock_or_fail():
         pass

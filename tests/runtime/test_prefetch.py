@@ -1,4 +1,4 @@
-"""Results in order from threads, errors at their place, and no thread left over."""
+"""Prefetch: the order of results, errors, depth and the end of its threads."""
 
 import itertools
 import threading
@@ -13,7 +13,7 @@ def prefetch_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_prefetch_ends_its_threads_when_closed():
+def test_close_ends_the_threads():
     started = []
 
     def make(i):
@@ -29,7 +29,7 @@ def test_prefetch_ends_its_threads_when_closed():
     assert len(started) <= 2 + 6 + 1
 
 
-def test_prefetch_begins_nothing_more_once_closed():
+def test_close_starts_no_further_work():
     started = []
 
     def make(i):
@@ -40,10 +40,10 @@ def test_prefetch_begins_nothing_more_once_closed():
     ahead = prefetch(make, 0, 10_000, workers=1, depth=50)
     next(ahead)
     ahead.close()
-    assert len(started) < 50  # all 50 were asked for
+    assert len(started) < 50  # the depth is 50
 
 
-def test_prefetch_ends_its_threads_at_the_end():
+def test_threads_end_after_the_last_result():
     assert list(prefetch(lambda i: i * i, 2, 40, workers=4, depth=3)) == [
         i * i for i in range(2, 40)
     ]
@@ -51,7 +51,7 @@ def test_prefetch_ends_its_threads_at_the_end():
     assert prefetch_threads() == []
 
 
-def test_prefetch_stays_in_order_when_later_work_is_done_first():
+def test_results_are_in_order_if_later_work_ends_first():
     def make(i):
         time.sleep(0.03 if i % 4 == 0 else 0)
         return i
@@ -59,7 +59,7 @@ def test_prefetch_stays_in_order_when_later_work_is_done_first():
     assert list(prefetch(make, 0, 16, workers=4, depth=8)) == list(range(16))
 
 
-def test_prefetch_raises_an_error_at_its_place():
+def test_error_is_raised_in_the_order_of_results():
     def make(i):
         if i == 5:
             raise RuntimeError("at five")
@@ -72,7 +72,7 @@ def test_prefetch_raises_an_error_at_its_place():
     assert prefetch_threads() == []
 
 
-def test_prefetch_works_ahead_but_not_beyond_its_depth():
+def test_prefetch_works_ahead_up_to_its_depth():
     started = []
     ahead = prefetch(lambda i: started.append(i), 0, 100, workers=2, depth=5)
     next(ahead)
@@ -85,6 +85,6 @@ def test_prefetch_works_ahead_but_not_beyond_its_depth():
 
 
 @pytest.mark.parametrize("arguments", [{"workers": 0}, {"depth": 0}])
-def test_prefetch_refuses_no_workers_at_the_call(arguments):
+def test_workers_or_depth_of_zero_are_an_error_at_the_call(arguments):
     with pytest.raises(ValueError, match="set both to 1 or more"):
         prefetch(lambda i: i, 0, 3, **arguments)

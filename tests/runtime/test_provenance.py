@@ -1,4 +1,4 @@
-"""What is written about each start of a run."""
+"""The record of each start of a run."""
 
 import json
 import subprocess
@@ -15,11 +15,11 @@ def _start(workdir, first_step=0, total_steps=10):
     )
 
 
-def test_starts_are_added_and_how_they_ended(tmp_path):
+def test_each_start_is_recorded_with_its_outcome(tmp_path):
     def interrupted():
         with _start(tmp_path):
             (running,) = provenance.read(tmp_path)
-            assert running["ended"] is None  # and so it stays if the process is killed
+            assert running["ended"] is None  # stays None if the process is killed
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -36,7 +36,7 @@ def test_starts_are_added_and_how_they_ended(tmp_path):
     assert json.loads((tmp_path / "provenance.json").read_text())["starts"][1] == second
 
 
-def test_a_start_with_nothing_to_do_is_none(tmp_path):
+def test_start_without_steps_is_not_recorded(tmp_path):
     with _start(tmp_path, first_step=10):
         pass
     assert provenance.read(tmp_path) == []
@@ -53,7 +53,7 @@ def _git(folder, *arguments):
     ).stdout
 
 
-def test_the_commit_and_what_differs_from_it(tmp_path, monkeypatch):
+def test_commit_and_changed_files_are_recorded(tmp_path, monkeypatch):
     package = tmp_path / "cra_jax"
     package.mkdir()
     (package / "provenance.py").write_text("")
@@ -63,10 +63,10 @@ def test_the_commit_and_what_differs_from_it(tmp_path, monkeypatch):
     assert provenance.describe_code() == {}  # no repository
     assert provenance.describe_commit({}) == "unknown"
     _git(tmp_path, "init", "--quiet")
-    (tmp_path / "notes.txt").write_text("of somebody else's")
+    (tmp_path / "notes.txt").write_text("another project")
     _git(tmp_path, "add", "notes.txt")
     _git(tmp_path, "commit", "--quiet", "-m", "x")
-    assert provenance.describe_code() == {}  # a repository, of somebody else's
+    assert provenance.describe_code() == {}  # a repository of another project
     _git(tmp_path, "add", "cra_jax")
     _git(tmp_path, "commit", "--quiet", "-m", "y")
     commit = _git(tmp_path, "rev-parse", "HEAD").strip()

@@ -1,4 +1,4 @@
-"""The lock, the config that a run directory belongs to, and the results per image."""
+"""Run directory: its lock, its config, and the results of each image."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from cra_jax.runtime import run_directory
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_second_process_is_refused_and_told_which_one(tmp_path):
+def test_second_process_is_an_error_that_names_the_first(tmp_path):
     code = f"""
         from pathlib import Path
         from cra_jax.runtime import run_directory
@@ -36,11 +36,11 @@ def test_a_second_process_is_refused_and_told_which_one(tmp_path):
         ):
             pass
         other.kill()
-    with run_directory.locked(tmp_path):  # a lock dies with its process
+    with run_directory.locked(tmp_path):  # a killed process releases its lock
         pass
 
 
-def test_the_same_config_goes_on_and_another_is_refused_with_the_difference(tmp_path):
+def test_other_config_is_an_error_that_names_the_difference(tmp_path):
     config = {"seed": 0, "optim": {"base_lr": 1e-3, "steps": (1, 2)}}
     run_directory.keep_config(tmp_path, config)
     run_directory.keep_config(tmp_path, config)
@@ -53,12 +53,12 @@ def test_the_same_config_goes_on_and_another_is_refused_with_the_difference(tmp_
     assert run_directory.read_config(tmp_path)["optim"]["base_lr"] == 1e-2
 
 
-def test_a_folder_without_a_run(tmp_path):
+def test_directory_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         run_directory.read_config(tmp_path)
 
 
-def test_results_of_each_image_come_back_as_they_were(tmp_path):
+def test_results_are_read_as_they_were_written(tmp_path):
     names = [
         "a.jpg",
         'with "quotes", and a comma.jpg',
@@ -85,7 +85,7 @@ def test_results_of_each_image_come_back_as_they_were(tmp_path):
         run_directory.read_results(tmp_path, "test", "full")
 
 
-def test_a_config_of_an_older_run_has_todays_keys_with_what_they_meant_then(tmp_path):
+def test_config_of_an_older_run_is_upgraded(tmp_path):
     old = {
         "seed": 3,
         "art": {"alpha_p": 0.9, "softness": 0.05},
@@ -101,10 +101,10 @@ def test_a_config_of_an_older_run_has_todays_keys_with_what_they_meant_then(tmp_
         "gradient_share": 1.0,
         "inner_scale": 0.0,
     }
-    assert config["model"] == {"width": 8}  # a second pass was not asked for
-    # A value that changed something stays, to be named.
+    assert config["model"] == {"width": 8}  # ar_passes=1 had no effect
+    # Removed keys whose value had an effect are kept, to be reported.
     assert config["optim"] == {"attention_lr_scale": 0.1, "ema_decay": 0.0}
-    # A run goes on where the keys that are gone had changed nothing.
+    # The run can resume if the removed keys had no effect.
     del old["optim"]["attention_lr_scale"], old["art"]["softness"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     run_directory.keep_config(tmp_path, {**old, "model": {"width": 8}})

@@ -1,17 +1,17 @@
-"""The numbers of a run and of a resumed run, in files and on the terminal."""
+"""The metrics of a run and of a resumed run, in files and on the terminal."""
 
 import json
 
 from cra_jax.runtime import run_directory, training_log
 
 
-def test_a_resumed_log_drops_what_comes_after(tmp_path):
+def test_resumed_log_removes_later_steps(tmp_path):
     numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 75.0}
     with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
         for step in (2, 4, 6):
             log.train(step=step, epoch=1, numbers=numbers)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "epo')  # killed while it wrote
+        file.write('{"step": 8, "epo')  # killed during the write
     with training_log.Log(tmp_path, first_step=4, total_steps=8) as log:
         log.train(step=6, epoch=1, numbers={**numbers, "loss": 2.0})
     lines = [
@@ -22,7 +22,7 @@ def test_a_resumed_log_drops_what_comes_after(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_without_a_terminal_there_are_lines(tmp_path, capsys):
+def test_log_prints_lines_without_a_terminal(tmp_path, capsys):
     numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 3675}
     with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
         log.train(step=2, epoch=1, numbers=numbers)
@@ -30,7 +30,7 @@ def test_without_a_terminal_there_are_lines(tmp_path, capsys):
     assert line == "step 2/8 epoch 1 loss 1.000 top1 0.500 images/s 9 ETA 1:01:15"
 
 
-def _attended(log, step):
+def _log_attention(log, step):
     log.attention(
         step=step,
         epoch=step // 2,
@@ -40,17 +40,17 @@ def _attended(log, step):
     )
 
 
-def test_snapshots_of_a_resumed_run_are_neither_doubled_nor_lost(tmp_path):
+def test_snapshots_of_a_resumed_run_are_complete_and_unique(tmp_path):
     assert run_directory.read_snapshots(tmp_path) == []
-    for _ in range(2):  # killed before the first checkpoint, it begins anew
+    for _ in range(2):  # killed before the first checkpoint: restarts
         with training_log.Log(tmp_path, first_step=0, total_steps=8) as log:
             for step in (0, 2, 4, 6):
-                _attended(log, step)
+                _log_attention(log, step)
     with training_log.Log(tmp_path, first_step=4, total_steps=8) as log:
-        _attended(log, 6)
+        _log_attention(log, 6)
     lines = run_directory.read_snapshots(tmp_path)
-    places = [(x["step"], x["epoch"], x["index"], x["name"]) for x in lines]
-    assert places == [
+    found = [(x["step"], x["epoch"], x["index"], x["name"]) for x in lines]
+    assert found == [
         (step, step // 2, *image)
         for step in (0, 2, 4, 6)
         for image in ((5, "five"), (9, "nine"))
@@ -60,7 +60,7 @@ def test_snapshots_of_a_resumed_run_are_neither_doubled_nor_lost(tmp_path):
     assert {x["split"] for x in lines} == {"test"}
 
 
-def test_a_run_without_attention_has_no_file_of_it(tmp_path):
+def test_run_without_attention_has_no_snapshots_file(tmp_path):
     with training_log.Log(tmp_path, first_step=0, total_steps=8):
         pass
     assert not (tmp_path / run_directory.SNAPSHOTS).exists()
