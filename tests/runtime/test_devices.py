@@ -54,7 +54,7 @@ def test_eval_step_returns_results_in_the_order_of_the_batch():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
 def test_keep_memory_avoids_page_faults():
-    """Counts the page faults of new processes with and without `keep_memory`."""
+    """Counts the page faults of new processes with and without `keep_freed_memory`."""
     code = """
 import resource, threading
 from cra_jax.runtime import devices

@@ -1,4 +1,4 @@
-"""Configs of runs, and the options that are read out of them."""
+"""Configs of saved runs, and the options read from them."""
 
 import json
 
@@ -9,7 +9,7 @@ from cra_jax.training import build
 from tests.helpers import tiny_config
 
 
-def _saved(folder, **changes):
+def _save_config(folder, **changes):
     config = tiny_config.config(folder).to_dict()
     for key, value in changes.items():
         section, name = key.split("__")
@@ -17,19 +17,19 @@ def _saved(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_keys_that_this_version_does_not_know_are_named_and_ignored(tmp_path, capsys):
-    _saved(tmp_path, optim__attention_lr_scale=0.1, art__colour="red")
+def test_unknown_keys_of_a_saved_config_are_reported_and_ignored(tmp_path, capsys):
+    _save_config(tmp_path, optim__attention_lr_scale=0.1, art__colour="red")
     defaults = tiny_config.config(tmp_path)
     config = build.config_of_run(tmp_path, defaults, {"eval.checkpoint": "best"})
-    said = capsys.readouterr().err
-    assert "art.colour='red', optim.attention_lr_scale=0.1" in said
-    assert "art.softness" not in said
+    errors = capsys.readouterr().err
+    assert "art.colour='red', optim.attention_lr_scale=0.1" in errors
+    assert "art.softness" not in errors
     assert config.eval.checkpoint == "best"
     assert run_options.from_config(config).art.alpha_s == 0.5
 
 
-def test_a_run_knows_its_own_values_and_changes_are_laid_over_them(tmp_path, capsys):
-    _saved(tmp_path, art__alpha_p=0.9, art__softness=0.05, data__workers=3)
+def test_config_of_run_has_saved_values_and_overrides(tmp_path, capsys):
+    _save_config(tmp_path, art__alpha_p=0.9, art__softness=0.05, data__workers=3)
     config = build.config_of_run(
         tmp_path, tiny_config.config(tmp_path), {"data.workers": 1}
     )
@@ -46,6 +46,6 @@ def test_a_run_knows_its_own_values_and_changes_are_laid_over_them(tmp_path, cap
         ({"train.batch_size": 0}, "train.batch_size=0 must be 1 or more"),
     ],
 )
-def test_a_value_that_is_too_low_is_named_with_its_key(tmp_path, changes, message):
+def test_too_low_value_is_an_error_that_names_its_key(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         build.loop_options(tiny_config.config(tmp_path, **changes))

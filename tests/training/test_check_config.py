@@ -1,4 +1,4 @@
-"""Options that do not fit are named before any work, with the fix."""
+"""Wrong options are errors before any work."""
 
 import pytest
 
@@ -36,7 +36,7 @@ from tests.helpers import tiny_config
         ),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, changes, message):
+def test_wrong_options_are_errors(tmp_path, changes, message):
     check_config.check(tiny_config.config(tmp_path))
     with pytest.raises(ValueError, match=message):
         check_config.check(tiny_config.config(tmp_path, **changes))
@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_named(tmp_path, changes, message):
     ("schedule", "rates"),
     [("piecewise", [0.4, 0.04, 0.004]), ("cosine", [0.4, 0.3, 0.1])],
 )
-def test_the_schedule_is_the_one_that_the_config_names(tmp_path, schedule, rates):
+def test_optim_schedule_selects_the_learning_rate(tmp_path, schedule, rates):
     config = tiny_config.config(
         tmp_path,
         **{

@@ -1,4 +1,4 @@
-"""The loop hands out steps and never waits for one, but to log, to score or to save."""
+"""The training loop waits for a step only to log, to evaluate or to save."""
 
 import traceback
 from typing import Any
@@ -14,31 +14,31 @@ WAITS = {"_log_window", "_evaluate", "_save", "_record_first_attention"}
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Who reads an array's numbers on the host, as names of functions, in order."""
+    """Records the call stack of each read of an array on the host."""
     found: list[list[str]] = []
     array: Any = type(jax.numpy.zeros(()))
     value = array._value
 
-    def seen(self):
-        # Names alone: looking up lines of source is slow.
+    def record(self):
+        # Only names, because looking up source lines is slow.
         found.append([f.f_code.co_name for f, _ in traceback.walk_stack(None)])
         return value.fget(self)
 
-    monkeypatch.setattr(array, "_value", property(seen))
+    monkeypatch.setattr(array, "_value", property(record))
     return found
 
 
-def test_a_read_is_seen(reads):
+def test_read_of_an_array_is_recorded(reads):
     float(jax.numpy.ones(()) + 1)
-    assert [stack[0] for stack in reads] == ["test_a_read_is_seen"]
+    assert [stack[0] for stack in reads] == ["test_read_of_an_array_is_recorded"]
 
 
-def test_the_loop_waits_for_no_step(tmp_path, reads):
+def test_training_loop_waits_for_no_step(tmp_path, reads):
     config = tiny_config.config(tmp_path / "cache")
     config.train.log_every_steps = 3
     config.model.kind = "baseline"
     train.run(config, tmp_path / "run")
-    inside = [set(stack) for stack in reads if "_train" in stack]
-    assert inside
-    early = [stack for stack in inside if not stack & WAITS]
-    assert not early
+    in_loop = [set(stack) for stack in reads if "_train" in stack]
+    assert in_loop
+    unexpected = [stack for stack in in_loop if not stack & WAITS]
+    assert not unexpected

@@ -1,4 +1,4 @@
-"""Mixed images against NumPy and torch, and what training makes of them."""
+"""CutMix and SnapMix compared with NumPy and torch, and in training."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from tests.helpers import tiny_config
 from tests.helpers.torch_or_skip import torch
 
 SIZE = (24, 20)
-BOXES = np.array(  # top, bottom, left, right: small, large, cut off, thin, none
+BOXES = np.array(  # top, bottom, left, right: small, large, at border, thin, empty
     [[3, 9, 4, 12], [0, 24, 0, 20], [18, 24, 0, 5], [7, 8, 2, 19], [5, 5, 3, 9]]
 )
 SOURCES = np.array(
@@ -35,8 +35,8 @@ def _images(count=5):
     return rng.normal(size=(count, *SIZE, 3)).astype(np.float32)
 
 
-def _resized(images, size):
-    """``[h, w, c]`` -> another size, by torch."""
+def _resize(images, size):
+    """Resizes ``[h, w, c]`` with torch."""
     planes = torch.tensor(images).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(
         planes, size, mode="bilinear", align_corners=False
@@ -44,19 +44,19 @@ def _resized(images, size):
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _cut(image, box):
+def _crop(image, box):
     top, bottom, left, right = box
     return image[top:bottom, left:right]
 
 
-def test_a_box_of_the_partner_is_resized_into_the_box():
+def test_box_of_the_partner_is_resized_and_pasted():
     images = _images()
     got = mixing.paste(jnp.asarray(images), PARTNER, *_boxes())
     for i, (box, source) in enumerate(zip(BOXES, SOURCES, strict=True)):
         want = images[i].copy()
-        hole = _cut(want, box)
-        if hole.size:
-            hole[:] = _resized(_cut(images[PARTNER[i]], source), hole.shape[:2])
+        target = _crop(want, box)
+        if target.size:
+            target[:] = _resize(_crop(images[PARTNER[i]], source), target.shape[:2])
         assert_allclose(got[i], want, atol=2e-5, err_msg=str(i))
 
 
@@ -64,25 +64,27 @@ def _boxes():
     return jnp.asarray(BOXES), jnp.asarray(SOURCES)
 
 
-def test_weights_are_the_activation_that_stays_and_that_comes():
+def test_weights_are_the_shares_of_activation_of_both_images():
     rng = np.random.default_rng(2)
     activation = rng.normal(size=(5, 4, 3)).astype(np.float32)
-    activation[3] = 0.7  # nothing stands out: evenly everywhere
+    activation[3] = 0.7  # constant: uniform weights
     images = jnp.asarray(_images())
     own, other = mixing.weigh(images, PARTNER, *_boxes(), jnp.asarray(activation))
-    maps = np.array([_resized(a[:, :, None], SIZE)[:, :, 0] for a in activation])
+    maps = np.array([_resize(a[:, :, None], SIZE)[:, :, 0] for a in activation])
     maps -= maps.min((1, 2), keepdims=True)
     maps[3] = 1
     maps /= maps.sum((1, 2), keepdims=True)
     for i, (box, source) in enumerate(zip(BOXES, SOURCES, strict=True)):
-        assert own[i] == pytest.approx(1 - _cut(maps[i], box).sum(), abs=1e-5)
-        came = _cut(maps[PARTNER[i]], source).sum() if _cut(maps[i], box).size else 0
-        assert other[i] == pytest.approx(came, abs=1e-5)
-    assert own[1] == pytest.approx(0, abs=1e-5)  # nothing of it is left
+        assert own[i] == pytest.approx(1 - _crop(maps[i], box).sum(), abs=1e-5)
+        pasted = (
+            _crop(maps[PARTNER[i]], source).sum() if _crop(maps[i], box).size else 0
+        )
+        assert other[i] == pytest.approx(pasted, abs=1e-5)
+    assert own[1] == pytest.approx(0, abs=1e-5)  # the box covers the whole image
     assert (own[4], other[4]) == (1, 0)
 
 
-def test_without_a_map_weights_are_areas():
+def test_weights_without_activation_are_shares_of_the_area():
     boxes = jnp.asarray(BOXES)
     own, other = mixing.weigh(jnp.asarray(_images()), PARTNER, boxes, boxes, None)
     heights, widths = BOXES[:, 1] - BOXES[:, 0], BOXES[:, 3] - BOXES[:, 2]
@@ -90,7 +92,7 @@ def test_without_a_map_weights_are_areas():
     assert_allclose(own + other, 1, atol=1e-5)
 
 
-def test_partners_are_two_apart_and_never_of_one_pair():
+def test_partners_are_from_other_contrast_pairs():
     assert mixing.partners(8).tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
     assert mixing.partners(6).tolist() == [2, 3, 0, 1, 5, 4]
     assert mixing.partners(7).tolist() == [2, 3, 0, 1, 5, 4, 6]
@@ -98,16 +100,16 @@ def test_partners_are_two_apart_and_never_of_one_pair():
     m, n = losses.neighbour_pairs(16)
     partner = mixing.partners(16).tolist()
     pairs = zip(m.tolist(), n.tolist(), strict=True)
-    parts = [{a, b, partner[a], partner[b]} for a, b in pairs]
-    assert {len(four) for four in parts} == {4}
+    groups = [{a, b, partner[a], partner[b]} for a, b in pairs]
+    assert {len(group) for group in groups} == {4}
     for share in (4, 8):
         starts = np.arange(0, 16, share)[:, None]
         assert_array_equal((starts + mixing.partners(share)).ravel(), partner)
 
 
 @pytest.mark.parametrize(("alpha", "spread"), [(1.0, 0.289), (5.0, 0.151)])
-def test_boxes_are_drawn_as_cutmix_draws_them(alpha, spread):
-    """By loops over Yun et al.'s lines, with the same random numbers."""
+def test_boxes_are_drawn_as_in_cutmix(alpha, spread):
+    """Compares with a loop over the code of Yun et al. and the same random numbers."""
     height, width = 101, 51
     keys = jax.random.split(jax.random.key(0), 1000)
     boxes = jax.jit(jax.vmap(lambda key: mixing.draw_box(key, (height, width), alpha)))(
@@ -125,13 +127,15 @@ def test_boxes_are_drawn_as_cutmix_draws_them(alpha, spread):
         )
 
     shares, downs, acrosses = map(np.asarray, draws(keys))
-    for box, stays, y, x in zip(boxes, shares, downs, acrosses, strict=True):
-        tall, wide = (int(n * np.sqrt(np.float32(1) - stays)) for n in (height, width))
+    for box, kept_share, y, x in zip(boxes, shares, downs, acrosses, strict=True):
+        box_height, box_width = (
+            int(n * np.sqrt(np.float32(1) - kept_share)) for n in (height, width)
+        )
         want = [
-            max(y - tall // 2, 0),
-            min(y + tall // 2, height),
-            max(x - wide // 2, 0),
-            min(x + wide // 2, width),
+            max(y - box_height // 2, 0),
+            min(y + box_height // 2, height),
+            max(x - box_width // 2, 0),
+            min(x + box_width // 2, width),
         ]
         assert box.tolist() == want
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
@@ -177,7 +181,7 @@ def _mixed(kind, batch, *, state=None, **options):
 @pytest.mark.parametrize(
     "kind", ["cutmix", pytest.param("snapmix", marks=pytest.mark.slow)]
 )
-def test_draws_are_of_seed_step_and_image_and_of_nothing_else(kind):
+def test_mix_depends_only_on_seed_step_and_image(kind):
     batch = _batch(8)
     _, mixed, labels = _mixed(kind, batch)
     assert_array_equal(labels.own, batch["label"])
@@ -185,7 +189,7 @@ def test_draws_are_of_seed_step_and_image_and_of_nothing_else(kind):
     assert ((labels.own_weight >= -1e-5) & (labels.own_weight <= 1 + 1e-5)).all()
     assert ((labels.other_weight >= 0) & (labels.other_weight <= 1 + 1e-5)).all()
     assert 0.1 < labels.other_weight.mean() < 0.9
-    # On two devices, or in two micro-batches, it is the same.
+    # Two devices or two micro-batches give the same result.
     for half in (slice(0, 4), slice(4, 8)):
         part = {k: v[half] for k, v in batch.items()}
         _, alone, alone_labels = _mixed(kind, part)
@@ -198,7 +202,7 @@ def test_draws_are_of_seed_step_and_image_and_of_nothing_else(kind):
         assert np.abs(other[1] - mixed).max() > 0.1
 
 
-def test_the_map_is_of_the_images_own_class_in_n_cls():
+def test_snapmix_weights_use_the_activation_of_the_images_own_class():
     images, mixed, labels = _mixed("snapmix", _batch(8))
     variables = {
         "params": _state().params["classification_stream"],
@@ -210,17 +214,17 @@ def test_the_map_is_of_the_images_own_class_in_n_cls():
     kernel = np.asarray(variables["params"]["fc"]["kernel"])
     changed = np.abs(mixed - images).max(-1) > 0
     for i in range(8):
-        rows, columns = np.nonzero(changed[i])  # the box, as seen from outside
+        rows, columns = np.nonzero(changed[i])  # the box, found by the changed pixels
         box = [rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]
         map_ = np.asarray(features[i]) @ kernel[:, labels.own[i]]
-        map_ = _resized(map_[:, :, None], (32, 32))[:, :, 0]
+        map_ = _resize(map_[:, :, None], (32, 32))[:, :, 0]
         map_ -= map_.min()
-        gone = _cut(map_, box).sum() / map_.sum()
-        assert labels.own_weight[i] == pytest.approx(1 - gone, abs=1e-3)
+        pasted_share = _crop(map_, box).sum() / map_.sum()
+        assert labels.own_weight[i] == pytest.approx(1 - pasted_share, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probability_is_how_often_an_image_is_mixed(kind):
+def test_probability_is_the_share_of_mixed_images(kind):
     images, mixed, labels = _mixed(kind, _batch(8), probability=0.0)
     assert_array_equal(mixed, images)
     assert_array_equal(labels.own_weight, 1)
@@ -228,12 +232,12 @@ def test_probability_is_how_often_an_image_is_mixed(kind):
     if kind == "cutmix":
         many = _batch(400, 8)
         images, mixed, labels = _mixed(kind, many, probability=0.25, alpha=5.0)
-        untouched = (np.asarray(mixed) == images).all((1, 2, 3))
-        assert untouched.mean() == pytest.approx(0.75, abs=0.08)
-        assert_array_equal(labels.other_weight[untouched], 0)
+        unchanged = (np.asarray(mixed) == images).all((1, 2, 3))
+        assert unchanged.mean() == pytest.approx(0.75, abs=0.08)
+        assert_array_equal(labels.other_weight[unchanged], 0)
 
 
-def test_both_labels_count_by_their_weights():
+def test_mixed_cross_entropy_weighs_both_labels():
     rng = np.random.default_rng(4)
     logits = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     own, other = rng.integers(0, 5, (2, 6))
@@ -260,15 +264,15 @@ def test_both_labels_count_by_their_weights():
         ({"alpha": 0.0}, "mix.alpha=0.0 must be above 0"),
     ],
 )
-def test_wrong_options_are_named_before_any_work(tmp_path, options, message):
+def test_wrong_mix_options_are_errors(tmp_path, options, message):
     changes = {f"mix.{k}": v for k, v in ({"kind": "cutmix"} | options).items()}
     with pytest.raises(ValueError, match=message):
         check_config.check(tiny_config.config(tmp_path, **changes))
 
 
 @pytest.mark.slow
-def test_a_run_with_everything_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """On 8 devices, mixed in micro-batches, averaged, and stopped in mid-epoch."""
+def test_resumed_run_with_all_options_is_bitwise_equal(tmp_path, monkeypatch):
+    """8 devices, CutMix, micro-batches and averages; stopped within an epoch."""
     changes = {
         "mix.kind": "cutmix",
         "optim.ema_decay": 0.9,

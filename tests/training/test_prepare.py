@@ -1,6 +1,6 @@
-"""`--mode prepare`: what is there, what is made, and what a build by tfds needs.
+"""`--mode prepare`: datasets, image caches, weights, and builds of tfds datasets.
 
-Builds run in processes of their own, as always. TensorFlow is where it is installed.
+Builds run in subprocesses. The test of TensorFlow needs it to be installed.
 """
 
 import functools
@@ -32,7 +32,7 @@ from cra_jax.inference import run_options
 from cra_jax.training import build, prepare
 from tests.helpers import tiny_config, tiny_tfds
 
-# A set of tfds that nobody else has; its code lies on the path of every process.
+# A tfds dataset downloaded for these tests; its code is on the path of every process.
 BUILDER = """
 import os
 import tarfile
@@ -86,9 +86,9 @@ ON_TENSORFLOW = """
 
 @pytest.fixture
 def builder(tmp_path, monkeypatch):
-    """Puts the builder's code where tfds finds it, here and in new processes.
+    """Makes the builder's code available to tfds, in this and in new processes.
 
-    Returns what writes it; `act` is what the build does first.
+    Returns a function that writes the code; `act` is the first line of the build.
     """
     code = tmp_path / "code"
     code.mkdir()
@@ -109,7 +109,7 @@ def builder(tmp_path, monkeypatch):
 
 
 def place_images(folder: Path) -> Path:
-    """The archive, as got by hand."""
+    """Writes the archive of images to a directory; returns the directory."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "images.tar", "w") as archive:
         for name, content in IMAGES.items():
@@ -120,17 +120,17 @@ def place_images(folder: Path) -> Path:
 
 
 def run(tmp_path: Path, capsys, **changes) -> list[str]:
-    """The lines that `--mode prepare` prints."""
+    """Returns the lines that `--mode prepare` prints."""
     config = tiny_config.config(tmp_path / "cache", **changes)
     prepare.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     return capsys.readouterr().out.splitlines()
 
 
-# --- data sets ------------------------------------------------------------------------
+# --- datasets -------------------------------------------------------------------------
 
 
-def test_drawings_are_stored_once(tmp_path, capsys):
+def test_drawings_are_cached_once(tmp_path, capsys):
     first = run(tmp_path, capsys)
     assert first[0] == "data: synthetic, 8 classes"
     for name, count in {"train": 96, "test": 40, "test_shifted": 40}.items():
@@ -153,7 +153,7 @@ def test_drawings_are_stored_once(tmp_path, capsys):
     assert third[-2].startswith("all is ready")
 
 
-def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
+def test_training_uses_the_prepared_image_cache(tmp_path, capsys):
     run(tmp_path, capsys)
     config = tiny_config.config(tmp_path / "cache")
     dataset = build.load_dataset(config)
@@ -162,13 +162,13 @@ def test_what_training_opens_is_what_was_stored(tmp_path, capsys):
     assert "caching" not in capsys.readouterr().err
 
 
-def test_streamed_images_are_not_stored(tmp_path, capsys):
+def test_streamed_images_are_not_cached(tmp_path, capsys):
     lines = run(tmp_path, capsys, **{"data.prepare": False})
     assert "train: 96 images of 8 classes, decoded at each use" in lines[1]
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_with_an_image_that_cannot_be_read(tmp_path, capsys):
+def test_unreadable_image_is_an_error_unless_skip_unreadable_is_on(tmp_path, capsys):
     for name, content in IMAGES.items():
         split, file = name.split("/")
         place = tmp_path / "birds" / split / file[:-5] / file
@@ -192,7 +192,7 @@ def test_a_folder_with_an_image_that_cannot_be_read(tmp_path, capsys):
     )
 
 
-def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypatch):
+def test_cub_is_downloaded_once_or_read_from_a_path(tmp_path, capsys, monkeypatch):
     published = tmp_path / "published" / "CUB_200_2011"
     files = [f"00{c}.B{c}/{i}.jpg" for c in (1, 2) for i in range(16)]
     lists = {
@@ -213,17 +213,17 @@ def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypa
     assert lines[:2] == ["data: cub, 2 classes", f"    {published}"]
     assert lines[2].startswith("train: 16 images of 2 classes, ")
 
-    home = tmp_path / "home" / "cra_jax" / "datasets"
-    home.mkdir(parents=True)
-    made = home / "CUB_200_2011.tgz"  # as if the network had brought it
-    with tarfile.open(made, "w:gz") as archive:
+    cache = tmp_path / "home" / "cra_jax" / "datasets"
+    cache.mkdir(parents=True)
+    downloaded = cache / "CUB_200_2011.tgz"  # as after a download
+    with tarfile.open(downloaded, "w:gz") as archive:
         archive.add(published, "CUB_200_2011")
-    digest = hashlib.sha256(made.read_bytes()).hexdigest()
-    about = archives.Archive("nowhere", made.stat().st_size, digest, 10**6)
+    digest = hashlib.sha256(downloaded.read_bytes()).hexdigest()
+    about = archives.Archive("nowhere", downloaded.stat().st_size, digest, 10**6)
     fetch = functools.partial(archives.cub_200_2011, archive=about)
     monkeypatch.setattr(archives, "cub_200_2011", fetch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    place = home / "CUB_200_2011"
+    place = cache / "CUB_200_2011"
     lines = run(tmp_path, capsys, **cub, **{"data.prepare": False})
     assert lines[:2] == ["data: cub, 2 classes, fetched now", f"    {place}"]
     assert lines[-2].startswith("all is ready")
@@ -232,7 +232,7 @@ def test_cub_that_was_fetched_and_cub_that_lies_there(tmp_path, capsys, monkeypa
     assert lines[-2].startswith("all was there already")
 
 
-def test_too_few_images_are_found_before_any_is_decoded(tmp_path, capsys):
+def test_too_few_images_are_an_error_before_decoding(tmp_path, capsys):
     with pytest.raises(ValueError, match="96 training images do not fill one batch"):
         run(tmp_path, capsys, **{"train.batch_size": 128})
     assert not (tmp_path / "cache").exists()
@@ -241,13 +241,13 @@ def test_too_few_images_are_found_before_any_is_decoded(tmp_path, capsys):
 # --- weights --------------------------------------------------------------------------
 
 
-def test_weights_are_named_before_the_data(tmp_path, capsys):
-    file = tmp_path / "mine.safetensors"
+def test_weights_are_printed_before_the_data(tmp_path, capsys):
+    file = tmp_path / "weights.safetensors"
     config = tiny_config.config(tmp_path)
     network = run_options.from_config(config).create_backbone(5)
     images = np.zeros((1, 32, 32, 3), np.float32)
     weights.save_torch(file, jax.jit(network.init)(jax.random.key(0), images))
-    time.sleep(0.01)  # so that it is older than the run by any clock
+    time.sleep(0.01)  # the file is older than the run on any clock
     lines = run(tmp_path, capsys, **{"model.pretrained": str(file)})
     megabytes = file.stat().st_size / 1e6
     assert lines[0] == f"weights: {file}, {megabytes:.1f} MB, there already"
@@ -255,58 +255,58 @@ def test_weights_are_named_before_the_data(tmp_path, capsys):
     assert lines[3] == "data: synthetic, 8 classes"
 
 
-def test_weights_that_do_not_fit_stop_it_before_images_are_stored(tmp_path, capsys):
-    file = tmp_path / "mine.safetensors"
+def test_wrong_weights_are_an_error_before_images_are_cached(tmp_path, capsys):
+    file = tmp_path / "weights.safetensors"
     save_file({"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, file)
     with pytest.raises(ValueError, match="59 missing"):
         run(tmp_path, capsys, **{"model.pretrained": str(file)})
-    assert not list(tmp_path.rglob("*.json"))  # of an image cache
+    assert not list(tmp_path.rglob("*.json"))  # no image cache
 
 
-def test_weights_that_are_not_there_stop_it_first(tmp_path, capsys):
+def test_missing_weights_are_an_error_before_images_are_cached(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"there is no weights file 'none\.pth'"):
         run(tmp_path, capsys, **{"model.pretrained": "none.pth"})
     assert not (tmp_path / "cache").exists()
 
 
-# --- sets of tfds ---------------------------------------------------------------------
+# --- tfds datasets --------------------------------------------------------------------
 
 
-def test_a_set_that_is_built_is_stored(tmp_path, capsys):
-    tiny_tfds.plain(tmp_path / "sets", train=tiny_tfds.rows(16), test=tiny_tfds.rows(2))
+def test_built_dataset_is_cached(tmp_path, capsys):
+    tiny_tfds.plain(tmp_path / "tfds", train=tiny_tfds.rows(16), test=tiny_tfds.rows(2))
     capsys.readouterr()
-    named = {
+    options = {
         "data.source": "tfds",
         "data.name": "plain",
-        "data.path": str(tmp_path / "sets"),
+        "data.path": str(tmp_path / "tfds"),
     }
-    lines = run(tmp_path, capsys, **named)
+    lines = run(tmp_path, capsys, **options)
     assert lines[0] == "data: tfds, 2 classes, there already"
-    assert lines[1].strip() == str(tmp_path / "sets" / "plain" / "1.0.0")
+    assert lines[1].strip() == str(tmp_path / "tfds" / "plain" / "1.0.0")
     assert lines[2].startswith("train: 16 images of 2 classes, ")
     assert lines[-2].startswith("all is ready")
-    assert run(tmp_path, capsys, **named)[-2].startswith("all was there already")
+    assert run(tmp_path, capsys, **options)[-2].startswith("all was there already")
 
 
-def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
+def test_dataset_is_built_from_manually_placed_archives(tmp_path, capsys, builder):
     builder()
-    manual = place_images(tmp_path / "by hand")
-    named = {
+    manual = place_images(tmp_path / "manual")
+    options = {
         "data.source": "tfds",
         "data.name": "hand_drawn",
-        "data.path": str(tmp_path / "sets"),
+        "data.path": str(tmp_path / "tfds"),
         "data.manual_dir": str(manual),
     }
-    lines = run(tmp_path, capsys, **named)
+    lines = run(tmp_path, capsys, **options)
     assert "tensorflow" not in sys.modules
     assert lines[0] == "data: tfds, 2 classes, built now"
     assert lines[2].startswith("train: 16 images of 2 classes, ")
     assert lines[3].endswith(".pixels")
-    lines = run(tmp_path, capsys, **named)
+    lines = run(tmp_path, capsys, **options)
     assert lines[0] == "data: tfds, 2 classes, there already"
     assert lines[-2].startswith("all was there already")
 
-    found = tfds_read.read_dataset("hand_drawn", tmp_path / "sets")
+    found = tfds_read.read_set("hand_drawn", tmp_path / "tfds")
     assert found.class_names == ("wren", "tit")
     for split, examples in found.splits.items():
         contents = {e.content(): found.class_names[e.label] for e in examples}
@@ -317,33 +317,33 @@ def test_a_set_is_built_from_what_was_placed_by_hand(tmp_path, capsys, builder):
         }
 
 
-def test_by_default_archives_are_sought_below_the_sets(tmp_path, builder, capfd):
+def test_default_manual_dir_is_below_the_data_dir(tmp_path, builder, capfd):
     builder()
-    place_images(tmp_path / "sets" / "downloads" / "manual")
-    assert tfds_build.build("hand_drawn", tmp_path / "sets") is True
-    said = capfd.readouterr()
-    assert said.out == ""  # tfds talks on standard output
-    assert "building hand_drawn in " in said.err
-    assert "Generating" not in said.err  # bars are for terminals
-    assert tfds_build.build("hand_drawn", tmp_path / "sets") is False
+    place_images(tmp_path / "tfds" / "downloads" / "manual")
+    assert tfds_build.build("hand_drawn", tmp_path / "tfds") is True
+    printed = capfd.readouterr()
+    assert printed.out == ""  # tfds prints to standard output
+    assert "building hand_drawn in " in printed.err
+    assert "Generating" not in printed.err  # progress bars are only for terminals
+    assert tfds_build.build("hand_drawn", tmp_path / "tfds") is False
 
 
-def test_of_two_processes_one_builds(tmp_path, builder):
+def test_one_of_two_processes_builds(tmp_path, builder):
     builder()
-    manual = place_images(tmp_path / "by hand")
+    manual = place_images(tmp_path / "manual")
     build = functools.partial(
-        tfds_build.build, "hand_drawn", tmp_path / "sets", manual_dir=manual
+        tfds_build.build, "hand_drawn", tmp_path / "tfds", manual_dir=manual
     )
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(lambda _: build(), range(2))) == [False, True]
 
 
-def test_tensorflow_works_without_a_gpu_in_its_own_process(tmp_path, builder):
+def test_tensorflow_runs_in_a_subprocess_without_gpu(tmp_path, builder):
     if not importlib.util.find_spec("tensorflow"):
         pytest.skip('SKIPPED, NOT PASSED: no TensorFlow; pip install ".[tfds-build]"')
     builder(ON_TENSORFLOW)
-    manual = place_images(tmp_path / "by hand")
-    assert tfds_build.build("hand_drawn", tmp_path / "sets", manual_dir=manual)
+    manual = place_images(tmp_path / "manual")
+    assert tfds_build.build("hand_drawn", tmp_path / "tfds", manual_dir=manual)
     assert "tensorflow" not in sys.modules
 
 
@@ -355,36 +355,36 @@ def test_tensorflow_works_without_a_gpu_in_its_own_process(tmp_path, builder):
         ("raise KeyboardInterrupt", "it was interrupted"),
     ],
 )
-def test_a_build_that_fails(act, message, tmp_path, builder):
+def test_failed_build_is_an_error(act, message, tmp_path, builder):
     builder(act)
-    place_images(tmp_path / "by hand")
+    place_images(tmp_path / "manual")
     with pytest.raises(ValueError, match=f"tfds cannot build hand_drawn: {message}"):
         tfds_build.build(
-            "hand_drawn", tmp_path / "sets", manual_dir=tmp_path / "by hand"
+            "hand_drawn", tmp_path / "tfds", manual_dir=tmp_path / "manual"
         )
-    assert tfds_read.build_directory("hand_drawn", tmp_path / "sets") is not None
+    assert tfds_read.build_directory("hand_drawn", tmp_path / "tfds") is not None
 
 
-def test_archives_that_were_never_placed(tmp_path, builder):
+def test_missing_manual_archives_are_an_error(tmp_path, builder):
     builder()
     with pytest.raises(ValueError, match=r"manual does not exist.* get images\.tar"):
-        tfds_build.build("hand_drawn", tmp_path / "sets")
+        tfds_build.build("hand_drawn", tmp_path / "tfds")
     with pytest.raises(ValueError, match=r"data\.manual_dir is /.*/typo: there is no"):
         tfds_build.build(
-            "hand_drawn", tmp_path / "sets", manual_dir=tmp_path / "sets" / "typo"
+            "hand_drawn", tmp_path / "tfds", manual_dir=tmp_path / "tfds" / "typo"
         )
 
 
-def test_what_a_killed_build_has_left_is_named(tmp_path, builder, capsys):
+def test_files_of_a_killed_build_are_reported(tmp_path, builder, capsys):
     builder("raise RuntimeError")
-    left = tmp_path / "sets" / "hand_drawn" / "incomplete.ABC_1.0.0"
-    left.mkdir(parents=True)
+    incomplete = tmp_path / "tfds" / "hand_drawn" / "incomplete.ABC_1.0.0"
+    incomplete.mkdir(parents=True)
     with pytest.raises(ValueError, match="tfds cannot build"):
-        tfds_build.build("hand_drawn", tmp_path / "sets")
-    assert f"{left}: left by a build that was killed" in capsys.readouterr().err
+        tfds_build.build("hand_drawn", tmp_path / "tfds")
+    assert f"{incomplete}: left by a build that was killed" in capsys.readouterr().err
 
 
-def test_a_build_ends_with_the_process_that_wanted_it(tmp_path, builder):
+def test_build_ends_if_its_parent_process_is_killed(tmp_path, builder):
     note = tmp_path / "note"
     builder(
         f"""
@@ -393,17 +393,19 @@ def test_a_build_ends_with_the_process_that_wanted_it(tmp_path, builder):
         time.sleep(100)"""
     )
     parent = multiprocessing.get_context("spawn").Process(
-        target=tiny_tfds.build_registered, args=("hand_drawn", tmp_path / "sets")
+        target=tiny_tfds.build_registered, args=("hand_drawn", tmp_path / "tfds")
     )
     parent.start()
     try:
-        assert _comes(lambda: note.exists() and note.read_text() != "")
-        at_work = Path("/proc") / note.read_text()
-        assert _comes(lambda: at_work.exists())
+        assert _becomes_true(lambda: note.exists() and note.read_text() != "")
+        build_process = Path("/proc") / note.read_text()
+        assert _becomes_true(lambda: build_process.exists())
     finally:
         parent.kill()
         parent.join()
-    assert _comes(lambda: not at_work.exists() or " Z " in _state(at_work))
+    assert _becomes_true(
+        lambda: not build_process.exists() or " Z " in _state(build_process)
+    )
 
 
 def _state(process: Path) -> str:
@@ -413,8 +415,8 @@ def _state(process: Path) -> str:
         return " Z "
 
 
-def _comes(condition: Callable[[], bool]) -> bool:
-    """Whether something becomes so within half a minute."""
+def _becomes_true(condition: Callable[[], bool]) -> bool:
+    """Returns whether the condition becomes true within half a minute."""
     for _ in range(300):
         if condition():
             return True
@@ -422,19 +424,21 @@ def _comes(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def test_packages_are_asked_for_before_anything_is_fetched(tmp_path, monkeypatch):
+def test_missing_packages_are_an_error_before_a_download(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_archives, "MODULES", {"no_such_module": "some-package"})
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     with pytest.raises(ValueError, match="building mnist needs no_such_module,") as e:
-        tfds_build.build("mnist", tmp_path / "sets")
+        tfds_build.build("mnist", tmp_path / "tfds")
     assert 'pip install ".[tfds-build]"' in str(e.value)
     assert sys.executable in str(e.value)
-    assert not (tmp_path / "sets").exists()
+    assert not (tmp_path / "tfds").exists()
 
 
-def test_cars_says_what_is_missing_before_it_asks_for_packages(tmp_path, monkeypatch):
+def test_missing_archives_of_cars196_are_an_error_before_packages(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(tfds_archives, "MODULES", {"no_such_module": "some-package"})
-    manual = tmp_path / "sets" / "downloads" / "manual"
+    manual = tmp_path / "tfds" / "downloads" / "manual"
     manual.mkdir(parents=True)
     (manual / "car_devkit.tgz").write_bytes(bytes(330_960))
     (manual / "cars_train.tgz").write_bytes(b"a page in place of the file")
@@ -449,11 +453,11 @@ def test_cars_says_what_is_missing_before_it_asks_for_packages(tmp_path, monkeyp
         )
     )
     assert devkit.size == 330_960
-    # One that tfds itself has downloaded, when that could be done.
+    # An archive that tfds has downloaded itself.
     cached = resource.get_dl_fname(test.urls[0], test.sha256)
-    (tmp_path / "sets" / "downloads" / cached).touch()
+    (tmp_path / "tfds" / "downloads" / cached).touch()
     with pytest.raises(ValueError, match="dead since 2023") as caught:
-        tfds_build.build("cars196", tmp_path / "sets")
+        tfds_build.build("cars196", tmp_path / "tfds")
     first = str(caught.value).partition("\n")[0]
     assert first == (
         f"{manual}: cars_train.tgz has 27 bytes, not {train.size}; "
@@ -461,7 +465,7 @@ def test_cars_says_what_is_missing_before_it_asks_for_packages(tmp_path, monkeyp
     )
 
 
-def test_without_a_network_archives_are_asked_for_at_once(tmp_path, monkeypatch):
+def test_missing_network_is_an_error_that_lists_the_archives(tmp_path, monkeypatch):
     def unknown(*_):
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -478,13 +482,13 @@ def test_without_a_network_archives_are_asked_for_at_once(tmp_path, monkeypatch)
         assert f"{info.filename}  {int(info.size)} bytes\n" in message
         assert f"sha256 {info.checksum}\n" in message
     assert message.count("  sha256 ") == len({i.filename for i in infos.values()}) == 2
-    # A proxy may know the way.
+    # A proxy may have network access.
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "proxy"})
     with pytest.raises(ValueError, match="needs no_such_module"):
         tfds_build.build("caltech_birds2011", tmp_path)
 
 
-def test_names_that_tfds_does_not_know(tmp_path):
+def test_unknown_tfds_names_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"'caltech_birds': .* meant is caltech_birds"):
         tfds_build.build("caltech_birds", tmp_path)
     with pytest.raises(
@@ -493,10 +497,10 @@ def test_names_that_tfds_does_not_know(tmp_path):
         tfds_build.build("", tmp_path)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, builder):
+def test_unwritable_data_dir_is_an_error(tmp_path, builder):
     builder()
     (tmp_path / "file").touch()
     with pytest.raises(
         ValueError, match=r"cannot write to .*set data\.path to another"
     ):
-        tfds_build.build("hand_drawn", tmp_path / "file" / "sets")
+        tfds_build.build("hand_drawn", tmp_path / "file" / "tfds")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from cra_jax.training import running_mean
 
 
-def test_mean_goes_on_from_what_was_saved():
+def test_mean_continues_from_saved_values():
     whole, first = running_mean.Mean(), running_mean.Mean()
     for value in (0.1, 0.7, 0.4):
         whole.add({"loss": jnp.float32(value)})

@@ -1,4 +1,4 @@
-"""Steps varied: what is held is still, what is averaged is the average."""
+"""Step wrappers: alternate freezing, averages of weights, several steps at once."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def _batch():
 
 @pytest.fixture(scope="module")
 def plain():
-    """A small CRA-CNN, its optimiser and its step as it is."""
+    """Returns a small CRA-CNN, its optimizer and its unwrapped training step."""
     network = model.create(
         "cra",
         lambda: resnet.create("resnet10", 5, width=8, stem="small"),
@@ -54,44 +54,44 @@ def plain():
     return network, optimizer, step
 
 
-def _same(a, b):
-    """Which leaves are the same bits, by their path."""
+def _unchanged(a, b):
+    """Returns by path whether each leaf is bitwise the same."""
     found = jax.tree.map(lambda x, y: bool((x == y).all()), a, b)
     leaves, _ = jax.tree_util.tree_flatten_with_path(found)
     return {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in leaves}
 
 
-def test_n_cls_but_its_classifier_is_held_by_turns_and_then_trains_again(plain):
+def test_n_cls_without_its_classifier_is_frozen_in_alternate_periods(plain):
     network, optimizer, step = plain
     times = {"steps_per_epoch": 1, "first_epochs": 1, "period_epochs": 2}
     step = step_wrappers.freeze_alternately(
         step, partial(step_wrappers.is_frozen, **times)
     )
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=32)
-    run, states, held = jax.jit(step), [state], []
+    run, states, frozen = jax.jit(step), [state], []
     for _ in range(4):
         state, terms = run(state, _batch())
         states.append(state)
-        held.append(float(terms["stream_frozen"]))
-    assert held == [0, 1, 1, 0]
+        frozen.append(float(terms["stream_frozen"]))
+    assert frozen == [0, 1, 1, 0]
     for number, (before, after) in enumerate(itertools.pairwise(states)):
         for name in ("params", "opt_state", "batch_stats"):
-            same = _same(getattr(before, name), getattr(after, name))
+            same = _unchanged(getattr(before, name), getattr(after, name))
             assert len(same) > 20
-            for path, still in same.items():
+            for path, is_same in same.items():
                 part = path[path.find("classification_stream") :]
-                first_half = "attention_head" in path or (
+                in_n_cls = "attention_head" in path or (
                     part.startswith("classification_stream.")
                     and not part.startswith("classification_stream.fc.")
                 )
-                assert still == (bool(held[number]) and first_half), (number, path)
-    # Restart-safe: a function of the step's number alone.
+                assert is_same == (bool(frozen[number]) and in_n_cls), (number, path)
+    # A resumed run freezes the same steps: freezing depends only on the step.
     again, _ = run(states[2], _batch())
     jax.tree.map(assert_array_equal, again, states[3])
 
 
-def _counting(params, batch_stats, images, labels, step):
-    """Moves the weights by -1 a step, and a statistic by 2; no arithmetic else."""
+def _counting_loss(params, batch_stats, images, labels, step):
+    """A loss whose steps change the weights by -1 and the statistics by 2."""
     loss = sum(leaf.sum() for leaf in jax.tree.leaves(params)) + 0 * images.sum()
     stats = jax.tree.map(lambda x: x + 2, batch_stats)
     return loss, (stats, {"loss": jnp.where(labels.sum() < 0, jnp.nan, loss)})
@@ -103,7 +103,7 @@ def _counting_step(all_mean=lambda tree: tree):
 
     optimizer = make_optimizer(rate, momentum=0, weight_decay=0)
     step = train_step.make_train_step(
-        _counting,
+        _counting_loss,
         optimizer,
         learning_rate=rate,
         normalize=partial(normalize, mean=(0, 0, 0), std=(1, 1, 1)),
@@ -129,7 +129,7 @@ def _counting_step(all_mean=lambda tree: tree):
 
 
 def _average(values, decay):
-    """The average of a series, its first member the start, by its definition."""
+    """Returns the average of a series by its definition; values[0] is the start."""
     mean = values[0]
     for t, value in enumerate(values[1:]):
         kept = min(decay, (1 + t) / (10 + t))
@@ -138,7 +138,7 @@ def _average(values, decay):
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_the_average_is_exponential_with_a_growing_decay(decay):
+def test_average_is_exponential_with_an_increasing_decay(decay):
     step, state = _counting_step()
     run = jax.jit(step_wrappers.average_weights(step, decay))
     weights, stats, heads = [50.0], [0.0], [70.0]
@@ -157,15 +157,15 @@ def test_the_average_is_exponential_with_a_growing_decay(decay):
         ):
             assert_allclose(found, _average(series, decay), rtol=1e-5)
     assert (weights[-1], stats[-1]) == (38, 24)
-    # Twelve steps in, little is left of the start, whatever the decay.
+    # After twelve steps, the start has a weight below 1e-3 with any decay.
     assert _average([1.0] + [0.0] * 12, decay) < 1e-3
 
 
-def test_devices_and_several_steps_at_once_give_the_same_average():
+def test_average_is_the_same_on_devices_and_in_several_steps_at_once():
     step, state = _counting_step(devices.all_mean)
-    varied = step_wrappers.average_weights(step, 0.9)
+    averaging_step = step_wrappers.average_weights(step, 0.9)
     batch = devices.split(_batch())
-    run = devices.train_step(step_wrappers.run_steps(varied))
+    run = devices.train_step(step_wrappers.run_steps(averaging_step))
     found, _ = run(jax.tree.map(jnp.array, state), [batch] * 3)
     alone = jax.jit(step_wrappers.average_weights(_counting_step()[0], 0.9))
     for _ in range(3):
@@ -174,18 +174,16 @@ def test_devices_and_several_steps_at_once_give_the_same_average():
     assert found.average["params"]["classification_stream"]["w"][0] < 50
 
 
-def test_a_step_that_went_wrong_is_in_no_average():
+def test_average_skips_steps_with_nan():
     step, state = _counting_step()
-    run = jax.jit(
-        step_wrappers.skip_non_finite(step_wrappers.average_weights(step, 0.9))
-    )
-    bad = _batch() | {"label": np.full(8, -1, np.int32)}
-    after, terms = run(state, bad)
+    run = jax.jit(step_wrappers.skip_non_finite(step_wrappers.average_weights(step, 0.9)))
+    nan_batch = _batch() | {"label": np.full(8, -1, np.int32)}
+    after, terms = run(state, nan_batch)
     assert np.isnan(terms["loss"])
     jax.tree.map(assert_array_equal, after.average, state.average)
 
 
-def test_an_average_begins_anew_from_weights_that_training_starts_from():
+def test_started_from_resets_the_average():
     _, state = _counting_step()
     other = jax.tree.map(lambda x: x + 1, (state.params, state.batch_stats))
     started = state.started_from(*other)
@@ -199,8 +197,8 @@ def test_an_average_begins_anew_from_weights_that_training_starts_from():
     assert without.to_predict() == other
 
 
-def test_what_is_off_is_not_in_the_program(tmp_path):
-    """Neither in the state nor among a step's numbers; what is on, is."""
+def test_options_that_are_off_add_nothing_to_state_and_metrics(tmp_path):
+    """Options that are on do add arrays or metrics."""
 
     def traced(**changes):
         config = tiny_config.config(tmp_path, **changes)
@@ -219,7 +217,7 @@ def test_what_is_off_is_not_in_the_program(tmp_path):
     leaves, terms = traced()
     more, _ = traced(**{"optim.ema_decay": 0.9})
     assert more > leaves
-    _, held = traced(
+    _, frozen_terms = traced(
         **{"optim.freeze_first_epochs": 1, "optim.freeze_period_epochs": 1}
     )
-    assert held - terms == {"stream_frozen"}
+    assert frozen_terms - terms == {"stream_frozen"}

@@ -1,4 +1,4 @@
-"""Whole runs of the smallest size: they learn, stop, and go on to the same bits."""
+"""Complete tiny runs: training, resuming, evaluation, export and errors."""
 
 import json
 from typing import Any
@@ -26,14 +26,14 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(cache_dir, tmp_path_factory) -> Any:
-    """A run of 3 epochs that nothing disturbed: its config, folder and scores."""
+    """Trains 3 epochs without interruption; returns config, directory and scores."""
     config = tiny_config.config(cache_dir, **{"train.epochs": 3})
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     return config, workdir, train.run(config, workdir)
 
 
 def _arrays(workdir):
-    """All that the newest checkpoint holds, by path."""
+    """Returns step, metadata and arrays of the newest checkpoint."""
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose("latest")
         shapes = checkpoints.shapes(step)
@@ -41,7 +41,7 @@ def _arrays(workdir):
         return step, checkpoints.meta(step), restored
 
 
-def test_a_run_learns_and_leaves_its_numbers(finished):
+def test_run_lowers_the_loss_and_writes_metrics(finished):
     config, workdir, scores = finished
     lines = run_directory.read_metrics(workdir)
     training = [x for x in lines if x["split"] == "train"]
@@ -70,7 +70,7 @@ def test_a_run_learns_and_leaves_its_numbers(finished):
     )
 
 
-def test_checkpoints_hold_what_evaluation_needs_and_the_best_is_kept(finished):
+def test_latest_and_best_checkpoints_are_kept_with_class_names(finished):
     _, workdir, _ = finished
     tested = [x for x in run_directory.read_metrics(workdir) if x["split"] == "test"]
     best = max(tested, key=lambda x: (x["top1"], x["step"]))["step"]
@@ -87,25 +87,25 @@ class _Killed(BaseException):
 
 def _stop_at(monkeypatch, step):
     advance = training_log.Log.advance
-    seen = []
+    calls = []
 
-    def maybe(log):
+    def advance_or_stop(log):
         advance(log)
-        seen.append(log)
-        if len(seen) == step:
+        calls.append(log)
+        if len(calls) == step:
             raise _Killed
 
-    monkeypatch.setattr(training_log.Log, "advance", maybe)
+    monkeypatch.setattr(training_log.Log, "advance", advance_or_stop)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(
     finished, cache_dir, tmp_path, monkeypatch
 ):
-    """Stopped twice, in mid-epoch and in mid-window of the log."""
+    """The run is stopped twice, within an epoch and within a window of the log."""
     config = tiny_config.config(
         cache_dir, **{"train.epochs": 3, "checkpoint.every_steps": 3}
     )
-    for stop in (5, 11):  # the second counts from where the first left off: step 3
+    for stop in (5, 11):  # the second start counts from step 3
         with monkeypatch.context() as patch:
             _stop_at(patch, stop)
             with pytest.raises(_Killed):
@@ -127,17 +127,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         for folder in (tmp_path, finished[1])
     )
     assert stopped == whole
-    watched = run_directory.read_snapshots(tmp_path)
-    assert watched == run_directory.read_snapshots(finished[1])
+    snapshots = run_directory.read_snapshots(tmp_path)
+    assert snapshots == run_directory.read_snapshots(finished[1])
     assert run_directory.read_results(tmp_path, "test", "center") == (
         run_directory.read_results(finished[1], "test", "center")
     )
 
 
-def test_several_steps_at_one_call_are_the_same_training(
+def test_several_steps_per_dispatch_give_the_same_training(
     finished, cache_dir, tmp_path, monkeypatch
 ):
-    """And a run of them that was stopped goes on."""
+    """The run is stopped and resumed."""
     changes = {"train.steps_per_dispatch": 3, "train.log_every_steps": 6}
     changes |= {"train.epochs": 3, "checkpoint.every_steps": 3}
     config = tiny_config.config(cache_dir, **changes)
@@ -157,7 +157,7 @@ def test_several_steps_at_one_call_are_the_same_training(
     assert [(call.start, call.stop) for call in calls] == [
         (step, step + 3) for step in range(3, 18, 3)
     ]
-    # Another program rounds otherwise, and that grows: compare the first epoch.
+    # Another program rounds differently and errors grow: compare the first epoch.
     (first, *_), (wanted, *_) = (
         [x["loss"] for x in run_directory.read_metrics(folder) if x["split"] == "test"]
         for folder in (tmp_path, finished[1])
@@ -165,7 +165,7 @@ def test_several_steps_at_one_call_are_the_same_training(
     assert first == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_image(finished):
+def test_run_saves_attention_snapshots_and_results_of_each_image(finished):
     config, workdir, scores = finished
     lines = run_directory.read_snapshots(workdir)
     assert sorted({(x["step"], x["epoch"]) for x in lines}) == [
@@ -173,17 +173,17 @@ def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_image(finished):
     ]
     split = build.open_split(config, build.load_dataset(config), "test")
     for step in (0, 6, 12, 18):
-        here = [x for x in lines if x["step"] == step]
-        indices = [x["index"] for x in here]
+        at_step = [x for x in lines if x["step"] == step]
+        indices = [x["index"] for x in at_step]
         assert [split.labels[i] for i in indices] == list(range(8))
         assert all(split.labels.tolist().index(k) == i for k, i in enumerate(indices))
-        assert [x["name"] for x in here] == [split.records[i].name for i in indices]
-    # Training starts at art.init, and moves.
+        assert [x["name"] for x in at_step] == [split.records[i].name for i in indices]
+    # The attention starts at art.init and changes.
     np.testing.assert_allclose(
         lines[0]["matrix"], [[0.45, 0, 0], [0, 0.45, 0]], atol=0.01
     )
     assert np.abs(np.subtract(lines[-1]["matrix"], lines[7]["matrix"])).max() > 1e-4
-    # The last ones are those of the restored head.
+    # The last snapshots equal the attention of the restored head.
     options = run_options.from_config(config)
     head, restored = restore_attention(options, workdir), restore(options, workdir)
     assert head is not None
@@ -204,12 +204,14 @@ def test_a_run_keeps_where_it_attended_and_what_it_said_of_each_image(finished):
         assert {x.step for x in rows} == {18}
 
 
-def test_eval_repeats_the_scores_of_training(finished, capsys):
+def test_eval_equals_the_scores_of_training_and_adds_the_full_protocol(
+    finished, capsys
+):
     config, workdir, scores = finished
     lines = len(run_directory.read_metrics(workdir))
     evaluate.run(run_options.from_config(config), workdir)
     added = run_directory.read_metrics(workdir)[lines:]
-    # The centre crop's scores are what training said: they are there already.
+    # The scores of the center protocol are in the file already, from training.
     found = [(x["split"], x["protocol"]) for x in added]
     assert found == [("test", "full"), ("test_shifted", "full")]
     assert all(x["count"] == config.data.test_size for x in added)
@@ -224,23 +226,23 @@ def test_eval_repeats_the_scores_of_training(finished, capsys):
         assert f"{split}, full: top-1 " in printed
 
 
-def test_a_finished_run_has_nothing_left_to_do_even_after_eval(finished):
+def test_finished_run_does_nothing_even_after_eval(finished):
     config, workdir, scores = finished
     before = (workdir / "metrics.jsonl").read_text()
     assert train.run(config, workdir) == scores
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("which", ["best", 12])
-def test_eval_takes_another_checkpoint(finished, capsys, which):
+@pytest.mark.parametrize("checkpoint", ["best", 12])
+def test_eval_uses_another_checkpoint(finished, capsys, checkpoint):
     config, workdir, _ = finished
     changed = config.copy_and_resolve_references()
-    changed.eval.checkpoint = str(which)
+    changed.eval.checkpoint = str(checkpoint)
     changed.eval.protocol = "center"
     before = (workdir / "metrics.jsonl").read_text()
     evaluate.run(run_options.from_config(changed), workdir)
     (workdir / "metrics.jsonl").write_text(before)
-    if which == 12:
+    if checkpoint == 12:
         tested = [
             x for x in run_directory.read_metrics(workdir) if x["split"] == "test"
         ]
@@ -248,30 +250,30 @@ def test_eval_takes_another_checkpoint(finished, capsys, which):
         assert f"test, center: top-1 {100 * top1:.1f} %" in capsys.readouterr().out
 
 
-def test_an_export_holds_the_plain_network_alone_and_scores_the_same(finished):
-    """Into the independent PyTorch ResNet, strictly."""
+def test_export_of_a_run_gives_its_accuracy_in_an_independent_network(finished):
+    """The independent PyTorch ResNet loads the export with strict=True."""
     config, workdir, scores = finished
     export.run(run_options.from_config(config), workdir)
-    described = json.loads((workdir / "export" / "config.json").read_text())
-    arrays = safetensors_torch.load_file(workdir / "export" / "model.safetensors")
+    about = json.loads((workdir / "export" / "config.json").read_text())
+    arrays = load_file(workdir / "export" / "model.safetensors")
     width, stem = config.model.width, config.model.stem
-    network = TorchResNet(described["architecture"], 8, width=width, stem=stem).eval()
+    network = TorchResNet(about["architecture"], 8, width=width, stem=stem).eval()
     network.load_state_dict(arrays, strict=True)
     dataset = build.load_dataset(config)
-    assert described["class_names"] == list(dataset.class_names)
+    assert about["class_names"] == list(dataset.class_names)
     split = build.open_split(config, dataset, "test")
     batches = center_batches(
-        split.images, split.labels, batch_size=40, crop_px=described["crop_px"]
+        split.images, split.labels, batch_size=40, crop_px=about["crop_px"]
     )
     images = batches[0]["image"] / np.float32(255)
-    images = (images - np.array(described["mean"])) / np.array(described["std"])
+    images = (images - np.array(about["mean"])) / np.array(about["std"])
     with torch.no_grad():
         logits = network(torch.tensor(images.transpose(0, 3, 1, 2)).float()).numpy()
     top1 = (logits.argmax(1) == split.labels).mean()
     assert top1 == scores["test"]["top1"]
 
 
-def test_a_run_starts_from_an_export_and_resumes_without_it(
+def test_run_starts_from_an_export_and_resumes_without_it(
     finished, cache_dir, tmp_path, capsys
 ):
     config, workdir, _ = finished
@@ -285,21 +287,21 @@ def test_a_run_starts_from_an_export_and_resumes_without_it(
     _, _, arrays = _arrays(tmp_path / "run")
     _, _, source = _arrays(workdir)
     for stream in ("classification_stream", "regularization_stream"):
-        trunk = arrays["params"][stream]["conv1"]["kernel"]
+        conv1 = arrays["params"][stream]["conv1"]["kernel"]
         expected = source["params"]["classification_stream"]["conv1"]["kernel"]
-        np.testing.assert_allclose(trunk, expected, atol=1e-6)
-        fresh = arrays["params"][stream]["fc"]["kernel"]
+        np.testing.assert_allclose(conv1, expected, atol=1e-6)
+        fc = arrays["params"][stream]["fc"]["kernel"]
         trained = source["params"]["classification_stream"]["fc"]["kernel"]
-        assert np.abs(fresh - trained).max() > 1e-3
+        assert np.abs(fc - trained).max() > 1e-3
     file.unlink()
     train.run(started, tmp_path / "run")
     capsys.readouterr()
-    # From the run itself the classifier comes, too: the classes are the same.
+    # A start from the run itself includes the classifier, as the classes are equal.
     again = _changed(started, **{"model.pretrained": str(workdir)})
     preview.run(again, tmp_path, what="weights")
-    shown = capsys.readouterr().out
-    assert "classification_stream.fc" in shown
-    assert "attention_head" in shown
+    printed = capsys.readouterr().out
+    assert "classification_stream.fc" in printed
+    assert "attention_head" in printed
     with pytest.raises(ValueError, match=r"weights.safetensors"):
         train.run(started, tmp_path / "another")
 
@@ -320,7 +322,9 @@ def _changed(config, **changes):
         ({"eval.protocol": "corner"}, "unknown eval.protocol 'corner'"),
     ],
 )
-def test_eval_refuses_what_does_not_fit(finished, changes, message):
+def test_eval_with_another_network_or_wrong_options_is_an_error(
+    finished, changes, message
+):
     config, workdir, _ = finished
     changed = _changed(config, **changes)
     with pytest.raises(ValueError, match=message):
@@ -344,13 +348,15 @@ def test_eval_refuses_what_does_not_fit(finished, changes, message):
         ({"bn.sync": True, "bn.group_size": 2}, "give only one"),
     ],
 )
-def test_mistakes_are_named_before_a_run_begins(cache_dir, tmp_path, changes, message):
+def test_wrong_options_are_errors_before_training(
+    cache_dir, tmp_path, changes, message
+):
     with pytest.raises(ValueError, match=message):
         train.run(tiny_config.config(cache_dir, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_another_config_in_the_same_folder_is_refused(finished):
+def test_other_config_in_the_same_run_directory_is_an_error(finished):
     config, workdir, _ = finished
     with pytest.raises(
         ValueError, match=r"optim.base_lr: 0.05 in the run directory, 0.1"
@@ -358,14 +364,14 @@ def test_another_config_in_the_same_folder_is_refused(finished):
         train.run(_changed(config, **{"optim.base_lr": 0.1}), workdir)
 
 
-def test_a_folder_without_a_checkpoint_belongs_to_no_config(cache_dir, tmp_path):
+def test_run_directory_without_checkpoint_accepts_another_config(cache_dir, tmp_path):
     run_directory.keep_config(tmp_path, {"seed": 5})
     changes = {"model.kind": "baseline", "train.epochs": 1}
     train.run(tiny_config.config(cache_dir, **changes), tmp_path)
     assert run_directory.read_config(tmp_path)["seed"] == 0
 
 
-def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):
+def test_resuming_from_a_checkpoint_of_another_model_is_an_error(finished, tmp_path):
     config, workdir, _ = finished
     changed = _changed(config, **{"model.width": 16})
     with pytest.raises(ValueError, match="of another model"):
@@ -373,13 +379,13 @@ def test_a_checkpoint_of_another_model_does_not_resume(finished, tmp_path):
     run_directory.keep_config(workdir, config.to_dict(), allow_change=True)
 
 
-def test_a_diverged_run_stops_and_says_so(cache_dir, tmp_path):
+def test_diverged_run_is_an_error(cache_dir, tmp_path):
     changes = {"optim.base_lr": 1e6, "model.kind": "baseline", "train.epochs": 4}
     with pytest.raises(ValueError, match=r"training has diverged; lower optim.base_lr"):
         train.run(tiny_config.config(cache_dir, **changes), tmp_path)
 
 
-def test_attention_in_a_corner_is_warned_of_with_the_cure(cache_dir, tmp_path, capsys):
+def test_attention_stuck_in_a_corner_gives_a_warning(cache_dir, tmp_path, capsys):
     changes = {"art.init": (0.99, 0.99, 0.45, 0.0), "art.inside": False}
     changes |= {"train.epochs": 1}
     train.run(tiny_config.config(cache_dir, **changes), tmp_path)
