@@ -123,22 +123,22 @@ def test_weights_saved_by_a_library_give_the_same_scores(
         torch.save(net.state_dict(), path)
     variables = weights.load_torch(path, arch=arch, num_classes=7)
     flat: Any = flatten_dict(variables)
-    theirs = [
+    arrays = [
         tensor.numpy()
         for name, tensor in net.state_dict().items()
         if not name.endswith("num_batches_tracked")
     ]
-    assert len(flat) == len(theirs)
+    assert len(flat) == len(arrays)
     if library != "transformers":  # `to_linen` does not know its names
         expected: Any = flatten_dict(to_linen(net.state_dict().items()))
         assert flat.keys() == expected.keys()
         for key, array in expected.items():
             np.testing.assert_array_equal(flat[key], array, err_msg=str(key))
-    ours: Any = jax.jit(resnet.create(arch, 7).apply)(
+    outputs: Any = jax.jit(resnet.create(arch, 7).apply)(
         variables, normalize.normalize(jax.numpy.asarray(crops), **NORMALIZATION)
     )
     expected = scores_of(net, photographs.normalize(crops, NORMALIZATION))
-    assert_close(ours.logits, expected, f"{library}, {arch}")
+    assert_close(outputs.logits, expected, f"{library}, {arch}")
 
 
 def snippet(library):
@@ -168,12 +168,12 @@ def test_export_loaded_with_the_readmes_code_gives_the_same_scores(
 
     paths = photographs.paths(shared_data, 4)
     crops = np.stack([photographs.crop(path, about) for path in paths])
-    theirs = scores_of(net, photographs.normalize(crops, about))
+    expected = scores_of(net, photographs.normalize(crops, about))
     restored = restore(run_options.from_config(config), workdir)
     data = config.data
     images = normalize.normalize(jax.numpy.asarray(crops), mean=data.mean, std=data.std)
-    ours: Any = jax.jit(restored.backbone.apply)(restored.variables, images)
-    assert_close(ours.logits, theirs, f"exported {arch} in {library}")
+    outputs: Any = jax.jit(restored.backbone.apply)(restored.variables, images)
+    assert_close(outputs.logits, expected, f"exported {arch} in {library}")
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])

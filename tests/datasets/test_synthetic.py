@@ -170,9 +170,9 @@ def test_labels_are_balanced_and_all_habitats_occur(num_species):
 def test_habitat_share_is_the_share_of_images_in_the_species_own_habitat(split, share):
     count = 2048
     plans = [_plan(split, index, habitat_share=share) for index in range(count)]
-    at_home = np.mean([label == habitat for label, habitat in plans])
+    in_own_habitat = np.mean([label == habitat for label, habitat in plans])
     # Four standard deviations; they are 0 for a share of 0 or 1.
-    assert abs(at_home - share) <= 4 * (share * (1 - share) / count) ** 0.5
+    assert abs(in_own_habitat - share) <= 4 * (share * (1 - share) / count) ** 0.5
 
 
 def test_shifted_habitats_are_uniform_over_the_other_habitats():
