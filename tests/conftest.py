@@ -25,7 +25,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0, programs compile as they do for users.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     # XLA's older fusion compiles unoptimized programs faster (optimized ones slower).
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    # jaxlib 0.11 has no such flag, and XLA ends the process at an unknown flag.
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"] if _JAXLIB < (0, 11) else []
 _given = os.environ.get("XLA_FLAGS", "")
 _ours = [flag for flag in _FLAGS if flag.partition("=")[0] not in _given]
 os.environ["XLA_FLAGS"] = " ".join([_given, *_ours]).strip()

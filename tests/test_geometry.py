@@ -462,7 +462,6 @@ def test_gradient_to_gamma_through_all_equations_is_the_finite_difference(x64):
 
 
 def test_sampler_equals_torch_grid_sample():
-    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(21)
     image = rng.normal(size=(2, 31, 45, 3)).astype(np.float32)
     grid = rng.uniform(-1.3, 1.3, (2, 20, 24, 2)).astype(np.float32)

@@ -191,7 +191,7 @@ def test_weights_of_transformers_give_the_same_scores_in_torchvisions_layout(
         weights.load_torch(tmp_path / "model.safetensors", arch=arch),
     )
     copy = TorchResNet(arch, 7)
-    copy.load_state_dict(safetensors.torch.load_file(tmp_path / "exported.safetensors"))
+    copy.load_state_dict(safetensors_torch.load_file(tmp_path / "exported.safetensors"))
     assert len(loaded) == len(flatten_dict(to_linen(copy.state_dict().items())))
     images = np.random.default_rng(0).normal(size=(3, 3, 65, 96)).astype(np.float32)
     np.testing.assert_allclose(

@@ -33,7 +33,7 @@ def save(state: Any, folder, file_format):
     """Saves a state_dict as users of torch do; returns the path."""
     path = folder / f"weights.{file_format}"
     if file_format == "safetensors":
-        safetensors.torch.save_file(state, path)
+        safetensors_torch.save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=file_format == "zip.pth")
     return path
@@ -95,7 +95,7 @@ def test_loaded_and_exported_weights_give_the_same_scores(arch, stem, tmp_path):
 
     exported = tmp_path / "new folder" / "model.safetensors"
     weights.save_torch(exported, jax.tree.map(jnp.asarray, variables))
-    state = safetensors.torch.load_file(exported)
+    state = safetensors_torch.load_file(exported)
     for name, tensor in torch_model.state_dict().items():
         assert state[name].dtype == tensor.dtype, name
         if not name.endswith("num_batches_tracked"):

@@ -176,7 +176,8 @@ def test_average_is_the_same_on_devices_and_in_several_steps_at_once():
 
 def test_average_skips_steps_with_nan():
     step, state = _counting_step()
-    run = jax.jit(step_wrappers.skip_non_finite(step_wrappers.average_weights(step, 0.9)))
+    average = step_wrappers.average_weights(step, 0.9)
+    run = jax.jit(step_wrappers.skip_non_finite(average))
     nan_batch = _batch() | {"label": np.full(8, -1, np.int32)}
     after, terms = run(state, nan_batch)
     assert np.isnan(terms["loss"])

@@ -255,7 +255,7 @@ def test_export_of_a_run_gives_its_accuracy_in_an_independent_network(finished):
     config, workdir, scores = finished
     export.run(run_options.from_config(config), workdir)
     about = json.loads((workdir / "export" / "config.json").read_text())
-    arrays = load_file(workdir / "export" / "model.safetensors")
+    arrays = safetensors_torch.load_file(workdir / "export" / "model.safetensors")
     width, stem = config.model.width, config.model.stem
     network = TorchResNet(about["architecture"], 8, width=width, stem=stem).eval()
     network.load_state_dict(arrays, strict=True)
