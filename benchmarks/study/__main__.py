@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = {"cub": arguments.cub, "cars": arguments.cars}
         for name in sorted({row.config for row in rows} & paths.keys()):
             if not paths[name]:
-                print(f"the rows on {name} are left out: --{name} DIR runs them")
+                print(f"the rows on {name} are skipped: --{name} DIR runs them")
                 rows = [row for row in rows if row.config != name]
-        few = cars_subset.file_in(arguments.root)
-        paths["cars"] = str(few)
+        cars_list = cars_subset.file_in(arguments.root)
+        paths["cars"] = str(cars_list)
         jobs = run.jobs_in_order(
             rows, seeds=arguments.seeds, root=arguments.root, paths=paths
         )
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with run_directory.locked(arguments.root), contextlib.ExitStack() as stack:
             if any(row.config == "cars" for row in rows):
-                cars_subset.write(Path(arguments.cars), few)
+                cars_subset.write(Path(arguments.cars), cars_list)
             stack.callback(page.write, lines, arguments.docs)
             runner = Runner(
                 lines, threads=arguments.threads, leak=not arguments.no_leak
             )
-            failed = runner.run(jobs, side_by_side=arguments.jobs)
+            failed = runner.run(jobs, parallel=arguments.jobs)
     else:
         page.write(lines, arguments.docs)
     print(f"written: {arguments.docs / 'study.md'}")
@@ -69,4 +69,4 @@ if __name__ == "__main__":
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command resumes")

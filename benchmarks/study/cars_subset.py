@@ -1,7 +1,7 @@
-"""As many models of Stanford Cars as the study's machine has hours for, as a CSV file.
+"""Writes a CSV list of the first models of Stanford Cars by name.
 
-98 models have ten times the images. The first models by name are as hard to tell
-apart as any: they are neighbours.
+The study takes a subset to limit its training time. The first models by name include
+several of the same maker, which look alike.
 """
 
 import csv
@@ -15,33 +15,32 @@ from cra_jax.input.records import Record
 from cra_jax.runtime import files
 
 MODELS = 16
-"""The first so many class names: the models of four makers and a Hummer."""
+"""Number of class names that the study takes, in alphabetical order."""
 
 
 def file_in(root: Path) -> Path:
-    """Where the list is, in the folder of the study's runs."""
+    """Path of the list in the directory of the study's runs."""
     return root / "cars" / "cars.csv"
 
 
 def write(path: Path, file: Path, models: int = MODELS) -> None:
-    """Lists the first models, every second image of each for testing.
+    """Writes the list; every second image of each model is a test image.
 
-    Half of the images, as in the data set's own split: a fifth of so few would make
-    one image half a percent.
+    Half of the images are for testing, as in the official split.
 
     Args:
-      path: of Stanford Cars, in any layout that `sources` reads.
-      file: the CSV file; a link to the images comes to lie beside it.
-      models: how many class names.
+      path: directory of Stanford Cars, in any layout that `sources` reads.
+      file: path of the CSV file; a link to the images is placed beside it.
+      models: number of class names.
 
     Raises:
-      ValueError: there is no such data set, or it has fewer models.
+      ValueError: there is no such dataset, or it has fewer models.
     """
     data = sources.load("cars", path)
     if len(data.class_names) < models:
         raise ValueError(
             f"{path} has {len(data.class_names)} models, and the study takes {models}:"
-            " give the whole of Stanford Cars"
+            " give the complete Stanford Cars"
         )
     root = data.root or path
     records = sorted(
@@ -52,9 +51,9 @@ def write(path: Path, file: Path, models: int = MODELS) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label", "split", "x_min", "y_min", "x_max", "y_max"))
     for label, name in enumerate(data.class_names[:models]):
-        chosen = [record for record in records if record.label == label]
-        for place, record in enumerate(chosen):
-            split = ("train", "test")[place % 2]
+        of_model = [record for record in records if record.label == label]
+        for position, record in enumerate(of_model):
+            split = ("train", "test")[position % 2]
             box = _box_in_pixels(record, root / record.name)
             writer.writerow((f"images/{record.name}", name, split, *box))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def write(path: Path, file: Path, models: int = MODELS) -> None:
 
 
 def _box_in_pixels(record: Record, file: Path) -> tuple[str, ...]:
-    """Four fields, empty where the data set does not say."""
+    """Four fields, which are empty if the record has no box."""
     if record.box is None:
         return ("",) * 4
     with Image.open(file) as image:

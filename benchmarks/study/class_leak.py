@@ -1,10 +1,10 @@
-"""What N_ar knows of the class without the bird: from Gamma, through the cut's shape.
+"""Measures how much of the class N_ar can read from Gamma instead of the pixels.
 
     python -m benchmarks.study.class_leak runs/quickstart runs/other
 
-N_cls could write the class into Gamma, and N_ar read it off the padding, the angle or
-the hole that Gamma makes. So Gamma is predicted from the true image, the pixels are
-exchanged for noise or for another image's, and N_ar is asked for the class.
+N_cls could encode the class in Gamma, and N_ar could decode it from the padding, the
+angle or the covered region. To measure this, Gamma is predicted from an image, the
+pixels are replaced by noise or by another image, and N_ar classifies the result.
 """
 
 import argparse
@@ -28,35 +28,39 @@ from cra_jax.input.batches import center_batches
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
 
-_MOST = 1024  # images of a split that are looked at
+_MAX_IMAGES = 1024  # of a split
 
 COLUMNS = {
-    "chance": "share of the commonest class",
-    "image": "N_ar on the attention, as trained",
-    "still": "N_ar with the mean Gamma of all images for each",
-    "noise": "N_ar on noise that is alike for all images",
-    "own_noise": "N_ar on noise with the image's own mean and deviation",
-    "swapped": "N_ar on another class's image, which names Gamma's class",
-    "pixels": "the same, which names the class of the pixels",
-    "gamma": "a linear discriminant that sees Gamma alone, fitted on train",
-    "padding": "share of the attention that lies outside the image",
+    "chance": "share of the most frequent class",
+    "image": "accuracy of N_ar on the attention, as in training",
+    "mean_gamma": "the same, with the mean Gamma of all images",
+    "noise": "accuracy of N_ar on noise with the mean and standard deviation of the "
+    "batch",
+    "own_noise": "accuracy of N_ar on noise with the mean and standard deviation of "
+    "the image",
+    "swapped": "share in which N_ar predicts the class of Gamma, on the pixels of an "
+    "image of another class",
+    "pixels": "share in which it predicts the class of those pixels",
+    "gamma": "accuracy of a linear discriminant on Gamma, fitted on the training split",
+    "padding": "share of the attention outside the image",
 }
 
 
 def measure(workdir: Path, split: str = "test") -> dict[str, float]:
-    """What N_ar of a run's last checkpoint classifies with and without pixels.
+    """Evaluates N_ar of the last checkpoint of a run with and without the pixels.
 
-    BatchNorm takes its running statistics.
+    BatchNorm uses its running statistics.
 
     Args:
       workdir: the run directory.
-      split: whose images, at most 1,024 of them; centre crops.
+      split: split whose centre crops are used, at most 1,024 of them.
 
     Returns:
-      `COLUMNS`, in 0..1. `gamma` of "train" is measured where it was fitted.
+      `COLUMNS`, in 0..1. For the split "train", `gamma` is measured on the images
+      that it was fitted on.
 
     Raises:
-      ValueError: the run has no second stream, or no such split.
+      ValueError: the run has no second stream, or the split is unknown.
     """
     config: Any = build.config_of_run(workdir, get_config(), {})
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
@@ -68,21 +72,21 @@ def measure(workdir: Path, split: str = "test") -> dict[str, float]:
         )
     if REGULARIZATION_STREAM not in state["params"]:
         raise ValueError(
-            f"{workdir} is a {config.model.kind}, which has no N_ar: name a run of cra "
-            "or stn"
+            f"{workdir} is a {config.model.kind}, which has no N_ar: give a run of "
+            "kind cra or stn"
         )
-    asked = _Asked(config, state, len(names))
+    streams = _Streams(config, state, len(names))
     dataset = build.load_dataset(config)
     if split not in dataset.splits:
         raise ValueError(
             f"unknown split {split!r}: {dataset.name} has {', '.join(dataset.splits)}"
         )
-    train = asked.matrices(build.open_split(config, dataset, "train"))
-    return asked.about(build.open_split(config, dataset, split), train)
+    train = streams.matrices(build.open_split(config, dataset, "train"))
+    return streams.scores(build.open_split(config, dataset, split), train)
 
 
-class _Asked:
-    """Both streams and the head of a checkpoint, and the questions to them."""
+class _Streams:
+    """Both streams and the attention head of a checkpoint."""
 
     def __init__(self, config: Any, state: Any, num_classes: int):
         self._config = config
@@ -101,24 +105,24 @@ class _Asked:
 
         def classify(images, matrices):
             size = (config.art.size_px,) * 2
-            cut = geometry.bilinear_sample(images, geometry.affine_grid(matrices, size))
-            out: Any = backbone.apply(second, cut)
+            grid = geometry.affine_grid(matrices, size)
+            out: Any = backbone.apply(second, geometry.bilinear_sample(images, grid))
             return out.logits.argmax(-1)
 
         self._predict: Callable = jax.jit(predict)
         self._classify: Callable = jax.jit(classify)
 
     def _batches(self, split: splits.Split):
-        """Normalised centre crops and labels, in one random order.
+        """Yields normalized centre crops and labels, in one random order.
 
-        Published sets are sorted by class: neighbours would be of one.
+        Published datasets are sorted by class, so that neighbours share a class.
         """
         data = self._config.data
-        order = np.random.default_rng(0).permutation(len(split.labels))[:_MOST]
-        some = split.take(order.tolist())
+        order = np.random.default_rng(0).permutation(len(split.labels))[:_MAX_IMAGES]
+        sample = split.take(order.tolist())
         batches = center_batches(
-            some.images,
-            some.labels,
+            sample.images,
+            sample.labels,
             batch_size=self._config.eval.batch_size,
             crop_px=data.crop_px,
         )
@@ -130,75 +134,76 @@ class _Asked:
             yield images, np.asarray(batch["label"])[valid]
 
     def matrices(self, split: splits.Split) -> tuple[np.ndarray, np.ndarray]:
-        """Gamma of images as matrices ``[n, 2, 3]``, and their labels."""
-        found = [(self._predict(x), labels) for x, labels in self._batches(split)]
-        matrices, labels = (np.concatenate(x) for x in zip(*found, strict=True))
+        """Affine matrices ``[n, 2, 3]`` of the images' Gamma, and the labels."""
+        pairs = [(self._predict(x), labels) for x, labels in self._batches(split)]
+        matrices, labels = (np.concatenate(x) for x in zip(*pairs, strict=True))
         return matrices, labels
 
-    def about(
+    def scores(
         self, split: splits.Split, train: tuple[np.ndarray, np.ndarray]
     ) -> dict[str, float]:
-        """`COLUMNS` of a split; the discriminant is fitted on `train`."""
+        """Returns `COLUMNS` of a split; the discriminant is fitted on `train`."""
         matrices, labels = self.matrices(split)
-        still = jnp.asarray(matrices.mean(0, keepdims=True))
+        mean_matrix = jnp.asarray(matrices.mean(0, keepdims=True))
         right: dict[str, list] = {}
-        key, at = jax.random.key(0), 0
+        key, start = jax.random.key(0), 0
         for images, truth in self._batches(split):
-            mine = jnp.asarray(matrices[at : at + len(truth)])
-            at += len(truth)
+            of_batch = jnp.asarray(matrices[start : start + len(truth)])
+            start += len(truth)
             key, draw = jax.random.split(key)
             noise = jax.random.normal(draw, images.shape)
-            alike = images.mean((0, 1, 2)), images.std((0, 1, 2))
+            batch = images.mean((0, 1, 2)), images.std((0, 1, 2))
             own = images.mean((1, 2), keepdims=True), images.std((1, 2), keepdims=True)
-            questions = {
-                "image": (images, mine),
-                "still": (images, jnp.repeat(still, len(truth), 0)),
-                "noise": (noise * alike[1] + alike[0], mine),
-                "own_noise": (noise * own[1] + own[0], mine),
+            inputs = {
+                "image": (images, of_batch),
+                "mean_gamma": (images, jnp.repeat(mean_matrix, len(truth), 0)),
+                "noise": (noise * batch[1] + batch[0], of_batch),
+                "own_noise": (noise * own[1] + own[0], of_batch),
             }
-            for name, question in questions.items():
-                said = np.asarray(self._classify(*question))
-                right.setdefault(name, []).extend(said == truth)
-            said = np.asarray(self._classify(jnp.roll(images, 1, 0), mine))
-            theirs = np.roll(truth, 1)
-            differ = theirs != truth
-            right.setdefault("swapped", []).extend((said == truth)[differ])
-            right.setdefault("pixels", []).extend((said == theirs)[differ])
+            for name, pair in inputs.items():
+                predicted = np.asarray(self._classify(*pair))
+                right.setdefault(name, []).extend(predicted == truth)
+            predicted = np.asarray(self._classify(jnp.roll(images, 1, 0), of_batch))
+            of_pixels = np.roll(truth, 1)
+            differ = of_pixels != truth
+            right.setdefault("swapped", []).extend((predicted == truth)[differ])
+            right.setdefault("pixels", []).extend((predicted == of_pixels)[differ])
         found = {name: float(np.mean(values)) for name, values in right.items()}
         found["chance"] = float(np.bincount(labels).max() / len(labels))
-        known, asked = (x.reshape(len(x), -1) for x in (train[0], matrices))
-        said = discriminate(known, asked, train[1])
-        found["gamma"] = float((said == labels).mean())
+        fitted, measured = (x.reshape(len(x), -1) for x in (train[0], matrices))
+        predicted = discriminate(fitted, measured, train[1])
+        found["gamma"] = float((predicted == labels).mean())
         found["padding"] = float(padding(matrices))
         return {name: found[name] for name in COLUMNS}
 
 
-def discriminate(
-    known: np.ndarray, asked: np.ndarray, labels: np.ndarray
-) -> np.ndarray:
-    """Classes by the nearest mean, in units of the spread within classes.
+def discriminate(train: np.ndarray, test: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Classifies vectors by a linear discriminant.
+
+    The predicted class is that of the nearest class mean, in units of the standard
+    deviation within classes.
 
     Args:
-      known: ``[n, d]``.
-      asked: ``[m, d]``.
-      labels: of `known`, ``[n]``.
+      train: ``[n, d]``, vectors that the discriminant is fitted on.
+      test: ``[m, d]``, vectors to classify.
+      labels: ``[n]``, labels of `train`.
 
     Returns:
-      ``[m]``: a linear discriminant's answers.
+      ``[m]``, predicted labels.
     """
     classes = np.unique(labels)
-    means = np.stack([known[labels == c].mean(0) for c in classes])
-    within = known - means[np.searchsorted(classes, labels)]
-    # Entries of a matrix depend on each other: directions without spread are left out.
+    means = np.stack([train[labels == c].mean(0) for c in classes])
+    within = train - means[np.searchsorted(classes, labels)]
+    # The entries of a matrix depend on each other: some directions are constant.
     _, spread, axes = np.linalg.svd(within, full_matrices=False)
     kept = spread > 1e-4 * spread.max(initial=0)
     whiten = axes[kept].T / spread[kept]
-    apart = (asked @ whiten)[:, None] - means @ whiten
-    return classes[np.square(apart).sum(-1).argmin(1)]
+    offsets = (test @ whiten)[:, None] - means @ whiten
+    return classes[np.square(offsets).sum(-1).argmin(1)]
 
 
 def padding(matrices: np.ndarray) -> np.ndarray:
-    """Which share of the attention lies outside its image; a mean over matrices."""
+    """Mean share of the attention outside the image."""
     grid = geometry.affine_grid(jnp.asarray(matrices, jnp.float32), (64, 64))
     return np.asarray((jnp.abs(grid) > 1).any(-1).mean())
 
@@ -210,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--splits", nargs="+", default=["train", "test"])
     options = parser.parse_args(argv)
-    logging.set_verbosity(logging.ERROR)  # orbax warns that it opens for reading
+    logging.set_verbosity(logging.ERROR)  # orbax logs each directory that it opens
     rows = []
     for workdir in options.runs:
         for split in options.splits:

@@ -1,12 +1,13 @@
-"""Why Gamma runs away, and where it is pulled: gradients into Gamma over a training.
+"""Measures the gradients that Gamma receives and passes on to N_cls in a training.
 
     python -m benchmarks.study.gamma_drift --settings paper default
+    python -m benchmarks.study.gamma_drift --table
 
-Trains the study's network on its drawings and asks at a handful of steps, on test
-images that stay the same: how hard does each loss pull at an image's Gamma, do all
-images pull alike, is the pull towards the bird, how far would a step go, and what
-reaches N_cls? Writes `docs/gamma.md`, its figure and its numbers; settings that are not
-asked for keep theirs.
+Trains the study's network on drawn birds. At some steps, and on fixed test images, it
+measures the gradient of each loss with respect to Gamma, whether the gradients of the
+images agree, whether they move the attention towards the bird, and which gradient
+reaches N_cls. Writes `docs/gamma.md`, its figure and its results. The results of
+settings that are not named stay as they are.
 """
 
 import argparse
@@ -49,48 +50,69 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "soft": {"art.redundancy": "soft"},
 }
 _LINES = "study/gamma.jsonl"
-_HEAD = """# What the attention's losses do to Gamma, and to N_cls
+_HEAD = """# Gradients into Gamma and into N_cls
 
-N_cls sees whole images alone. What contrastive reinforcement changes in it comes by
-way of Gamma, which is predicted from its pooled features: L_cls2, L_cntr and L_res pull
-at Gamma, the head passes the pull on. `python -m benchmarks.study.gamma_drift` trains
-the study's network (docs/study.md: drawn birds, from scratch, learning rate 0.05) and
-asks at some steps how large that is, and where it points.
+N_cls sees whole images only, and Gamma is predicted from its pooled features. L_cls2,
+L_cntr and L_res therefore change N_cls only through Gamma. This page gives the
+gradients of these losses with respect to Gamma, and the gradient that reaches N_cls
+through Gamma, compared with the gradient of L_cls1. Data and network are the drawn
+birds and the ResNet of [the study](study.md), trained from scratch with seed {seed}.
+
+`python -m benchmarks.study.gamma_drift` trains the networks and writes this page.
+
+## Summary
+
+The ratio is the norm of the gradient that reaches N_cls through Gamma, divided by the
+norm of the gradient of L_cls1. The cosine is that between these two gradients. Both
+are ranges over the measured steps after step 0. The other columns are of the last
+measured step: the share of images whose Gamma is saturated, L_cls2, and L_cls2 with
+the attention moved onto the bird.
 """
 TERMS = ("cls2", "res", "cntr")
 _PROBE_BATCHES = 3
 _CLASSIFIER = CLASSIFICATION_STREAM
 
 COLUMNS = {
-    "place": "mean over images of the length of (gamma1, gamma2) of Eq. 6",
-    "spread": "how much it differs between images: standard deviation",
-    "stuck": "share of images beyond 95 % of the place's bound",
+    "offset": "mean length of (gamma1, gamma2) of Eq. 6 over the images",
+    "centre sd": "standard deviation of gamma1 and gamma2 over the images",
+    "saturated": "share of images beyond 95 % of the bound of gamma1 or gamma2",
     **{
-        f"{term} {what}": f"{meaning} of L_{term} to an image's Gamma"
+        f"{term} {what}": meaning.format(term=term)
         for term in TERMS
         for what, meaning in (
-            ("pull", "mean length of the gradient"),
-            ("alike", "length of the mean gradient, by the mean length"),
-            ("to bird", "cosine between descent and the way to the bird"),
+            ("gradient", "mean norm of the gradient of L_{term} to an image's Gamma"),
+            (
+                "alignment",
+                "norm of the mean of these gradients, divided by `{term} gradient`",
+            ),
+            (
+                "towards bird",
+                "mean cosine between the descent direction of L_{term} and the "
+                "direction from the attention's centre to the bird's",
+            ),
         )
     },
-    "gain": "what a step multiplies a pull by, but for the rate: 1 + |features|^2",
-    "common": "share of that gain that moves all images alike",
-    "loss": "L_cls2 now",
-    "on bird": "L_cls2 with the attention moved onto the bird",
-    "into N_cls": "gradient to N_cls's weights that comes by way of Gamma, by L_cls1's",
-    "agrees": "cosine between the two",
+    "gain": "change of Gamma by a step of the head, divided by learning rate and "
+    "gradient: 1 + |features|^2",
+    "shared gain": "share of the gain that is the same for all images",
+    "L_cls2": "value of L_cls2",
+    "L_cls2 on bird": "value of L_cls2 with the attention moved onto the bird",
+    "N_cls ratio": "norm of the gradient that reaches N_cls through Gamma, divided by "
+    "the norm of the gradient of L_cls1",
+    "N_cls cosine": "cosine between these two gradients",
 }
 
 
 class Probe:
-    """Questions to a network about images that stay the same.
+    """Measures gradients of a network on fixed images.
+
+    Gradients to Gamma are measured without the guard and the clipping, which are not
+    losses. Gradients to N_cls are measured with both, as in training.
 
     Args:
-      config: of the run.
-      network: that is trained; what pulls at Gamma is asked without guard and clip,
-        which are no losses, and what reaches N_cls with them, as in training.
-      split: with boxes.
+      config: config of the run.
+      num_classes: number of classes.
+      split: split with boxes.
 
     Raises:
       ValueError: the split does not fill a batch.
@@ -109,12 +131,14 @@ class Probe:
                 f"{len(order)} test images do not fill one batch of {size}: lower "
                 "train.batch_size or raise data.test_size"
             )
-        some = split.take(order[:whole].tolist())
+        sample = split.take(order[:whole].tolist())
         crop_px = config.data.crop_px
         batches = center_batches(
-            some.images, some.labels, batch_size=size, crop_px=crop_px
+            sample.images, sample.labels, batch_size=size, crop_px=crop_px
         )
-        boxes = np.array([some.boxes_px(crop_px)[i] for i in range(len(some.labels))])
+        boxes = np.array(
+            [sample.boxes_px(crop_px)[i] for i in range(len(sample.labels))]
+        )
         centres = (boxes[:, :2] + boxes[:, 2:]) / (crop_px - 1) - 1
         self._batches = [
             (
@@ -128,19 +152,19 @@ class Probe:
             )
             for i, batch in enumerate(batches[i] for i in range(len(batches)))
         ]
-        self._ask = jax.jit(self._one)
-        self._reaching = jax.jit(self._into_classifier)
+        self._gamma_scores = jax.jit(self._measure_gamma)
+        self._classifier_scores = jax.jit(self._measure_classifier)
 
     def __call__(self, state: Any) -> dict[str, float]:
-        """`COLUMNS` of a state: means over the batches."""
+        """Returns `COLUMNS` of a state: means over the batches."""
         found = [
-            self._ask(state.params, state.batch_stats, *batch)
-            | self._reaching(state.params, state.batch_stats, *batch[:2])
+            self._gamma_scores(state.params, state.batch_stats, *batch)
+            | self._classifier_scores(state.params, state.batch_stats, *batch[:2])
             for batch in self._batches
         ]
         return {name: float(np.mean([f[name] for f in found])) for name in COLUMNS}
 
-    def _one(self, params, batch_stats, images, labels, centres):
+    def _measure_gamma(self, params, batch_stats, images, labels, centres):
         seen: dict[str, Any] = {}
 
         def terms_of(shift):
@@ -151,8 +175,8 @@ class Probe:
                 seen["features"] = args[0]
                 return out + shift
 
-            asked: Any = _Asked(self._network, seen)
-            loss = build.build_loss(self._config, asked, steps_per_epoch=1)
+            recording: Any = _RecordGamma(self._network, seen)
+            loss = build.build_loss(self._config, recording, steps_per_epoch=1)
             with nn.intercept_methods(interceptor):
                 _, (_, terms) = loss(params, batch_stats, images, labels, 0)
             return (
@@ -160,34 +184,34 @@ class Probe:
                 (seen["gamma"], seen["gamma_res"], seen["features"]),
             )
 
-        still = jnp.zeros((len(labels), 4))
+        no_shift = jnp.zeros((len(labels), 4))
         terms, backward, (gamma, gamma_res, features) = jax.vjp(
-            terms_of, still, has_aux=True
+            terms_of, no_shift, has_aux=True
         )
         found: dict[str, Any] = {}
-        way = centres - gamma_res[:, :2]
+        direction = centres - gamma_res[:, :2]
         for name in TERMS:
             one = {other: jnp.asarray(float(other == name)) for other in TERMS}
-            pull = len(labels) * backward(one)[0]
-            size = jnp.linalg.norm(pull, axis=-1).mean()
-            alike = jnp.linalg.norm(pull.mean(0)) / jnp.maximum(size, 1e-12)
-            found[f"{name} pull"] = size
-            found[f"{name} alike"] = alike
-            found[f"{name} to bird"] = _cosine(-pull[:, :2], way)
+            gradient = len(labels) * backward(one)[0]
+            size = jnp.linalg.norm(gradient, axis=-1).mean()
+            alignment = jnp.linalg.norm(gradient.mean(0)) / jnp.maximum(size, 1e-12)
+            found[f"{name} gradient"] = size
+            found[f"{name} alignment"] = alignment
+            found[f"{name} towards bird"] = _cosine(-gradient[:, :2], direction)
         gain = 1 + jnp.square(features).sum(-1).mean()
         found["gain"] = gain
-        found["common"] = (1 + jnp.square(features.mean(0)).sum()) / gain
-        found["place"] = jnp.linalg.norm(gamma_res[:, :2], axis=-1).mean()
-        found["spread"] = gamma_res[:, :2].std(0).mean()
-        stuck = jnp.abs(jnp.tanh(gamma[:, :2])) > train_step.SATURATED
-        found["stuck"] = stuck.any(-1).mean()
-        found["loss"] = terms["cls2"]
-        onto = self._gamma_at(centres, gamma) - gamma
-        found["on bird"] = terms_of(onto)[0]["cls2"]
+        found["shared gain"] = (1 + jnp.square(features.mean(0)).sum()) / gain
+        found["offset"] = jnp.linalg.norm(gamma_res[:, :2], axis=-1).mean()
+        found["centre sd"] = gamma_res[:, :2].std(0).mean()
+        saturated = jnp.abs(jnp.tanh(gamma[:, :2])) > train_step.SATURATED
+        found["saturated"] = saturated.any(-1).mean()
+        found["L_cls2"] = terms["cls2"]
+        shift = self._gamma_at(centres, gamma) - gamma
+        found["L_cls2 on bird"] = terms_of(shift)[0]["cls2"]
         return found
 
-    def _into_classifier(self, params, batch_stats, images, labels):
-        """What the attention's losses do to N_cls, whose images they never are."""
+    def _measure_classifier(self, params, batch_stats, images, labels):
+        """Gradient that reaches N_cls through Gamma, compared with that of L_cls1."""
         loss = build.build_loss(self._config, self._trained, steps_per_epoch=1)
 
         def terms_of(classifier):
@@ -196,18 +220,18 @@ class Probe:
             return terms["loss_cls1"], whole - terms["loss_cls1"]
 
         _, backward = jax.vjp(terms_of, params[_CLASSIFIER])
-        own, by_gamma = (
+        own, through_gamma = (
             jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
             for tree in (backward((1.0, 0.0))[0], backward((0.0, 1.0))[0])
         )
-        sizes = jnp.linalg.norm(by_gamma), jnp.linalg.norm(own)
+        sizes = jnp.linalg.norm(through_gamma), jnp.linalg.norm(own)
         return {
-            "into N_cls": sizes[0] / sizes[1],
-            "agrees": _cosine(own[None], by_gamma[None]),
+            "N_cls ratio": sizes[0] / sizes[1],
+            "N_cls cosine": _cosine(own[None], through_gamma[None]),
         }
 
     def _gamma_at(self, centres, gamma):
-        """Gamma whose place is the bird's, its scale and angle as they are."""
+        """Gamma with its centre at the bird, and with the same scale and angle."""
         art = self._config.art
         bound = art.alpha_p
         if art.inside:
@@ -217,8 +241,8 @@ class Probe:
         return jnp.concatenate([jnp.arctanh(share), gamma[:, 2:]], -1)
 
 
-class _Asked:
-    """A network that keeps what it said of Gamma."""
+class _RecordGamma:
+    """A network that stores the Gamma that it predicts in `seen`."""
 
     def __init__(self, network: Any, seen: dict[str, Any]):
         self._network, self._seen = network, seen
@@ -234,16 +258,16 @@ class _Asked:
 
 
 def _cosine(a, b):
-    """The mean cosine between rows; a row of zeros has none, and counts as 0."""
+    """Mean cosine between rows; 0 for a row of zeros."""
     return (losses.l2_normalize(a) * losses.l2_normalize(b)).sum(-1).mean()
 
 
-def watch(config: Any, at: list[int]) -> list[dict[str, float]]:
-    """Trains, and asks before the steps `at`.
+def train_and_measure(config: Any, at: list[int]) -> list[dict[str, float]]:
+    """Trains a network and measures it before the steps `at`.
 
     Args:
-      config: of a quickstart.
-      at: steps, ascending.
+      config: config of drawn birds.
+      at: steps, in ascending order.
 
     Returns:
       ``step`` and `COLUMNS` of each.
@@ -281,12 +305,12 @@ def watch(config: Any, at: list[int]) -> list[dict[str, float]]:
 
 
 def draw(found: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Four of the numbers over the steps, a curve a setting."""
+    """Draws four of the columns over the steps, with a curve per setting."""
     shown = {
-        "place": "length of the attention's place",
-        "spread": "its spread over images",
-        "into N_cls": "gradient to N_cls by way of\nGamma, by L_cls1's own",
-        "cls2 to bird": "L_cls2's pull and the way to\nthe bird: cosine",
+        "offset": "offset of the attention",
+        "centre sd": "sd of its centre\nover images",
+        "N_cls ratio": "gradient into N_cls,\ndivided by that of L_cls1",
+        "cls2 towards bird": "cosine of L_cls2's descent\nand direction to the bird",
     }
     colours = (
         *(
@@ -322,11 +346,11 @@ def draw(found: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 
 def write(found: Mapping[str, Sequence[Mapping[str, Any]]], docs: Path) -> None:
-    """Writes `gamma.md` and its figure, and `gamma.jsonl`, from which both come.
+    """Writes `gamma.jsonl`, and from it `gamma.md` and its figure.
 
     Args:
-      found: by setting, in the order of `SETTINGS`.
-      docs: a folder.
+      found: lines by setting, in the order of `SETTINGS`.
+      docs: directory of the documents.
     """
     (docs / "study").mkdir(parents=True, exist_ok=True)
     figure = figure_style.styled(draw)(found)
@@ -338,35 +362,44 @@ def write(found: Mapping[str, Sequence[Mapping[str, Any]]], docs: Path) -> None:
 
 
 def _page(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
-    yield _HEAD
+    seeds = sorted({line["seed"] for lines in found.values() for line in lines})
+    yield _HEAD.format(seed=" and ".join(map(str, seeds)))
+    rows = []
     for name, lines in found.items():
         changes = ", ".join(f"`{k}={v}`" for k, v in SETTINGS[name].items())
-        trained = lines[1:]  # a fresh head sends next to nothing back
-        sent = sorted(line["into N_cls"] for line in trained)
-        agrees = sorted(line["agrees"] for line in trained)
-        yield (
-            f"- **{name}** ({changes or 'as the quickstart has it'}): after training "
-            f"has begun, what comes to N_cls by way of Gamma is {sent[0]:.2g} to "
-            f"{sent[-1]:.2g} times L_cls1's own gradient, at a cosine of "
-            f"{agrees[0]:.2f} to {agrees[-1]:.2f}. At step {lines[-1]['step']}, "
-            f"{100 * lines[-1]['stuck']:.0f} % of the images are stuck at the bound; "
-            f"L_cls2 is {lines[-1]['loss']:.2f}, and would be "
-            f"{lines[-1]['on bird']:.2f} with the attention on the bird."
+        trained = lines[1:]  # the gradient of an untrained head is near 0
+        ratios, cosines = (
+            [line[column] for line in trained]
+            for column in ("N_cls ratio", "N_cls cosine")
         )
-    yield "\n![Four numbers over the steps](study/gamma.png)\n"
+        last = lines[-1]
+        rows.append(
+            [
+                *(name, changes or "none"),
+                f"{min(ratios):.2g} to {max(ratios):.2g}",
+                f"{min(cosines):.2f} to {max(cosines):.2f}",
+                f"{100 * last['saturated']:.0f} %",
+                *(f"{last['L_cls2']:.2f}", f"{last['L_cls2 on bird']:.2f}"),
+            ]
+        )
+    head = ["setting", "changed config keys", "ratio", "cosine", "saturated"]
+    table = timing.table([*head, "L_cls2", "L_cls2 on the bird"], rows)
+    yield table.replace("---:", "---", 1)  # the keys are text, too
+    yield "\n![Four columns of the table over the steps](study/gamma.png)\n"
+    yield "## All measurements\n"
+    yield from (f"- {name}: {meaning}." for name, meaning in COLUMNS.items())
     rows = [
         [name, f"{line['step']}", *(f"{line[c]:.2g}" for c in COLUMNS)]
         for name, lines in found.items()
         for line in lines
     ]
-    yield timing.table(["setting", "step", *COLUMNS], rows)
-    yield "\n" + "\n".join(f"- {name}: {what}" for name, what in COLUMNS.items())
-    yield "\nMade on:\n"
+    yield "\n" + timing.table(["setting", "step", *COLUMNS], rows)
+    yield "\n## Machines\n"
     yield from sorted({f"- {x['machine']}" for some in found.values() for x in some})
 
 
-def _kept(docs: Path) -> dict[str, list[dict[str, Any]]]:
-    """What `write` has written before."""
+def _read(docs: Path) -> dict[str, list[dict[str, Any]]]:
+    """Reads the lines that `write` has written before."""
     path = docs / _LINES
     found: dict[str, list[dict[str, Any]]] = {}
     for one in path.read_text().splitlines() if path.is_file() else ():
@@ -382,19 +415,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--at", nargs="+", type=int, default=[0, 8, 32, 96, 192, 320, 480]
+        "--at",
+        nargs="+",
+        type=int,
+        default=[0, 8, 32, 96, 192, 320, 480],
+        help="steps before which the network is measured",
     )
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--table", action="store_true", help="only write the page")
     options = parser.parse_args(argv)
+    page = options.docs / "gamma.md"
+    if options.table:
+        if not (found := _read(options.docs)):
+            parser.error(f"{options.docs / _LINES} has no results: run without --table")
+        write(found, options.docs)
+        print(f"written: {page}")
+        return
     for name in options.settings:
         config = get_config()
         config.seed = options.seed
         config.update_from_flattened_dict({**BIRDS, **SETTINGS[name]})
-        lines = watch(config.lock(), sorted(options.at))
+        lines = train_and_measure(config.lock(), sorted(options.at))
         about = {"seed": options.seed, "machine": timing.machine()}
-        known = {**_kept(options.docs), name: [{**x, **about} for x in lines]}
-        write({k: known[k] for k in SETTINGS if k in known}, options.docs)
-        print(f"{name}: written to {options.docs / 'gamma.md'}", flush=True)
+        found = {**_read(options.docs), name: [{**x, **about} for x in lines]}
+        write({k: found[k] for k in SETTINGS if k in found}, options.docs)
+        print(f"{name}: written to {page}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The lines of the study: kept, checked, counted in, and compared seed by seed.
+"""Results of the study: the file that holds them, and comparisons of rows.
 
-What counts is the current settings of each row. Rows are compared over the seeds that
-both have: runs of one seed share the order of images, the crops and, where their
-shapes agree, the weights that they start from.
+Only results of the current settings of a row are counted. Rows are compared seed by
+seed: runs of one seed share the order of the images, the crops and, where the shapes
+agree, the initial weights.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from cra_jax.reports import uncertainty
 from cra_jax.runtime import files
 
 Line = dict[str, Any]
-"""What a run came to: see `run.line_of`."""
+"""Results of a run, as returned by `run.line_of`."""
 
 Found = dict[str, dict[int, Line]]
 """Row -> seed -> line."""
 
 Key = tuple[str, str]
-"""A split and a metric of it."""
+"""A split and a metric of that split."""
 
 
 class Lines:
-    """`study/results.jsonl`: a line a run, kept in the order of rows and seeds.
+    """Contents of `study/results.jsonl`: a line per run, sorted by row and seed.
 
     Args:
-      path: of the file, which need not be there yet.
+      path: path of the file, which may not exist yet.
 
     Raises:
       ValueError: the file is damaged.
@@ -48,12 +48,12 @@ class Lines:
         return iter(list(self._lines.values()))
 
     def get(self, key: tuple[str, int, str]) -> Line | None:
-        """The line of a row, a seed and a fingerprint, if there is one."""
+        """Returns the line of a row, a seed and a fingerprint, or None."""
         return self._lines.get(key)
 
     def put(self, line: Line) -> None:
-        """Adds a line, or takes the place of the one before; the file stays whole."""
-        # Somebody may have changed it since: a pull from another machine.
+        """Adds a line or replaces the line with the same key, and writes the file."""
+        # The file may have changed since it was read, such as by `git pull`.
         self._lines = {**_read(self._path), _key(line): line}
         order = {row.name: place for place, row in enumerate(ROWS)}
         ordered = sorted(
@@ -78,21 +78,21 @@ def _read(path: Path) -> dict[tuple, Line]:
             lines[_key(line)] = line
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path}, line {number}, is no run's ({error!r}): take it out, and "
-                "the run is collected or made again"
+                f"{path}, line {number}, is not a result of a run ({error!r}): delete "
+                "the line and run the study again"
             ) from error
     return lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A row less its reference, over the seeds that both have.
+    """A row minus its reference, over the seeds that both have.
 
     Attributes:
-      spread: of the differences.
-      p: of the exact test, see `sign_flip`.
-      images: both rows' answers to the same images, all seeds together; None where
-        the images are not the same.
+      spread: mean, standard deviation and interval of the differences.
+      p: p-value of `sign_flip`.
+      images: counts of the same images that each row classifies correctly, over all
+        seeds; None if the images differ.
     """
 
     spread: uncertainty.Spread
@@ -101,24 +101,24 @@ class Difference:
 
 
 def to_hex(right: Sequence[bool]) -> str:
-    """A bit an image, the first image's the highest, as hexadecimal digits."""
+    """Encodes a bit per image as hexadecimal digits; the first image is the highest."""
     bits = "".join("01"[bool(x)] for x in right)
     bits += "0" * (-len(bits) % 4)
     return "".join(f"{int(bits[i : i + 4], 2):x}" for i in range(0, len(bits), 4))
 
 
 def from_hex(digits: str, count: int) -> np.ndarray:
-    """What `to_hex` was given, ``[count]`` of bool."""
+    """Decodes the result of `to_hex` into ``[count]`` of bool."""
     bits = "".join(f"{int(digit, 16):04b}" for digit in digits)
     return np.array([bit == "1" for bit in bits[:count]], bool)
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Whether paired differences are about 0: the exact test, two-sided.
+    """P-value of the exact two-sided sign-flip test of paired differences.
 
-    Where rows do not differ, each difference is as likely as its negative: p is the
-    share of all 2^n choices of signs whose sum is as far from 0. With n pairs it is at
-    least 2 / 2^n.
+    If the rows do not differ, each difference is as likely as its negative. p is the
+    share of all 2^n choices of signs whose sum is at least as far from 0 as the
+    observed sum. With n pairs it is at least 2 / 2^n.
 
     Source: Fisher (1935), the randomisation test of paired samples.
     """
@@ -129,7 +129,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def collect(lines: Iterable[Line]) -> tuple[Found, list[Line]]:
-    """The lines of each row's current settings, and all others."""
+    """Splits lines into those of the rows' current settings, and all others."""
     found: Found = {row.name: {} for row in ROWS}
     others = []
     for line in lines:
@@ -144,21 +144,21 @@ def collect(lines: Iterable[Line]) -> tuple[Found, list[Line]]:
 
 @functools.cache
 def _current(name: str) -> str | None:
-    """The fingerprint of a row's settings; None where there is no such row."""
+    """Fingerprint of a row's settings; None if there is no such row."""
     if name not in BY_NAME:
         return None
     return rows.fingerprint(rows.settings_of(BY_NAME[name], seed=0))
 
 
 def values(by_seed: Mapping[int, Line], key: Key) -> dict[int, float]:
-    """A metric of a split by seed, of the runs that have it."""
+    """Values of a metric by seed, of the runs that have it."""
     split, metric = key
     scores = {seed: line.get(split, {}) for seed, line in by_seed.items()}
     return {seed: x[metric] for seed, x in scores.items() if metric in x}
 
 
 def difference(found: Found, row: str, reference: str, key: Key) -> Difference | None:
-    """A row less its reference; None where they have no seed in common."""
+    """Compares a row with its reference; None if they have no seed in common."""
     ours, theirs = values(found[row], key), values(found[reference], key)
     common = [seed for seed in ours if seed in theirs]
     if not common:
@@ -167,13 +167,14 @@ def difference(found: Found, row: str, reference: str, key: Key) -> Difference |
     return Difference(
         uncertainty.spread(changes),
         sign_flip(changes),
-        _same_images(found, row, reference, key[0], common),
+        _pair_images(found, row, reference, key[0], common),
     )
 
 
-def _same_images(
+def _pair_images(
     found: Found, row: str, reference: str, split: str, seeds: Sequence[int]
 ) -> uncertainty.Paired | None:
+    """Counts correct images of both rows; None if the images differ."""
     first, second = [], []
     for seed in seeds:
         one, other = found[reference][seed][split], found[row][seed][split]

@@ -1,8 +1,8 @@
-"""The rows of the study: what each asks, and the settings that ask it.
+"""The rows of the study: the training configurations and the question each answers.
 
-A row is a config and changes to it; its runs differ in the seed alone. `fingerprint`
-says which settings a run's numbers are of, so that lines made under other settings are
-never counted in.
+A row is a config with changed settings. The runs of a row differ only in the seed.
+`fingerprint` identifies the settings of a run, so that results of other settings are
+never counted.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ Settings = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One way to train.
+    """One training configuration.
 
     Attributes:
-      name: of the row, and of its run directorys.
-      group: of `GROUPS`.
-      title: what people call it.
-      question: what it asks, in words.
+      name: key of the row in `results.jsonl` and in the names of its run directories.
+      group: a key of `GROUPS`.
+      title: name of the row on the page.
+      question: the question that the row answers.
       config: a module of `configs/`.
-      variant: of that config.
-      changes: settings by their dotted keys.
-      seeds: how many runs, with seeds from 0 on.
-      references: rows that it is compared with, seed by seed.
+      variant: variant of that config.
+      changes: changed settings by their dotted keys.
+      seeds: number of runs; their seeds start at 0.
+      references: names of the rows that it is compared with, seed by seed.
     """
 
     name: str
@@ -44,35 +44,39 @@ class Row(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """As `model.kind` has it."""
+        """Value of `model.kind`."""
         kinds = [x for x in self.variant.split(",") if x in ("baseline", "stn")]
         return kinds[0] if kinds else "cra"
 
 
 GROUPS = {
-    "main": "The main rows",
-    "ablations": "CRA-CNN, one part changed",
-    "robust": "Guards and learning rates",
-    "modern": "Beyond the paper, at the same cost at test time",
-    "cub": "Photographs: ten birds of CUB",
+    "main": "Drawn birds: main comparison",
+    "ablations": "Drawn birds: one part of CRA-CNN changed",
+    "robust": "Drawn birds: guards of Gamma and learning rates",
+    "modern": "Drawn birds: additions to both networks",
+    "cub": "Photographs: ten species of CUB",
     "cars": f"Photographs: {cars_subset.MODELS} models of Stanford Cars",
-    "instrument": "How the instrument was chosen",
+    "instrument": "Choice of the drawn-bird task",
 }
-"""Groups in the order in which they run, and their headings."""
+"""Headings of the groups, in the order in which the groups run."""
 
-# What a run leaves behind beside its numbers; none of it changes them.
+# Outputs of a run besides its scores. They do not change the scores.
 KEEPING: Settings = {
     "train.report": False,
     "checkpoint.every_epochs": 3,
     "checkpoint.keep_latest": 1,
-    "eval.every_epochs": 1000,  # the last epoch is scored in any case
+    "eval.every_epochs": 1000,  # the last epoch is always evaluated
     "eval.snapshots": 0,
     "data.workers": 1,
 }
 
 
 def _phases(epochs: int, first: int, period: int) -> Settings:
-    """A schedule: the rate falls, and L_res switches, after `first` and each period."""
+    """Settings of the schedule.
+
+    The learning rate falls and L_res switches after `first` epochs, and then after each
+    period.
+    """
     return {
         "train.epochs": epochs,
         "optim.first_epochs": first,
@@ -83,16 +87,16 @@ def _phases(epochs: int, first: int, period: int) -> Settings:
 
 
 def _drawn(train_size: int, *phases: int, **more: Any) -> Settings:
-    """Drawn birds; `more` has `data__habitat_share` for `data.habitat_share`."""
+    """Settings of drawn birds; `data__habitat_share` sets `data.habitat_share`."""
     dotted = {key.replace("__", "."): value for key, value in more.items()}
     sizes = {"data.train_size": train_size, "data.test_size": 1024}
     return {**sizes, **_phases(*phases), **dotted}
 
 
-# The instrument: see the group of that name in docs/study.md for why.
+# The drawn-bird task. docs/study.md, "Choice of the drawn-bird task", gives the reason.
 _HALF = {"train__batch_size": 32, "data__habitat_share": 0.5}
 BIRDS = _drawn(512, 40, 24, 8, **_HALF)
-"""What makes a quickstart the instrument of the drawn rows."""
+"""Changes to the quickstart config that make the drawn-bird task of the study."""
 
 _BIRDS_LONG = _drawn(512, 60, 36, 12, **_HALF)
 
@@ -102,7 +106,7 @@ def _instrument(name: str, title: str, changes: Settings, seeds: int = 2) -> Row
         f"instrument-{name}",
         "instrument",
         title,
-        "Is a baseline well trained, not saturated, hurt by the shift, and steady?",
+        "Which criteria does the baseline meet?",
         *("quickstart", "baseline", changes, seeds),
     )
 
@@ -113,7 +117,7 @@ def _main(name: str, title: str, question: str, variant: str, **more: Any) -> Ro
 
 
 def _change(name: str, title: str, question: str, **changes: Any) -> Row:
-    """A row of CRA-CNN with a few settings changed: `loss__res` is `loss.res`."""
+    """A row of CRA-CNN with changed settings; `loss__res` sets `loss.res`."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     group = "robust" if any(k.startswith("art.") for k in dotted) else "ablations"
     more = (*("quickstart", "", {**BIRDS, **dotted}, 3), ("baseline", "cra"))
@@ -121,14 +125,14 @@ def _change(name: str, title: str, question: str, **changes: Any) -> Row:
 
 
 def _modern(name: str, word: str, seeds: int = 3, **changes: Any) -> list[Row]:
-    """The same change to the baseline and to CRA-CNN."""
+    """Two rows: the baseline and CRA-CNN with the same changed settings."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     return [
         Row(
             f"{kind}-{name}",
             "modern",
             f"{title}, {word}",
-            "What does it add, at the same cost at test time?",
+            "Does the addition raise accuracy?",
             *("quickstart", variant, {**BIRDS, **dotted}, seeds),
             (kind,) if kind == "baseline" else ("cra", f"baseline-{name}"),
         )
@@ -146,13 +150,13 @@ def _rate(kind: str, word: str, rate: float) -> Row:
         f"{kind}-rate-{word}",
         "robust",
         f"{name}, learning rate {rate:g}",
-        "Does it depend on the rate?",
+        "Does the result depend on the learning rate?",
         *("quickstart", variant, {**BIRDS, "optim.base_lr": rate}, 3),
         (kind,) if kind == "baseline" else (f"baseline-rate-{word}", kind),
     )
 
 
-# Sides at which the photographs fit a machine without a GPU.
+# Image sizes that are feasible without a GPU.
 _SMALL = {
     "data.short_side_px": 144,
     "data.crop_px": 128,
@@ -175,23 +179,32 @@ _RELEASED_GAMMA = {
 }
 _KINDS = {
     "baseline": ("baseline", "baseline", ()),
-    "baseline-long": ("baseline", "baseline, 1.5 times the epochs", ("baseline",)),
+    "baseline-long": ("baseline", "baseline, same compute", ("baseline",)),
     "cra": ("", "CRA-CNN", ("baseline", "baseline-long")),
     "cra-soft": ("", "CRA-CNN, soft redundancy", ("baseline", "baseline-long")),
     "stn": ("stn", "STN", ("baseline", "baseline-long")),
     "cra-released": (
         "",
-        "CRA-CNN, Gamma as released",
+        "CRA-CNN, Gamma as in the released code",
         ("baseline", "baseline-long", "cra"),
     ),
 }
 
 
 class _Start(NamedTuple):
-    """What photographs are trained from, and for how long (epochs, first, period)."""
+    """Initial weights and schedule of the rows on photographs.
+
+    Attributes:
+      backbone: variant of the config.
+      title: name of the start on the page.
+      recipe: changed settings.
+      usual: arguments of `_phases`.
+      long: the same for the baseline with the compute of CRA-CNN.
+      kinds: keys of `_KINDS`.
+    """
 
     backbone: str
-    where: str
+    title: str
     recipe: Settings
     usual: tuple[int, int, int]
     long: tuple[int, int, int]
@@ -199,27 +212,26 @@ class _Start(NamedTuple):
 
 
 _MAIN_KINDS = ("baseline", "baseline-long", "cra", "cra-soft", "stn")
-_LITE0 = "fine-tuned EfficientNet-Lite0"
 _STARTS = {
     "tuned": _Start(
-        *("efficientnet_lite0", _LITE0, _TUNED, (10, 6, 2), (15, 9, 3)),
+        *("efficientnet_lite0", "fine-tuned", _TUNED, (10, 6, 2), (15, 9, 3)),
         (*_MAIN_KINDS, "cra-released"),
     ),
-    # So many epochs that half as many again should matter little.
+    # A longer schedule, because 10 epochs do not reach the highest accuracy.
     "tuned-40": _Start(
-        *("efficientnet_lite0", f"{_LITE0}, 40 epochs", _TUNED),
+        *("efficientnet_lite0", "fine-tuned for 40 epochs", _TUNED),
         *((40, 24, 8), (60, 36, 12), _MAIN_KINDS[:3]),
     ),
-    # Without "cra-released": drawn birds have it, from scratch.
+    # Without "cra-released", which the drawn birds cover from scratch.
     "scratch": _Start(
-        *("resnet10", "ResNet, scratch", _SCRATCH, (60, 36, 12), (90, 54, 18)),
+        *("resnet10", "from scratch", _SCRATCH, (60, 36, 12), (90, 54, 18)),
         _MAIN_KINDS,
     ),
 }
 
 
 def _photographs(data: str, name: str) -> list[Row]:
-    """The main rows on a set of photographs, from scratch or fine-tuned."""
+    """The main rows on a dataset of photographs, from one start of `_STARTS`."""
     start = _STARTS[name]
     rows = []
     for kind in start.kinds:
@@ -236,8 +248,8 @@ def _photographs(data: str, name: str) -> list[Row]:
             Row(
                 f"{data}-{name}-{kind}",
                 data,
-                f"{title} ({start.where})",
-                "Does what is seen on drawings hold for photographs?",
+                f"{title} ({start.title})",
+                "Do the results on drawn birds hold on photographs?",
                 *(data, ",".join(filter(None, (start.backbone, variant))), changes),
                 3 if name == "tuned-40" else 5,
                 tuple(f"{data}-{name}-{x}" for x in references),
@@ -250,10 +262,10 @@ def _changed_photographs(
     kind: str,
     name: str,
     word: str,
-    question: str = "What does it add, at the same cost at test time?",
+    question: str = "Does the addition raise accuracy?",
     **changes: Any,
 ) -> Row:
-    """One change to what is fine-tuned on ten birds of CUB."""
+    """A row with changed settings, fine-tuned on ten species of CUB."""
     variant, title, _ = _KINDS[kind]
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     usual = f"cub-tuned-{kind}"
@@ -261,7 +273,7 @@ def _changed_photographs(
     return Row(
         f"{usual}-{name}",
         "cub",
-        f"{title}, {word} (fine-tuned EfficientNet-Lite0)",
+        f"{title}, {word} (fine-tuned)",
         question,
         *("cub", ",".join(filter(None, ("efficientnet_lite0", variant)))),
         {**_SMALL, **_TUNED, **_phases(*_STARTS["tuned"].usual), **dotted},
@@ -270,11 +282,11 @@ def _changed_photographs(
 
 
 ROWS = (
-    _main("baseline", "baseline", "How far does a plain ResNet come?", "baseline"),
+    _main("baseline", "baseline", "How accurate is a plain ResNet?", "baseline"),
     _main(
         "baseline-long",
-        "baseline, 1.5 times the epochs",
-        "And with CRA-CNN's compute?",
+        "baseline, same compute",
+        "How accurate is a plain ResNet with the compute of CRA-CNN?",
         "baseline",
         changes=_BIRDS_LONG,
         references=("baseline",),
@@ -282,14 +294,14 @@ ROWS = (
     _main(
         "cra",
         "CRA-CNN",
-        "Does contrastive reinforcement help?",
+        "Does contrastive reinforcement raise accuracy?",
         "",
         references=("baseline", "baseline-long"),
     ),
     _main(
         "cra-soft",
         "CRA-CNN, soft redundancy",
-        "Does it help where the redundancy's edge has a gradient?",
+        "Does a redundancy with differentiable edges raise accuracy?",
         "",
         changes={**BIRDS, "art.redundancy": "soft"},
         references=("baseline", "baseline-long", "cra"),
@@ -297,48 +309,48 @@ ROWS = (
     _main(
         "stn",
         "STN",
-        "Is a spatial transformer without the contrast as good?",
+        "Is a spatial transformer as accurate?",
         "stn",
         references=("baseline", "baseline-long"),
     ),
-    _change("no-res", "without L_res", "Is the restriction needed?", loss__res=0.0),
-    _change("no-cntr", "without L_cntr", "Is the contrast needed?", loss__cntr=0.0),
+    _change("no-res", "without L_res", "Does L_res raise accuracy?", loss__res=0.0),
+    _change("no-cntr", "without L_cntr", "Does L_cntr raise accuracy?", loss__cntr=0.0),
     _change(
         "no-cls2",
         "without L_cls2",
-        "Is the attention's own classification needed?",
+        "Does L_cls2 raise accuracy?",
         loss__cls2=0.0,
     ),
     _change(
         "no-switching",
-        "L_res on throughout",
-        "Is it worth turning L_res off and on?",
+        "L_res in all epochs",
+        "Does switching L_res off and on raise accuracy?",
         restriction__period_epochs=0,
     ),
     _change(
         "raw-features",
-        "raw features in L_cntr",
-        "Should N_ar's output be scaled to length 1?",
+        "features not normalized in L_cntr",
+        "Does L2 normalization of N_ar's output raise accuracy?",
         contrast__normalize=False,
     ),
     _change(
         "squared",
         "squared distance in L_cntr",
-        "Euclidean, as the paper has it, or squared, as the released code?",
+        "Does the squared distance of the released code raise accuracy?",
         contrast__distance="squared",
     ),
     _change(
         "all-pairs",
         "all pairs in L_cntr",
-        "Are random pairs enough?",
+        "Are all pairs better than random pairs?",
         contrast__pairs="all",
     ),
     *(
         Row(
             f"{kind}-bn-4",
             "ablations",
-            f"{title}, BatchNorm over 4",
-            "Does what BatchNorm over 4 images adds need CRA-CNN?",
+            f"{title}, BatchNorm groups of 4",
+            "Do BatchNorm groups of 4 raise the accuracy of the baseline?",
             *("quickstart", "baseline", {**changes, "bn.group_size": 4}, 3),
             references,
         )
@@ -346,7 +358,7 @@ ROWS = (
             ("baseline", "baseline", BIRDS, ("baseline",)),
             (
                 "baseline-long",
-                "baseline, 1.5 times the epochs",
+                "baseline, same compute",
                 _BIRDS_LONG,
                 ("baseline-long", "baseline-bn-4"),
             ),
@@ -354,34 +366,39 @@ ROWS = (
     ),
     _change(
         "bn-4",
-        "BatchNorm over 4",
-        "Does BatchNorm over 4 images help, as in the released code?",
+        "BatchNorm groups of 4",
+        "Do BatchNorm groups of 4, as in the released code, raise accuracy?",
         bn__group_size=4,
     )._replace(references=("baseline", "cra", "baseline-bn-4", "baseline-long-bn-4")),
     _change(
         "outside",
-        "attention may leave the image",
-        "Is it worth keeping the attention in the image?",
+        "attention not kept inside the image",
+        "Does keeping the attention inside the image raise accuracy?",
         art__inside=False,
     ),
-    _change("no-guard", "without the guard", "Is the guard needed?", art__guard=0.0),
+    _change(
+        "no-guard",
+        "without the guard",
+        "Does the guard raise accuracy?",
+        art__guard=0.0,
+    ),
     _change(
         "raw-head",
-        "raw features to Gamma",
-        "Should Gamma be predicted from features of length 1?",
+        "features not normalized before Gamma",
+        "Does L2 normalization of the head's input raise accuracy?",
         art__normalize_head=False,
     ),
     _change(
         "no-clip",
-        "without the clip of the affine matrix's gradient",
-        "Does the clip keep the attention's losses from N_cls?",
+        "without gradient clipping",
+        "Does clipping the gradient of the affine matrix raise accuracy?",
         art__gradient_clip=0.0,
     ),
     *(
         _change(
             f"share-{word}",
-            f"without the clip; {share:g} of Gamma's gradient goes to N_cls",
-            "Can the attention learn, and N_cls keep what it has learnt?",
+            f"without gradient clipping, {share:g} of Gamma's gradient to N_cls",
+            "Does a smaller gradient from Gamma to N_cls raise accuracy?",
             art__gradient_clip=0.0,
             art__gradient_share=share,
         )
@@ -389,14 +406,14 @@ ROWS = (
     ),
     _change(
         "released-gamma",
-        "Gamma as released: raw and clipped, no guard, not kept inside",
-        "And with the authors' own safeguard alone?",
+        "Gamma as in the released code",
+        "How accurate is CRA-CNN with gradient clipping as the only guard?",
         **{key.replace(".", "__"): value for key, value in _RELEASED_GAMMA.items()},
     ),
     _change(
         "paper-gamma",
-        "Gamma as in the paper: raw, no guard, no clip, not kept inside",
-        "What do the additions do together?",
+        "Gamma as in the paper",
+        "How accurate is CRA-CNN without the four guards?",
         art__inside=False,
         art__normalize_head=False,
         art__guard=0.0,
@@ -407,36 +424,36 @@ ROWS = (
         for word, rate in (("low", 0.0167), ("high", 0.15))
         for kind in ("baseline", "cra")
     ),
-    *_modern("smooth", "labels smoothed by 0.1", seeds=5, loss__label_smoothing=0.1),
+    *_modern("smooth", "label smoothing 0.1", seeds=5, loss__label_smoothing=0.1),
     Row(
         "baseline-smooth-long",
         "modern",
-        "baseline, labels smoothed by 0.1, 1.5 times the epochs",
-        "What does smoothing add, with CRA-CNN's compute?",
+        "baseline, label smoothing 0.1, same compute",
+        "Does label smoothing raise accuracy with the compute of CRA-CNN?",
         *("quickstart", "baseline", {**_BIRDS_LONG, "loss.label_smoothing": 0.1}, 5),
         ("baseline-long", "baseline-smooth", "cra-smooth"),
     ),
-    *_modern("cosine", "rate along a cosine", optim__schedule="cosine"),
-    *_modern("ema", "weights averaged (0.99)", optim__ema_decay=0.99),
+    *_modern("cosine", "cosine learning rate", optim__schedule="cosine"),
+    *_modern("ema", "weight averaging (EMA 0.99)", optim__ema_decay=0.99),
     *_modern("cutmix", "CutMix", mix__kind="cutmix"),
     *_modern("snapmix", "SnapMix", mix__kind="snapmix", mix__alpha=5.0),
     Row(
         "inner",
         "modern",
         "CRA-CNN, attention at two scales",
-        "Does N_ar learn more from a closer look as well?",
+        "Does a second, smaller attention raise accuracy?",
         *("quickstart", "", {**BIRDS, "art.inner_scale": 0.5}, 3),
         ("baseline", "cra"),
     ),
     *_photographs("cub", "tuned"),
     _changed_photographs(
-        "baseline", "smooth", "labels smoothed by 0.1", loss__label_smoothing=0.1
+        "baseline", "smooth", "label smoothing 0.1", loss__label_smoothing=0.1
     ),
     _changed_photographs(
-        "baseline", "cosine", "rate along a cosine", optim__schedule="cosine"
+        "baseline", "cosine", "cosine learning rate", optim__schedule="cosine"
     ),
     _changed_photographs(
-        "baseline", "ema", "weights averaged (0.99)", optim__ema_decay=0.99
+        "baseline", "ema", "weight averaging (EMA 0.99)", optim__ema_decay=0.99
     ),
     _changed_photographs(
         "baseline", "snapmix", "SnapMix", mix__kind="snapmix", mix__alpha=5.0
@@ -446,7 +463,7 @@ ROWS = (
             kind,
             f"rate-{word}",
             f"learning rate {rate:g}",
-            "Does it depend on the rate?",
+            "Does the result depend on the learning rate?",
             optim__base_lr=rate,
         )
         for word, rate in (("low", 0.0017), ("high", 0.015))
@@ -463,68 +480,68 @@ ROWS = (
     _instrument("4096-shorter", "4,096 drawings, 8 epochs", _drawn(4096, 8, 4, 2), 1),
     _instrument(
         "batch-32",
-        "2,048 drawings, 16 epochs, batches of 32",
+        "2,048 drawings, 16 epochs, batch size 32",
         _drawn(2048, 16, 8, 4, train__batch_size=32),
         1,
     ),
     _instrument(
         "batch-32-half",
-        "the same, habitat at home in 50 %",
+        "2,048 drawings, 16 epochs, batch size 32, habitat share 0.5",
         _drawn(2048, 16, 8, 4, **_HALF),
         1,
     ),
     _instrument(
         "ten-half",
-        "2,048 drawings, 10 epochs, habitat at home in 50 %",
+        "2,048 drawings, 10 epochs, habitat share 0.5",
         _drawn(2048, 10, 6, 2, **_HALF),
     ),
     _instrument(
         "ten-half-long",
-        "the same, 15 epochs",
+        "2,048 drawings, 15 epochs, habitat share 0.5",
         _drawn(2048, 15, 9, 3, **_HALF),
         1,
     ),
     _instrument(
         "1024",
-        "1,024 drawings, 20 epochs, habitat at home in 50 %",
+        "1,024 drawings, 20 epochs, habitat share 0.5",
         _drawn(1024, 20, 12, 4, **_HALF),
         1,
     ),
     _instrument(
         "512-60",
-        "512 drawings, 40 epochs, habitat at home in 60 %",
+        "512 drawings, 40 epochs, habitat share 0.6",
         _drawn(512, 40, 24, 8, **{**_HALF, "data__habitat_share": 0.6}),
         1,
     ),
     _instrument(
         "512-60-long",
-        "the same, 60 epochs",
+        "512 drawings, 60 epochs, habitat share 0.6",
         _drawn(512, 60, 36, 12, **{**_HALF, "data__habitat_share": 0.6}),
         1,
     ),
     _instrument(
         "ten-60",
-        "2,048 drawings, 10 epochs, habitat at home in 60 %",
+        "2,048 drawings, 10 epochs, habitat share 0.6",
         _drawn(2048, 10, 6, 2, train__batch_size=32, data__habitat_share=0.6),
     ),
 )
-"""All rows, references before what is compared with them."""
+"""All rows; each row stands after its references."""
 
 BY_NAME = {row.name: row for row in ROWS}
 
-# What cannot change a number: where things lie, how much is done at once, what is kept.
-_INDIFFERENT = (
+# Settings that do not change a score: paths, parallelism and outputs.
+_IRRELEVANT = (
     *("seed", "hosts.", "checkpoint.", "eval.", "data.cache_dir", "data.manual_dir"),
     *("data.on_device", "data.path", "data.prefetch_batches", "data.prepare"),
     *("data.workers", "train.log_every_steps", "train.report"),
     "train.steps_per_dispatch",
 )
-# What a network without attention never reads.
+# Settings that only a network with attention reads.
 _OF_ATTENTION = ("art.", "restriction.", "contrast.", "model.ar_passes", "loss.cls2")
 _OF_ATTENTION += ("loss.res", "loss.cntr", "optim.attention_lr_scale")
-# Settings that are younger than the first lines: the value that means what the code
-# did before them. A line made before and a run made after are then of one fingerprint.
-_YOUNGER: Settings = {
+# Settings that were added after the first results, with the value that reproduces the
+# earlier behaviour. A result from before such a setting keeps its fingerprint.
+_ADDED_LATER: Settings = {
     "art.gradient_share": 1.0,
     "art.inner_scale": 0.0,
     "loss.label_smoothing": 0.0,
@@ -539,10 +556,10 @@ _YOUNGER: Settings = {
 
 
 def settings_of(row: Row, *, seed: int, path: str = "") -> Settings:
-    """The whole config of a run, flat.
+    """The whole config of a run, as a flat mapping.
 
     Raises:
-      KeyError: a row changes a setting that there is not.
+      KeyError: a row changes an unknown setting.
     """
     config = importlib.import_module(f"configs.{row.config}").get_config(row.variant)
     changes = {**KEEPING, **row.changes, "seed": seed, "data.path": path}
@@ -551,21 +568,24 @@ def settings_of(row: Row, *, seed: int, path: str = "") -> Settings:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Twelve letters for all settings that matter to a run's numbers but the seed.
+    """Hash of all settings that change the scores of a run, except the seed.
 
     Args:
-      settings: a config, flat; of a run directory or of `settings_of`.
+      settings: a flat config, from a run directory or from `settings_of`.
+
+    Returns:
+      Twelve hexadecimal digits.
     """
-    # Keys that are gone are part of older fingerprints.
+    # Older fingerprints contain keys that were removed since.
     settings = {**run_directory.REMOVED, **settings}
-    skipped = _INDIFFERENT
+    skipped = _IRRELEVANT
     if settings["model.kind"] == "baseline":
         skipped += _OF_ATTENTION
-    matter = {
+    relevant = {
         key: value
         for key, value in settings.items()
         if not key.startswith(skipped)
-        and (key not in _YOUNGER or _YOUNGER[key] != value)
+        and (key not in _ADDED_LATER or _ADDED_LATER[key] != value)
     }
-    text = json.dumps(matter, sort_keys=True)
+    text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

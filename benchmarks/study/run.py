@@ -1,13 +1,13 @@
-"""Does contrastive reinforcement help? Trials, run and told: `docs/study.md`.
+"""Runs the study "Does contrastive reinforcement help?" and writes `docs/study.md`.
 
     python -m benchmarks.study --jobs 2
     python -m benchmarks.study --groups main ablations --cub DIR --cars DIR
     python -m benchmarks.study --table
 
-Each run is `launch.py` in a process and a folder of its own; the same command goes on
-where it was stopped. A run that ends leaves one line in `docs/study/results.jsonl`;
-there, on any machine, it counts as done as long as its settings are the row's. The page
-and its figures come from those lines alone.
+Each run is a process of `launch.py` with its own run directory. The same command
+resumes an interrupted study. A finished run adds a line to `docs/study/results.jsonl`.
+While the settings of the row stay the same, no machine repeats that run. The page and
+its figures are computed from this file alone.
 """
 
 import argparse
@@ -43,11 +43,11 @@ class Job(NamedTuple):
     """One run of a row.
 
     Attributes:
-      row: which.
-      seed: of the run.
-      workdir: its run directory, named by its settings, too.
-      fingerprint: of its settings.
-      command: that trains it, or goes on.
+      row: row of the run.
+      seed: seed of the run.
+      workdir: run directory; its name contains the start of the fingerprint.
+      fingerprint: fingerprint of the settings.
+      command: command that trains or resumes the run.
     """
 
     row: Row
@@ -58,18 +58,18 @@ class Job(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """What tells its line from all others."""
+        """Key of the line of this run in `Lines`."""
         return self.row.name, self.seed, self.fingerprint
 
 
 def job_of(row: Row, seed: int, root: Path, path: str = "") -> Job:
-    """What runs a row with a seed.
+    """Builds the job of a row and a seed.
 
     Args:
-      row: which.
-      seed: of the run.
-      root: the folder of the run directorys.
-      path: of the data set, for photographs.
+      row: row of the run.
+      seed: seed of the run.
+      root: directory of the run directories.
+      path: path of the dataset, for photographs.
     """
     fingerprint = rows_module.fingerprint(settings_of(row, seed=seed, path=path))
     workdir = root / f"{row.name}-seed{seed}-{fingerprint[:6]}"
@@ -78,7 +78,8 @@ def job_of(row: Row, seed: int, root: Path, path: str = "") -> Job:
     config = f"{ROOT}/configs/{row.config}.py"
     config += f":{row.variant}" if row.variant else ""
     command = [sys.executable, str(ROOT / "launch.py"), f"--workdir={workdir}"]
-    # What matters of its config is in the folder's name; the rest may have changed.
+    # The directory's name has the fingerprint of all settings that change the scores;
+    # the others may change.
     command += [f"--config={config}", "--allow_config_change"]
     command += [f"--config.{key}={value}" for key, value in changes.items()]
     return Job(row, seed, workdir, fingerprint, command)
@@ -87,14 +88,14 @@ def job_of(row: Row, seed: int, root: Path, path: str = "") -> Job:
 def jobs_in_order(
     rows: Iterable[Row], *, seeds: Sequence[int] | None, root: Path, paths: dict
 ) -> list[Job]:
-    """All runs: group by group, and in each the first seed of all rows comes first.
+    """Sorts all runs by group, then seed, then row.
 
-    A study that is stopped has then about as many runs of each row.
+    An interrupted study then has about the same number of runs for each row.
     """
     order = list(GROUPS)
     wanted = [
-        (order.index(row.group), seed, place, row)
-        for place, row in enumerate(rows)
+        (order.index(row.group), seed, position, row)
+        for position, row in enumerate(rows)
         for seed in (range(row.seeds) if seeds is None else seeds)
     ]
     wanted.sort(key=lambda x: x[:3])
@@ -104,9 +105,10 @@ def jobs_in_order(
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether a run directory's run has been scored at its last epoch, and saved.
+    """Whether a run was evaluated at its last epoch and its checkpoint was saved.
 
-    How its last start ended says less: one that is stopped in its last step is whole.
+    The recorded end of the process is not used: a run that is stopped in its last step
+    is complete.
     """
     if not (workdir / "config.json").is_file():
         return False
@@ -120,27 +122,27 @@ def is_finished(workdir: Path) -> bool:
 
 
 def line_of(job: Job) -> Line:
-    """What a finished run's numbers are.
+    """Collects the results of a finished run.
 
     Returns:
       ``row``, ``seed``, ``fingerprint``; ``commit``, ``machine``, ``jax`` and
-      ``seconds`` of training; ``train``, the last numbers of training; and for each
-      test split its scores, with ``names``, a digest of its images, and ``right``,
-      a bit an image in hexadecimal digits, the first image's bit the highest.
+      ``seconds`` of training; ``train``, the last training metrics; and for each test
+      split its scores, with ``names``, a digest of its images, and ``right``, whether
+      each image is classified correctly, encoded by `to_hex`.
 
     Raises:
-      ValueError: the run is not finished, or its settings are not the row's.
+      ValueError: the run is not finished, or its settings differ from the row's.
     """
     workdir = job.workdir
     settings = run_directory.flatten(run_directory.read_config(workdir))
     found = rows_module.fingerprint(settings)
     if found != job.fingerprint or settings["seed"] != job.seed:
         raise ValueError(
-            f"{workdir} was trained with other settings than {job.row.name} asks for: "
-            "move it away"
+            f"{workdir} was trained with other settings than those of row "
+            f"{job.row.name}: move it to another place"
         )
     if not is_finished(workdir):
-        raise ValueError(f"{workdir} is not finished: the same command goes on")
+        raise ValueError(f"{workdir} is not finished: run the same command again")
     lines = run_directory.read_metrics(workdir)
     start = provenance.read(workdir)[-1]
     seconds, _ = run_summary.time_trained(lines, settings["train.batch_size"])
@@ -170,22 +172,22 @@ def line_of(job: Job) -> Line:
 
 
 def _numbers(line: Line) -> dict[str, float]:
-    """The numbers of a line, to six digits; steps and rates of work are no result."""
-    left_out = ("step", "epoch", "images_per_second", "eta_seconds")
+    """Scores of a line, to six digits, without steps and speeds."""
+    excluded = ("step", "epoch", "images_per_second", "eta_seconds")
     return {
         key: float(f"{value:.6g}") if isinstance(value, float) else value
         for key, value in line.items()
-        if isinstance(value, int | float) and key not in left_out
+        if isinstance(value, int | float) and key not in excluded
     }
 
 
 class Runner:
-    """Runs jobs side by side, each in a process of so many threads.
+    """Runs jobs in parallel, each in its own process.
 
     Args:
-      lines: where finished runs are told.
-      threads: of a process, on a CPU; 0: as many as there are cores.
-      leak: whether what N_ar knows without the bird is measured as well.
+      lines: results, to which finished runs are added.
+      threads: CPU threads of a process; 0: one per core.
+      leak: whether to measure the class information in Gamma as well.
     """
 
     def __init__(self, lines: Lines, *, threads: int, leak: bool = True):
@@ -202,21 +204,21 @@ class Runner:
         self._lock = threading.Lock()
         self._stopping = False
 
-    def run(self, jobs: Sequence[Job], *, side_by_side: int) -> list[str]:
-        """Runs what is missing; returns the names of runs that failed."""
+    def run(self, jobs: Sequence[Job], *, parallel: int) -> list[str]:
+        """Runs the missing jobs; returns the names of the runs that failed."""
         failed = []
-        pool = concurrent.futures.ThreadPoolExecutor(side_by_side)
+        pool = concurrent.futures.ThreadPoolExecutor(parallel)
         try:
-            futures = {pool.submit(self._one, job): job for job in jobs}
+            futures = {pool.submit(self._run_job, job): job for job in jobs}
             for future in concurrent.futures.as_completed(futures):
                 line, job = future.result(), futures[future]
                 if line is None:
                     failed.append(job.workdir.name)
                 elif line != self._lines.get(job.key):
                     self._lines.put(line)
-                    print(f"{job.workdir.name}: {page.in_short(line)}", flush=True)
+                    print(f"{job.workdir.name}: {page.summarize(line)}", flush=True)
         finally:
-            # After Ctrl-C: each process saves at its next step, and goes on next time.
+            # After Ctrl-C, each process saves a checkpoint at its next step.
             with self._lock:
                 self._stopping = True
                 for process in self._running:
@@ -224,8 +226,8 @@ class Runner:
             pool.shutdown(cancel_futures=True)
         return failed
 
-    def _one(self, job: Job) -> Line | None:
-        """The line of a run, trained where that is missing; None: it failed."""
+    def _run_job(self, job: Job) -> Line | None:
+        """Returns the line of a run, after training if needed; None if it failed."""
         line = self._lines.get(job.key)
         if line is None:
             if not is_finished(job.workdir):
@@ -240,22 +242,25 @@ class Runner:
         return self._with_leak(job, line)
 
     def _with_leak(self, job: Job, line: Line) -> Line:
-        """Adds what N_ar makes of noise, where the run's folder is at hand."""
+        """Adds the scores of `class_leak`, if the run directory is present."""
         known = any(key.startswith("leak_") for key in line)
-        has_none = job.row.kind == "baseline"
-        if known or has_none or not self._leak or not is_finished(job.workdir):
+        has_no_ar = job.row.kind == "baseline"
+        if known or has_no_ar or not self._leak or not is_finished(job.workdir):
             return line
-        said = self._call(job, [sys.executable, "-c", _MEASURE, str(job.workdir)])
-        if said is None:
+        output = self._call(job, [sys.executable, "-c", _MEASURE, str(job.workdir)])
+        if output is None:
             return line
-        numbers = _numbers(json.loads(said.strip().splitlines()[-1]))
+        numbers = _numbers(json.loads(output.strip().splitlines()[-1]))
         return line | {f"leak_{key}": value for key, value in numbers.items()}
 
     def _call(self, job: Job, command: Sequence[str]) -> str | None:
-        """What a command prints; None where it failed. Its words go to `study.log`."""
+        """Runs a command and returns its output; None if it failed.
+
+        Messages on standard error go to `study.log` in the run directory.
+        """
         job.workdir.mkdir(parents=True, exist_ok=True)
         log = job.workdir / "study.log"
-        with open(log, "a") as words:
+        with open(log, "a") as log_file:
             with self._lock:
                 if self._stopping:
                     return None
@@ -264,21 +269,21 @@ class Runner:
                     cwd=ROOT,
                     env=self._environment,
                     stdout=subprocess.PIPE,
-                    stderr=words,
+                    stderr=log_file,
                     text=True,
                 )
                 self._running.add(process)
-            said, _ = process.communicate()
+            output, _ = process.communicate()
             with self._lock:
                 self._running.discard(process)
         if process.returncode:
             print(
-                f"{job.workdir.name}: ended with {process.returncode}, see {log}; the "
-                "same command tries again",
+                f"{job.workdir.name}: ended with status {process.returncode}, see "
+                f"{log}; the same command runs it again",
                 flush=True,
             )
             return None
-        return said
+        return output
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -287,29 +292,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--only", nargs="+", choices=BY_NAME, metavar="ROW")
-    parser.add_argument("--seeds", nargs="+", type=int, help="else as the row has it")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="seeds of every row (default: as many as the row has)",
+    )
     parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count(),
-        help="runs side by side (default: one a core)",
+        help="runs in parallel (default: one per core)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="of a run; 0: all cores (default 1)"
+        "--threads",
+        type=int,
+        default=1,
+        help="threads per run; 0: one per core (default 1)",
     )
     parser.add_argument(
-        "--cub", default="", help="folder CUB_200_2011; without: left out"
+        "--cub",
+        default="",
+        help="directory CUB_200_2011; without it, its rows are skipped",
     )
-    parser.add_argument("--cars", default="", help="folder of Stanford Cars; the same")
+    parser.add_argument(
+        "--cars", default="", help="directory of Stanford Cars; the same"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument(
         "--no_leak",
         action="store_true",
-        help="leave what N_ar knows without the bird to the next time",
+        help="do not measure the class information in Gamma",
     )
-    parser.add_argument("--dry_run", action="store_true", help="list what is missing")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="list the missing runs")
+    parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args(argv)
     for name in ("cub", "cars"):
         path = getattr(arguments, name)

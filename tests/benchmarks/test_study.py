@@ -1,4 +1,4 @@
-"""The study: which runs, what a run leaves, what counts, and what the page may say."""
+"""Tests of the study: rows, results of runs, comparisons and the page."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from benchmarks.study import __main__, cars_subset, results, run
 from benchmarks.study import rows as rows_module
 from benchmarks.study.page import answer, draw, start_iou, text_of, write
 from benchmarks.study.rows import (
-    _YOUNGER,
+    _ADDED_LATER,
     BY_NAME,
     GROUPS,
     ROWS,
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _line(row, seed, *, test=0.9, shifted=0.8, count=40, **more):
-    """A run's line; it gets the first images right."""
+    """Line of a run whose first images are classified correctly."""
 
     def scores(top1):
         right = [i < round(top1 * count) for i in range(count)]
@@ -54,7 +54,7 @@ def _line(row, seed, *, test=0.9, shifted=0.8, count=40, **more):
     }
 
 
-def test_rows_are_sound():
+def test_rows_refer_to_earlier_rows_with_as_many_seeds():
     assert len(BY_NAME) == len(ROWS)
     assert {row.group for row in ROWS} == set(GROUPS)
     before: set[str] = set()
@@ -66,12 +66,12 @@ def test_rows_are_sound():
         before.add(row.name)
 
 
-def test_each_row_is_another_experiment():
+def test_rows_have_different_settings():
     prints = [(row.config, fingerprint(settings_of(row, seed=0))) for row in ROWS]
     assert len(set(prints)) == len(ROWS)
 
 
-def test_long_baselines_have_the_compute_of_cra():
+def test_baselines_with_the_same_compute_have_longer_schedules():
     for row in ROWS:
         if row.name.endswith("baseline-long"):
             usual = BY_NAME[row.references[0]].changes
@@ -79,7 +79,7 @@ def test_long_baselines_have_the_compute_of_cra():
                 assert row.changes[key] == 1.5 * usual[key], (row.name, key)
 
 
-def test_fingerprints_cover_what_matters_and_nothing_else():
+def test_fingerprints_depend_on_relevant_settings_only():
     row = BY_NAME["cra"]
     settings = settings_of(row, seed=0)
     usual = fingerprint(settings)
@@ -97,7 +97,7 @@ def test_fingerprints_cover_what_matters_and_nothing_else():
         assert fingerprint({**settings, key: value}) != usual, key
 
 
-def test_a_baseline_does_not_depend_on_what_it_never_reads():
+def test_fingerprints_of_baselines_ignore_settings_of_the_attention():
     settings = settings_of(BY_NAME["baseline"], seed=0)
     usual = fingerprint(settings)
     changed = {**settings, "art.guard": 0.1, "contrast.margin": 9.0}
@@ -105,14 +105,14 @@ def test_a_baseline_does_not_depend_on_what_it_never_reads():
     assert fingerprint({**settings, "optim.momentum": 0.1}) != usual
 
 
-def test_a_younger_setting_keeps_older_lines(monkeypatch):
+def test_a_setting_added_later_keeps_older_fingerprints(monkeypatch):
     settings = settings_of(BY_NAME["cra"], seed=0)
     usual = fingerprint(settings)
-    younger = {**settings, "art.new": "as before"}
-    assert fingerprint(younger) != usual
-    known = {**_YOUNGER, "art.new": "as before"}
-    monkeypatch.setattr(rows_module, "_YOUNGER", known)
-    assert fingerprint(younger) == usual
+    later = {**settings, "art.new": "as before"}
+    assert fingerprint(later) != usual
+    known = {**_ADDED_LATER, "art.new": "as before"}
+    monkeypatch.setattr(rows_module, "_ADDED_LATER", known)
+    assert fingerprint(later) == usual
     assert fingerprint({**settings, "art.new": "otherwise"}) != usual
 
 
@@ -125,7 +125,7 @@ def test_seeds_are_interleaved_within_groups(tmp_path):
     assert len(order) == 13
 
 
-def test_hexadecimal_digits_hold_the_answers():
+def test_hexadecimal_digits_decode_to_the_same_values():
     rng = np.random.default_rng(0)
     for count in (1, 3, 4, 5, 145):
         right = rng.random(count) < 0.5
@@ -142,17 +142,17 @@ def test_hexadecimal_digits_hold_the_answers():
         ([-1, -2, -3], 2 / 8),
         ([1, -1], 1.0),
         ([0, 0, 0], 1.0),
-        ([3, 1, -1], 6 / 8),  # all but the two where 1 and -1 count for 3
+        ([3, 1, -1], 6 / 8),  # all signs except those with a sum of 1 or -1
         ([0.7], 1.0),
     ],
 )
-def test_sign_flips_are_counted(differences, p):
-    by_hand = []
+def test_the_sign_flip_p_value_equals_a_count_of_all_signs(differences, p):
+    extreme = []
     for number in range(2 ** len(differences)):
         signs = [1 - 2 * (number >> i & 1) for i in range(len(differences))]
         total = sum(s * d for s, d in zip(signs, differences, strict=True))
-        by_hand.append(abs(total) >= abs(sum(differences)) - 1e-12)
-    assert np.mean(by_hand) == p
+        extreme.append(abs(total) >= abs(sum(differences)) - 1e-12)
+    assert np.mean(extreme) == p
     assert results.sign_flip(differences) == p
 
 
@@ -169,12 +169,12 @@ def test_differences_are_paired_by_seed():
     assert one.spread.mean == pytest.approx((0.2 + 0.1) / 2)
     assert one.spread.count == 2
     assert one.p == 0.5
-    # Of 80 answers, CRA-CNN alone gets 8 + 4 right, the baseline alone none.
+    # Of 80 images, only CRA-CNN classifies 8 + 4 correctly, only the baseline none.
     assert one.images == uncertainty.Paired(48, 0, 12, 20, 2 / 2**12)
     assert results.difference(found, "stn", "baseline", key) is None
 
 
-def test_other_images_are_not_paired():
+def test_different_images_are_not_paired():
     other = _line("cra", 0)
     other["test"]["names"] = "xyz"
     found, _ = results.collect([_line("baseline", 0), other])
@@ -183,76 +183,105 @@ def test_other_images_are_not_paired():
     assert one.images is None
 
 
-def test_lines_of_other_settings_are_named_and_not_counted(tmp_path):
-    gone = {**_line("cra", 0), "row": "taken-out"}
+def test_results_of_other_settings_are_listed_and_not_counted(tmp_path):
+    gone = {**_line("cra", 0), "row": "removed"}
     old = {**_line("cra", 1), "fingerprint": "0" * 12}
     found, others = results.collect([_line("cra", 0), old, gone])
     assert list(found["cra"]) == [0]
     assert others == [old, gone]
     write([_line("cra", 0), old, gone], tmp_path)
     text = (tmp_path / "study.md").read_text()
-    assert "2 lines are of other settings" in text
-    assert "cra, taken-out" in text
-
-
-def _verdict(lines):
-    return "\n".join(answer(results.collect(lines)[0]))
+    assert "2 results have other settings" in text
+    assert "cra, removed" in text
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "cells"),
     [
-        ((0.10, 0.11, 0.09, 0.10, 0.10), "Yes: +10.0 points"),
-        ((-0.10, -0.11, -0.09, -0.10, -0.10), "No, the opposite: −10.0 points"),
-        ((0.10, -0.11, 0.09, -0.10, 0.10), "Not seen: +1.6 points"),
-        ((0.10, 0.11), "+10.5 points on `test_shifted`; 2 runs are too few to tell"),
+        ((0.10, 0.11, 0.09, 0.10, 0.10), ("+10.0 (+9.1 to +10.9)", "0.062", "higher")),
+        ((-0.1, -0.11, -0.09, -0.1, -0.1), ("−10.0 (−10.9 to −9.1)", "0.062", "lower")),
+        ((0.1, -0.11, 0.09, -0.1, 0.1), ("+1.6 (−12.1 to +15.3)", "1.000", "no diff")),
+        ((0.10, 0.11), ("+10.5", "–", "too few seeds")),
     ],
 )
-def test_the_answer_goes_no_further_than_its_interval(changes, word):
+def test_the_page_claims_a_difference_if_the_interval_excludes_0(
+    tmp_path, changes, cells
+):
     lines = []
     for seed, change in enumerate(changes):
         lines.append(_line("baseline-long", seed, shifted=0.7))
         lines.append(_line("cra", seed, shifted=0.7 + change))
-    (said,) = [
-        x
-        for x in _verdict(lines).splitlines()
-        if "generalise better than a baseline given" in x
-    ]
-    assert word in said
-    assert f"over {len(changes)} seeds" in said
-    assert "the baseline 70.0 ± 0.0" in said
+    text = text_of(lines)
+    (row,) = [x for x in text.splitlines() if x.startswith("| top-1, `test_shifted`")]
+    found = [cell.strip() for cell in row.strip("|").split("|")]
+    assert found[1:3] == ["baseline, same compute", str(len(changes))]
+    assert found[4] == "70.0 ± 0.0"
+    assert found[5:7] == list(cells[:2])
+    assert found[7].startswith(cells[2])
 
 
 @pytest.mark.parametrize(
-    ("moved", "word"),
-    [(0.01, "Next to nothing: +0.01"), (0.3, "Yes: +0.30"), (-0.2, "No, the opposite")],
+    ("moved", "words"),
+    [
+        (0.01, "The attention does not move onto the bird. "),
+        (0.3, "The attention moves onto the bird. "),
+        (-0.2, "The attention moves away from the bird. "),
+        (None, "No movement is shown. "),
+    ],
 )
-def test_a_sure_trifle_is_no_move_onto_the_bird(moved, word):
+def test_a_small_change_of_the_iou_counts_as_no_movement(moved, words):
     start = start_iou(settings_of(BY_NAME["cra"], seed=0))
     lines = []
     for seed, noise in enumerate((-0.001, 0.0, 0.001)):
         lines.append(_line("cra", seed))
-        lines[-1]["test"]["attention_iou"] = start + moved + noise
-    (said,) = [x for x in _verdict(lines).splitlines() if "onto the bird" in x]
-    assert word in said
+        change = moved + noise if moved is not None else 200 * noise
+        lines[-1]["test"]["attention_iou"] = start + change
+    text = "\n".join(answer(results.collect(lines)[0]))
+    assert words in text
+    assert f"{start:.2f} before training" in text
 
 
-def test_photographs_stand_beside_both_baselines():
-    lines = []
-    for seed, ours in enumerate((0.6, 0.7, 0.65)):
-        for name, top1 in (("cra", ours), ("baseline", 0.6), ("baseline-long", 0.8)):
-            lines.append(_line(f"cars-tuned-{name}", seed, test=top1))
-    (said,) = [x for x in _verdict(lines).splitlines() if "Stanford Cars" in x]
-    cells = [cell.strip() for cell in said.strip("|").split("|")]
-    assert cells[1:4] == ["fine-tuned EfficientNet-Lite0", "3", "65.0 ± 5.0"]
-    assert cells[4].startswith("+5.0 (")
-    assert cells[5].startswith("−15.0 (")
+def _photographs():
+    """Lines of one dataset: CRA-CNN is higher than one baseline and lower than one."""
+    scores = (("cra", 0.7), ("baseline", 0.6), ("baseline-long", 0.8))
+    return [
+        _line(f"cars-tuned-{name}", seed, test=top1 + noise * (name == "cra"))
+        for seed, noise in enumerate((-0.01, 0.0, 0.01))
+        for name, top1 in scores
+    ]
 
 
-def test_the_page_in_the_repository_is_what_its_lines_say():
+def test_photographs_are_compared_with_both_baselines():
+    text = text_of(_photographs())
+    (row,) = [x for x in text.splitlines() if x.startswith("| 16 models")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["fine-tuned", "3", "70.0 ± 1.0"]
+    assert cells[4] == "+10.0 (+7.5 to +12.5)"
+    assert cells[5] == "−10.0 (−12.5 to −7.5)"
+
+
+def test_the_summary_counts_differences_and_names_them():
+    text = text_of(_photographs())
+    assert "same compute in 0 of 1 comparisons, and less accurate in 1." in text
+    where = "16 models of Stanford Cars, fine-tuned"
+    assert f"is higher in 1 ({where}: +10.0) and lower in 0 of 1 comparisons" in text
+    assert f"is higher in 0 and lower in 1 ({where}: −10.0) of 1 comparisons" in text
+
+
+def test_changes_are_compared_with_the_row_that_they_change():
+    lines = [
+        _line(name, seed, shifted=top1 + 0.01 * seed)
+        for seed in range(3)
+        for name, top1 in (("cra", 0.5), ("baseline", 0.9), ("no-res", 0.6))
+    ]
+    assert "Higher: without L_res (+10.0). Lower: none." in text_of(lines)
+
+
+def test_the_page_in_the_repository_is_written_from_its_results():
+    """If it fails: python -m benchmarks.study --table."""
     docs = ROOT / "docs"
-    said = (docs / "study.md").read_text()
-    assert said == text_of(results.Lines(docs / "study" / "results.jsonl"))
+    page = (docs / "study.md").read_text()
+    assert page == text_of(results.Lines(docs / "study" / "results.jsonl"))
 
 
 def test_the_readme_says_what_the_page_does():
@@ -263,19 +292,20 @@ def test_the_readme_says_what_the_page_does():
     assert [one for one in found if one not in page] == []
 
 
-def test_without_runs_nothing_is_claimed(tmp_path):
+def test_a_page_without_runs_has_no_results(tmp_path):
     write([], tmp_path)
     text = (tmp_path / "study.md").read_text()
-    assert "No runs yet." in text
-    assert "Yes" not in text
+    assert text.count("No runs.") == 2
+    assert "**Result.**" not in text
+    assert "higher in" not in text
     assert not list(tmp_path.glob("*.png"))
     for group in GROUPS.values():
-        assert f"## {group}" in text
+        assert f"### {group}" in text
     total = sum(row.seeds for row in ROWS)
-    assert f"{total} of the {total} that are planned are missing" in text
+    assert f"{total} of {total} planned runs are missing" in text
 
 
-def test_the_page_has_the_numbers_and_figures(tmp_path):
+def test_tables_and_figures_have_the_results(tmp_path):
     lines = []
     for seed, shifted in enumerate((0.80, 0.84, 0.88)):
         lines.append(_line("baseline", seed, test=0.9, shifted=shifted - 0.1))
@@ -283,13 +313,13 @@ def test_the_page_has_the_numbers_and_figures(tmp_path):
     write(lines, tmp_path)
     text = (tmp_path / "study.md").read_text()
     cells = [[x.strip() for x in row.split("|")[1:-1]] for row in text.splitlines()]
-    rows = {row[0]: row for row in cells if len(row) > 6}
+    rows = {row[0]: row for row in cells if len(row) == 7}
     assert rows["baseline"][1:5] == ["3", "90.0 ± 0.0", "74.0 ± 4.0", "16.0 ± 4.0"]
-    (less,) = [r for r in cells if r[:2] == ["CRA-CNN", "baseline"]]
-    assert less[2:4] == ["3", "+0.0 (+0.0 to +0.0)"]
-    assert less[5] == "+10.0 (+10.0 to +10.0)"
-    assert less[6] == "0.250"
-    assert less[7] == "12 : 0 (< 0.001)"
+    (row,) = [r for r in cells if r[:2] == ["CRA-CNN", "baseline"]]
+    assert row[2:4] == ["3", "+0.0 (+0.0 to +0.0)"]
+    assert row[5] == "+10.0 (+10.0 to +10.0)"
+    assert row[6] == "0.250"
+    assert row[7] == "12 : 0 (< 0.001)"
     (leaks,) = [r for r in cells if r[:1] == ["CRA-CNN"] and len(r) == 2]
     assert leaks[1] == "25.0 ± 0.0"
     assert "19 of 25 runs are missing" in text
@@ -301,22 +331,21 @@ def test_the_page_has_the_numbers_and_figures(tmp_path):
     assert (tmp_path / "study" / "main.png").read_bytes() == again
 
 
-def test_figures_have_a_dot_for_each_run():
+def test_figures_have_a_marker_for_each_run():
     lines = [_line("cra", seed, shifted=0.8) for seed in range(4)]
     lines += [_line("baseline", seed) for seed in range(2)]
     found, _ = results.collect(lines)
     figure = draw([BY_NAME["baseline"], BY_NAME["cra"]], found)
-    assert len(figure.axes) == 3  # nobody has an IoU
+    assert len(figure.axes) == 3  # no row has an IoU
     for ax in figure.axes:
-        dots = [line.get_xdata() for line in ax.lines if line.get_marker() != "None"]
-        assert [len(x) for x in dots] == [2, 4]  # pyright: ignore[reportArgumentType]
+        markers = [line.get_xdata() for line in ax.lines if line.get_marker() != "None"]
+        assert [len(x) for x in markers] == [2, 4]  # pyright: ignore[reportArgumentType]
     assert [x.get_text() for x in figure.axes[0].get_yticklabels()] == [
         *("baseline", "CRA-CNN"),
     ]
 
 
-def test_the_start_of_the_attention_is_its_own():
-    """By areas counted on a raster, for a few birds."""
+def test_the_initial_iou_equals_one_counted_on_a_raster():
     settings = settings_of(BY_NAME["cra"], seed=0)
     settings |= {"data.test_size": 4, "art.init": (0.2, -0.1, 0.4, 0.5)}
     side = settings["data.crop_px"]
@@ -335,12 +364,12 @@ def test_the_start_of_the_attention_is_its_own():
 
 
 def _finished(root, *, row="baseline", seed=0):
-    """A run directory of a row, made by hand, and its job."""
+    """Writes a finished run directory of a row, and returns its job."""
     job = run.job_of(BY_NAME[row], seed, root)
     changes = settings_of(BY_NAME[row], seed=seed)
     make(job.workdir, right=7, seed=seed, changes=changes)
     write_start(job.workdir, outcome="stopped", versions={"jax": "0.0.1"})
-    # `make` scores epoch 2; this run has more.
+    # `make` writes scores of epoch 2; this run has more epochs.
     metrics = job.workdir / run_directory.METRICS
     text = metrics.read_text()
     metrics.write_text(
@@ -350,14 +379,14 @@ def _finished(root, *, row="baseline", seed=0):
     return job
 
 
-def test_a_line_is_what_the_run_directory_says(tmp_path):
+def test_a_line_has_the_results_of_the_run_directory(tmp_path):
     job = _finished(tmp_path, seed=3)
     line = run.line_of(job)
     assert (line["row"], line["seed"]) == ("baseline", 3)
     assert line["fingerprint"] == job.fingerprint
     assert line["commit"] == "a" * 7
     assert line["jax"] == "0.0.1"
-    # 20 steps of so many images, at 64 images a second.
+    # 20 steps at 64 images per second.
     batch = settings_of(BY_NAME["baseline"], seed=0)["train.batch_size"]
     assert line["seconds"] == pytest.approx(20 * batch / 64, abs=0.05)
     assert line["test"]["top1"] == 0.7
@@ -366,7 +395,7 @@ def test_a_line_is_what_the_run_directory_says(tmp_path):
     assert line == json.loads(json.dumps(line))
 
 
-def test_runs_of_other_settings_and_unfinished_ones_are_refused(tmp_path):
+def test_unfinished_runs_and_other_settings_are_refused(tmp_path):
     job = _finished(tmp_path)
     config = run_directory.read_config(job.workdir)
     config["optim"]["base_lr"] = 1.0
@@ -378,11 +407,13 @@ def test_runs_of_other_settings_and_unfinished_ones_are_refused(tmp_path):
     metrics.write_text(metrics.read_text().replace('"epoch": ', '"epoch": 1'))
     (unsaved.workdir / "checkpoints" / "20").rmdir()
     for other in (unscored, unsaved):
-        with pytest.raises(ValueError, match="not finished: the same command goes on"):
+        with pytest.raises(
+            ValueError, match="not finished: run the same command again"
+        ):
             run.line_of(other)
 
 
-def test_lines_are_kept_in_order_and_replaced(tmp_path):
+def test_lines_are_sorted_and_replaced(tmp_path):
     path = tmp_path / "docs" / "study" / "results.jsonl"
     lines = results.Lines(path)
     for row, seed in (("cra", 1), ("baseline", 1), ("cra", 0)):
@@ -400,11 +431,11 @@ def test_lines_are_kept_in_order_and_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"row": "cra"}'])
-def test_damaged_lines_are_named(tmp_path, text):
+def test_a_damaged_line_is_named(tmp_path, text):
     path = tmp_path / "study" / "results.jsonl"
     path.parent.mkdir()
     path.write_text(json.dumps(_line("cra", 0)) + f"\n{text}\n")
-    with pytest.raises(ValueError, match=r"results\.jsonl, line 2, is no run's"):
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 2, is not a result"):
         results.Lines(path)
 
 
@@ -412,7 +443,7 @@ def _fake(job, code):
     return job._replace(command=[sys.executable, "-c", code])
 
 
-def test_a_run_that_fails_is_tried_again_and_one_that_is_told_is_not(tmp_path, capsys):
+def test_failed_runs_are_repeated_and_finished_ones_are_not(tmp_path, capsys):
     made = _finished(tmp_path / "made")
     job = run.job_of(BY_NAME["baseline"], 0, tmp_path / "runs")
     count = tmp_path / "count"
@@ -426,37 +457,37 @@ def test_a_run_that_fails_is_tried_again_and_one_that_is_told_is_not(tmp_path, c
     )
     lines = results.Lines(tmp_path / "study" / "results.jsonl")
     runner = run.Runner(lines, threads=1)
-    assert runner.run([fails], side_by_side=2) == [job.workdir.name]
-    assert "ended with 3" in capsys.readouterr().out
+    assert runner.run([fails], parallel=2) == [job.workdir.name]
+    assert "ended with status 3" in capsys.readouterr().out
     assert not list(lines)
-    assert run.Runner(lines, threads=1).run([works], side_by_side=2) == []
+    assert run.Runner(lines, threads=1).run([works], parallel=2) == []
     (line,) = results.Lines(tmp_path / "study" / "results.jsonl")
     assert line == run.line_of(job)
-    assert run.Runner(lines, threads=1).run([fails], side_by_side=2) == []
+    assert run.Runner(lines, threads=1).run([fails], parallel=2) == []
     assert count.read_text() == "xx"
 
 
-def test_what_n_ar_makes_of_noise_is_added_once(tmp_path, monkeypatch):
-    code = "import json; print('words'); print(json.dumps({'top1': 0.5}))"
+def test_the_class_leak_is_added_once(tmp_path, monkeypatch):
+    code = "import json; print('a message'); print(json.dumps({'top1': 0.5}))"
     monkeypatch.setattr(run, "_MEASURE", code)
     job = _finished(tmp_path, row="cra")
     plain = _finished(tmp_path, row="baseline")
     lines = results.Lines(tmp_path / "study" / "results.jsonl")
     later = run.Runner(lines, threads=1, leak=False)
-    assert later.run([job, plain], side_by_side=1) == []
+    assert later.run([job, plain], parallel=1) == []
     assert not any("leak_top1" in line for line in lines)
-    assert run.Runner(lines, threads=1).run([job, plain], side_by_side=1) == []
-    told = {line["row"]: line.get("leak_top1") for line in lines}
-    assert told == {"cra": 0.5, "baseline": None}
+    assert run.Runner(lines, threads=1).run([job, plain], parallel=1) == []
+    scores = {line["row"]: line.get("leak_top1") for line in lines}
+    assert scores == {"cra": 0.5, "baseline": None}
     monkeypatch.setattr(run, "_MEASURE", "raise SystemExit(1)")
-    assert run.Runner(lines, threads=1).run([job], side_by_side=1) == []
+    assert run.Runner(lines, threads=1).run([job], parallel=1) == []
     kept = lines.get(job.key)
     assert kept is not None
     assert kept["leak_top1"] == 0.5
 
 
-def test_half_of_the_images_of_the_first_cars_are_for_testing(tmp_path):
-    """With their boxes, in pixels; from a folder with another around it."""
+def test_half_of_the_images_of_the_first_models_are_for_testing(tmp_path):
+    """The list has boxes in pixels."""
     boxes = []
     for i in range(9):
         split, model = ("train", "test")[i == 8], f"Car {'CAB'[i % 3]}"
@@ -488,15 +519,15 @@ def test_half_of_the_images_of_the_first_cars_are_for_testing(tmp_path):
         cars_subset.write(tmp_path / "cars", file)
 
 
-def test_a_dry_run_lists_what_is_missing_and_leaves_nothing(tmp_path, capsys):
+def test_a_dry_run_lists_the_missing_runs_and_writes_nothing(tmp_path, capsys):
     docs = tmp_path / "docs"
     results.Lines(docs / "study" / "results.jsonl").put(_line("cra", 0))
     before = sorted(tmp_path.rglob("*"))
     flags = [f"--docs={docs}", f"--root={tmp_path / 'runs'}", "--dry_run"]
     assert __main__.main([*flags, "--only", "cra", "cub-tuned-cra"]) == 0
-    said = capsys.readouterr().out
-    assert "rows on cub are left out: --cub DIR runs them" in said
-    assert "4 of 5 runs are missing" in said
+    out = capsys.readouterr().out
+    assert "rows on cub are skipped: --cub DIR runs them" in out
+    assert "4 of 5 runs are missing" in out
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -504,8 +535,8 @@ def _run(command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
 
-def test_commands_give_the_settings_that_they_are_named_by(tmp_path):
-    """As launch.py reads them: words, numbers, switches, and what is empty."""
+def test_commands_give_the_settings_of_their_rows(tmp_path):
+    """As launch.py reads them: strings, numbers, booleans and an empty string."""
     code = (
         "import json, sys; from absl import app, flags; import launch\n"
         "from cra_jax.runtime import run_directory\n"
@@ -525,8 +556,8 @@ def test_commands_give_the_settings_that_they_are_named_by(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_and_a_finished_one_is_taken_as_it_is(tmp_path):
-    """A row cut down to seconds: killed with a checkpoint there, then to the end."""
+def test_a_killed_study_resumes_and_a_finished_run_is_not_repeated(tmp_path):
+    """A small row is killed after its first checkpoint, resumed, and run again."""
     code = (
         "import sys; from benchmarks.study import __main__, results, rows, run\n"
         "tiny = {'data.short_side_px': 36, 'data.crop_px': 32, 'data.train_size': 96,"
@@ -535,8 +566,8 @@ def test_a_killed_study_goes_on_and_a_finished_one_is_taken_as_it_is(tmp_path):
         f" 'data.cache_dir': {str(tmp_path / 'cache')!r}}}\n"
         "row = rows.BY_NAME['cra']\n"
         "row = row._replace(changes={**row.changes, **tiny}, seeds=1, references=())\n"
-        "for room in (__main__, run, results):\n"
-        "  room.BY_NAME = {'cra': row, 'baseline': rows.BY_NAME['baseline']}\n"
+        "for module in (__main__, run, results):\n"
+        "  module.BY_NAME = {'cra': row, 'baseline': rows.BY_NAME['baseline']}\n"
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     docs, root = tmp_path / "docs", tmp_path / "runs"
