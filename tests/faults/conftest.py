@@ -1,9 +1,9 @@
-"""What the faults came to: counted as the tests try them, written as a table.
+"""Counts the outcomes of the faults and writes them as a table.
 
     python -m pytest tests/faults -m "slow or not slow" --write-table docs/faults.md
 
-writes the table from that very run, and nothing by hand. The section on the soak, which
-`soak.py` writes below it, stays.
+writes the table from the outcomes of this run. The section below the table, which
+`soak.py` writes, is kept.
 """
 
 import collections
@@ -16,11 +16,11 @@ import pytest
 from cra_jax.runtime import provenance
 from tests.faults import soak
 
-_HEAD = """# Faults, and what they come to
+_HEAD = """# Faults and their outcomes
 
-Written by `make faults`, which tries each and compares. {date}, {system}, CPU,
-code of commit {commit}. A fault whose outcome is not the one that is wanted fails
-its test, and no table is written.
+`make faults` causes each fault and compares its outcome with the expected one. If an
+outcome differs, its test fails and this page is not written. Written on {date},
+{system}, CPU, commit {commit}.
 
 | fault | times tried | outcome |
 |---|---|---|
@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def outcomes(request):
-    """fault -> outcome -> how often."""
+    """Counts by fault and outcome."""
     found = collections.defaultdict(collections.Counter)
     request.config.stash[_OUTCOMES] = found
     return found
@@ -41,7 +41,7 @@ def outcomes(request):
 
 @pytest.fixture
 def note(outcomes):
-    """Notes one try of a fault and its outcome, once the test has checked it."""
+    """Function that counts an outcome of a fault. Tests call it after their checks."""
 
     def add(fault: str, outcome: str, times: int = 1) -> None:
         outcomes[fault][outcome] += times
@@ -72,5 +72,5 @@ def pytest_sessionfinish(session, exitstatus):
         for fault, tries in found.items()
     ]
     page = Path(path)
-    soaked = page.read_text().partition(soak.TITLE)[1:] if page.exists() else ()
-    page.write_text(head + "".join(rows) + "".join(soaked))
+    soak_section = page.read_text().partition(soak.TITLE)[1:] if page.exists() else ()
+    page.write_text(head + "".join(rows) + "".join(soak_section))

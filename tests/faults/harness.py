@@ -1,4 +1,4 @@
-"""Runs as users start them, ended at moments that are chosen, and compared."""
+"""Starts runs by `launch.py`, ends them at chosen moments and compares them."""
 
 import json
 import os
@@ -24,7 +24,12 @@ SECONDS = {"images_per_second", "eta_seconds"}
 
 
 def options(home: Path, **changes: Any) -> list[str]:
-    """The tiny config, as flags over the quickstart's; its images in `home`."""
+    """Flags that turn the quickstart config into the tiny config.
+
+    Args:
+      home: directory of the image cache.
+      **changes: settings by their dotted keys.
+    """
     values = flatten(tiny_config.config(home / "images", **changes).to_dict())
     plain = flatten(tiny_config.get_config().to_dict())
     return [
@@ -34,11 +39,11 @@ def options(home: Path, **changes: Any) -> list[str]:
 
 
 class Run:
-    """`launch.py` as a process of its own, on one CPU device if nothing else is said.
+    """A process of `launch.py`, on one CPU device by default.
 
     Attributes:
-      process: it.
-      lines: what it has said on standard error.
+      process: the process.
+      lines: lines that it has printed on standard error.
     """
 
     def __init__(self, compiled: Path, *arguments: object, **environment: str):
@@ -62,18 +67,19 @@ class Run:
         self.lines.extend(iter(self.process.stderr.readline, ""))
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
-        """Returns once it holds, or the process has ended."""
+        """Waits until the condition holds or the process has ended."""
         while self.process.poll() is None and not condition():
             time.sleep(0.002)
 
-    def says(self, text: str) -> Callable[[], bool]:
+    def has_printed(self, text: str) -> Callable[[], bool]:
+        """Condition for `wait_for`: a line on standard error contains `text`."""
         return lambda: any(text in line for line in list(self.lines))
 
     def end(self, signal_number: int | None = None) -> int:
-        """Sends a signal, if any; returns the exit status."""
+        """Sends a signal, if given, and returns the exit status."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
-        code = self.process.wait(timeout=1800)  # on a busy machine, too
+        code = self.process.wait(timeout=1800)  # long enough for a busy machine
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()
@@ -84,48 +90,49 @@ class Run:
         return "".join(self.lines)
 
 
-def at_start(run: Run, folder: Path, rng: random.Random) -> None:
+def wait_at_start(run: Run, folder: Path, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 6))
 
 
-def while_preparing(run: Run, folder: Path, rng: random.Random) -> None:
+def wait_for_preparing(run: Run, folder: Path, rng: random.Random) -> None:
     run.wait_for(lambda: list(folder.glob("home/images/*.partial")))
     time.sleep(rng.uniform(0, 0.1))
 
 
-def in_an_epoch(run: Run, folder: Path, rng: random.Random) -> None:
-    run.wait_for(run.says("step "))
+def wait_for_an_epoch(run: Run, folder: Path, rng: random.Random) -> None:
+    run.wait_for(run.has_printed("step "))
     time.sleep(rng.uniform(0, 0.5))
 
 
-def in_an_evaluation(run: Run, folder: Path, rng: random.Random) -> None:
-    run.wait_for(run.says("  test: "))  # the other split comes next
+def wait_for_an_evaluation(run: Run, folder: Path, rng: random.Random) -> None:
+    run.wait_for(run.has_printed("  test: "))  # the other split follows
     time.sleep(rng.uniform(0, 0.05))
 
 
-def in_a_save(run: Run, folder: Path, rng: random.Random) -> None:
+def wait_for_a_save(run: Run, folder: Path, rng: random.Random) -> None:
     saving = "run/checkpoints/*.orbax-checkpoint-tmp"
     run.wait_for(lambda: list(folder.glob(saving)))
     time.sleep(rng.uniform(0, 0.01))
 
 
 MOMENTS = {
-    "while images are prepared": while_preparing,
-    "before the first step": at_start,
-    "in mid-epoch": in_an_epoch,
-    "in an evaluation": in_an_evaluation,
-    "while a checkpoint is saved": in_a_save,
+    "while the image cache is prepared": wait_for_preparing,
+    "before the first step": wait_at_start,
+    "during an epoch": wait_for_an_epoch,
+    "during an evaluation": wait_for_an_evaluation,
+    "while a checkpoint is saved": wait_for_a_save,
 }
 
 
 def newest_arrays(workdir: Path) -> tuple[int, Any]:
+    """Step and arrays of the newest checkpoint."""
     with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
         step = checkpoints.choose("latest")
         return step, checkpoints.restore(step, checkpoints.shapes(step))
 
 
-def numbers(workdir: Path) -> list[str]:
-    """The lines of metrics.jsonl but for what a clock gave."""
+def metrics_without_times(workdir: Path) -> list[str]:
+    """Lines of metrics.jsonl without times and speeds."""
     return [
         json.dumps({k: v for k, v in line.items() if k not in SECONDS})
         for line in run_directory.read_metrics(workdir)
@@ -133,11 +140,11 @@ def numbers(workdir: Path) -> list[str]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """All that training leaves is the same, to the bit."""
+    """Checks that checkpoints, metrics and results are bit-identical."""
     (step, arrays), (other_step, others) = map(newest_arrays, (one, other))
     assert step == other_step
     jax.tree.map(assert_array_equal, arrays, others)
-    assert numbers(one) == numbers(other)
+    assert metrics_without_times(one) == metrics_without_times(other)
     assert run_directory.read_snapshots(one) == run_directory.read_snapshots(other)
     for split in ("test", "test_shifted"):
         assert run_directory.read_results(one, split, "center") == (

@@ -1,11 +1,11 @@
-"""Training with random kills, for minutes: memory, open files and disk stay flat.
+"""Trains with random kills and checks that memory, open files and disk do not grow.
 
     python tests/faults/soak.py --minutes 60 --table docs/faults.md
 
-A run is killed and started again, over and over; when it is done, another begins in its
-place, with the same images. Prints a line a minute, and fails where the last third
-needs more than the first: memory by a fifth, open files or disk by a tenth. Where all
-stays flat, the figures become the last section of the table's page.
+A run is killed and started again until it is complete; then another run starts in the
+same directory. Prints a line per minute. Fails if the last third of the measurements
+has more than the first: 20 % more memory, or 10 % more open files or disk space.
+Otherwise the measurements become the last section of the page.
 """
 
 import argparse
@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cra_jax.runtime import provenance
 from tests.faults import harness
 
-TITLE = "\n## Soak\n"
+TITLE = "\n## Repeated kills\n"
 _SECTION = """
-Written by `make soak`: {minutes:.0f} minutes of training on {date}, code of commit
-{commit}, with {kills} kills at random moments and {done} whole runs.
+`make soak` trained for {minutes:.0f} minutes on {date} at commit {commit}.
+It killed the training process {kills} times at random moments, and completed {done}
+runs. The table has medians.
 
-| of the process that trains, or its run directory | first third | last third |
+| training process and run directory | first third | last third |
 |---|---:|---:|
 {rows}"""
 
@@ -40,7 +41,7 @@ ALLOWED = {"memory_mb": 1.2, "open_files": 1.1, "disk_mb": 1.1}
 
 
 def measure(pid: int, folder: Path) -> dict[str, float]:
-    """What a process and its run directory take."""
+    """Measures memory and open files of a process, and its run directory's size."""
     status = Path(f"/proc/{pid}/status").read_text()
     (resident_kb,) = (x.split()[1] for x in status.splitlines() if "VmRSS" in x)
     files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
@@ -52,7 +53,7 @@ def measure(pid: int, folder: Path) -> dict[str, float]:
 
 
 def judge(seen: list[dict[str, float]]) -> tuple[bool, str]:
-    """Whether all stayed flat, and the rows of the table that show it."""
+    """Whether no measurement grew, and the rows of the table."""
     third = max(len(seen) // 3, 1)
     flat, rows = bool(seen), ""
     for name, allowed in ALLOWED.items() if seen else ():
@@ -72,33 +73,33 @@ def soak(
     lives_s: tuple[float, float] = (2, 60),
     table: Path | None = None,
 ) -> bool:
-    """Trains and kills.
+    """Trains with random kills.
 
     Args:
-      minutes: for how long.
-      folder: where to train.
-      lives_s: bounds of how long a run may train before it is killed.
-      table: the page to write the figures to, where all stays flat.
+      minutes: duration.
+      folder: directory of the runs.
+      lives_s: least and most seconds of training before a kill.
+      table: page to write the measurements to, if none grew.
 
     Returns:
-      Whether it did.
+      Whether no measurement grew.
     """
     rng = random.Random(0)
-    # Long enough that most runs are killed: figures are taken at kills.
+    # Long enough that most runs are killed, because measurements are taken at kills.
     changes = {"train.epochs": 400, "checkpoint.every_steps": 10}
-    begun = said = time.monotonic()
+    begun = reported = time.monotonic()
     end = begun + 60 * minutes
     seen: list[dict[str, float]] = []
     kills = done = 0
     while time.monotonic() < end:
         options = harness.options(folder / "home", **changes)
         run = harness.Run(folder, f"--workdir={folder}/run", *options)
-        run.wait_for(run.says("step "))
+        run.wait_for(run.has_printed("step "))
         until = time.monotonic() + rng.uniform(*lives_s)
         while run.process.poll() is None and time.monotonic() < min(until, end):
             time.sleep(min(1, lives_s[0]))
         if run.process.poll() is None:
-            # It may have ended, or removed a file, in between.
+            # The process may end or remove a file meanwhile.
             with contextlib.suppress(OSError, ValueError):
                 seen.append(measure(run.process.pid, folder / "run"))
             run.end(signal.SIGKILL)
@@ -109,15 +110,14 @@ def soak(
                 return False
             done += 1
             shutil.rmtree(folder / "run")
-        if seen and time.monotonic() - said > 60:
-            said = time.monotonic()
+        if seen and time.monotonic() - reported > 60:
+            reported = time.monotonic()
             figures = ", ".join(f"{k} {v:.0f}" for k, v in seen[-1].items())
-            print(
-                f"{(said - begun) / 60:.0f} min: {kills} kills, {done} runs, {figures}"
-            )
+            passed_min = (reported - begun) / 60
+            print(f"{passed_min:.0f} min: {kills} kills, {done} runs, {figures}")
     flat, rows = judge(seen)
     print(rows, end="")
-    print(f"{kills} kills, {done} whole runs: {'flat' if flat else 'NOT FLAT'}")
+    print(f"{kills} kills, {done} complete runs: {'no growth' if flat else 'GROWTH'}")
     if flat and table:
         section = _SECTION.format(
             minutes=(time.monotonic() - begun) / 60,

@@ -1,4 +1,4 @@
-"""Checkpoints whose files were changed: the damage is found, or nothing has changed."""
+"""Tests of damaged checkpoints: damage is detected, or the arrays are unchanged."""
 
 import gc
 import os
@@ -15,7 +15,7 @@ from cra_jax.inference import evaluate, export, restore, run_options
 from cra_jax.runtime.checkpoint import Checkpoints, DamagedError
 from tests.helpers import tiny_run
 
-# Reads of tensorstore's that were under way when another failed end after their loop.
+# Pending reads of tensorstore end after their event loop if another read fails.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -24,8 +24,8 @@ STEPS = (6, 7)
 
 
 @pytest.fixture(autouse=True)
-def left_behind():
-    """What those reads leave is found here, and not in a test of another file."""
+def collect_garbage():
+    """Collects what those reads leave before tests of other files run."""
     yield
     gc.collect()
 
@@ -54,11 +54,11 @@ def same(one, two) -> bool:
 
 
 def outcome(folder: Path) -> str:
-    """What reading and going on make of a run whose newest checkpoint was changed.
+    """Reads and resumes a run whose newest checkpoint was changed.
 
     Returns:
-      "found": reading refuses it, and training goes on from the one before.
-      "harmless": both give what was saved.
+      "found": reading is an error, and training resumes from the previous checkpoint.
+      "harmless": both return the saved arrays.
     """
     newest, before = STEPS[1], STEPS[0]
     try:
@@ -66,23 +66,27 @@ def outcome(folder: Path) -> str:
             if checkpoints.choose("latest") == newest:
                 checkpoints.meta(newest)
                 found = checkpoints.restore(newest, state(0))
-                assert same(found, state(newest)), "a wrong array was read in silence"
+                assert same(found, state(newest)), (
+                    "a wrong array was read without an error"
+                )
                 read = "harmless"
             else:
-                read = "found"  # the folder itself is gone
+                read = "found"  # the directory itself is missing
     except DamagedError as error:
         read = "found" if f"/checkpoints/{newest} is damaged" in str(error) else ""
-    told = []
+    warnings = []
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        step = checkpoints.move_damaged(told.append) or 0
+        step = checkpoints.move_damaged(warnings.append) or 0
         assert step == (newest if read == "harmless" else before)
         assert same(checkpoints.restore(step, state(0)), state(step))
-        # The run goes on, and saves the step again.
+        # The run resumes and saves the step again.
         checkpoints.save(newest, state(newest), {}, metric=0.9)
         checkpoints.wait()
         assert same(checkpoints.restore(newest, state(0)), state(newest))
         assert checkpoints.best_step() == newest
-    assert len(told) == (read == "found" and (folder / "damaged_checkpoints").exists())
+    assert len(warnings) == (
+        read == "found" and (folder / "damaged_checkpoints").exists()
+    )
     return read
 
 
@@ -112,13 +116,16 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in newest.rglob("*") if path.is_file())
 
 
-FOUND = "found, said; training goes on from the checkpoint before, reading refuses"
-HARMLESS = "holds nothing that is read: the arrays are the same, to the bit"
+FOUND = (
+    "detected and reported; training resumes from the previous checkpoint, and reading "
+    "is an error"
+)
+HARMLESS = "the file is not needed: the arrays are bit-identical"
 
 
 @pytest.mark.slow
-def test_every_file_of_a_checkpoint_cut_short_or_changed(whole, tmp_path, note):
-    """Every tenth of every file, six bits of each, and each file gone."""
+def test_each_file_of_a_checkpoint_truncated_flipped_or_missing(whole, tmp_path, note):
+    """Each file is truncated at each tenth, six of its bits flipped, and removed."""
     rng = random.Random(0)
     seen = set()
     for file in files(whole):
@@ -139,11 +146,11 @@ def test_every_file_of_a_checkpoint_cut_short_or_changed(whole, tmp_path, note):
             note(fault, FOUND if found == "found" else HARMLESS)
             seen.add((fault, found))
             shutil.rmtree(run)
-    assert len(seen) == 6  # each fault is found in some files
+    assert len(seen) == 6  # each fault is detected in some files
 
 
 def _largest(folder: Path) -> Path:
-    """The file that holds the arrays."""
+    """File with the arrays."""
     return max(files(folder), key=lambda path: path.stat().st_size)
 
 
@@ -153,7 +160,7 @@ def _meta(folder: Path) -> Path:
 
 @pytest.mark.parametrize("which", [_largest, _meta])
 @pytest.mark.parametrize("case", ["missing", "half", "flip"])
-def test_damage_is_found_by_content(copy, which, case):
+def test_damage_is_detected_by_content(copy, which, case):
     file = which(copy)
     if case == "missing":
         file.unlink()
@@ -164,15 +171,15 @@ def test_damage_is_found_by_content(copy, which, case):
     assert outcome(copy) == "found"
 
 
-def test_an_empty_folder_and_what_a_killed_save_left(copy, note):
+def test_an_empty_checkpoint_directory(copy, note):
     newest = copy / "checkpoints" / str(STEPS[1])
     shutil.rmtree(newest)
     newest.mkdir()
     assert outcome(copy) == "found"
-    note("the newest checkpoint is an empty folder", FOUND)
+    note("the newest checkpoint is an empty directory", FOUND)
 
 
-def test_what_a_killed_save_left_is_no_checkpoint(copy, note):
+def test_the_temporary_directory_of_a_killed_save_is_ignored(copy, note):
     left = copy / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints" / str(STEPS[1]), left)
     assert outcome(copy) == "harmless"
@@ -182,10 +189,10 @@ def test_what_a_killed_save_left_is_no_checkpoint(copy, note):
         checkpoints.wait()
         assert same(checkpoints.restore(9, state(0)), state(9))
     assert not left.exists()
-    note("a save that was killed left its temporary folder", "passed over, replaced")
+    note("a killed save left its temporary directory", "ignored, then replaced")
 
 
-def test_reading_alone_is_nothing_to_warn_of(copy, caplog):
+def test_reading_gives_no_warning_and_writes_no_file(copy, caplog):
     before = sorted(copy.rglob("*"))
     with Checkpoints(copy / "checkpoints", writable=False) as checkpoints:
         checkpoints.verify(STEPS[1])
@@ -193,7 +200,7 @@ def test_reading_alone_is_nothing_to_warn_of(copy, caplog):
     assert sorted(copy.rglob("*")) == before
 
 
-def test_where_none_is_sound_nothing_is_changed(copy, note):
+def test_if_all_checkpoints_are_damaged_no_file_is_changed(copy, note):
     for step in STEPS:
         for file in (copy / "checkpoints" / str(step)).rglob("*"):
             if file.is_file() and file.stat().st_size > 4096:
@@ -211,11 +218,11 @@ def test_where_none_is_sound_nothing_is_changed(copy, note):
             caught.value
         )
     assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
-    note("every checkpoint is damaged", "an error that says so; no file is changed")
+    note("every checkpoint is damaged", "an error that lists them; no file is changed")
 
 
-def test_an_array_that_became_zeros_is_found(copy):
-    """A chunk that is missing reads as zeros: no error of orbax's would say so."""
+def test_an_array_of_zeros_is_detected(copy):
+    """orbax reads a missing chunk as zeros without an error."""
     with Checkpoints(copy / "checkpoints", keep_latest=3) as checkpoints:
         zeros = jax.tree.map(np.zeros_like, state(7))
         checkpoints.save(8, zeros, {"class_names": []})
@@ -227,7 +234,7 @@ def test_an_array_that_became_zeros_is_found(copy):
     assert outcome(copy) == "found"
 
 
-def test_the_best_is_not_chosen_by_a_damaged_number(copy):
+def test_the_best_checkpoint_is_not_chosen_by_a_damaged_metric(copy):
     text = _meta(copy).read_text()
     assert '"metric": 0.7' in text
     _meta(copy).write_text(text.replace('"metric": 0.7', '"metric": 0.9'))
@@ -236,8 +243,8 @@ def test_the_best_is_not_chosen_by_a_damaged_number(copy):
         assert checkpoints.choose("best") == STEPS[0]
 
 
-def test_a_checkpoint_from_before_checksums_is_read(copy):
-    """As the first runs wrote them: meta alone, and the metric in a file of its own."""
+def test_a_checkpoint_without_checksums_is_read(copy):
+    """The first version wrote no checksums, and the metric to its own file."""
     newest = copy / "checkpoints" / str(STEPS[1])
     _meta(copy).write_text('{"class_names": ["a", "b"]}')
     (newest / "metrics").mkdir()
@@ -256,11 +263,13 @@ def run_of_two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", [evaluate.run, export.run, restore.restore])
-def test_no_number_comes_from_a_damaged_checkpoint(run_of_two, tmp_path, mode, note):
+def test_a_damaged_checkpoint_is_not_evaluated_or_exported(
+    run_of_two, tmp_path, mode, note
+):
     config, folder = run_of_two
     copy = Path(shutil.copytree(folder, tmp_path / "run"))
     before = sorted(copy.rglob("*"))
-    # Everywhere: what evaluation does not read, it does not have to find.
+    # All arrays are damaged, because evaluation reads some of them only.
     for file in (copy / "checkpoints" / "7" / "state").rglob("d/*"):
         content = bytearray(file.read_bytes())
         content[::64] = bytes(x ^ 1 for x in content[::64])
@@ -268,4 +277,7 @@ def test_no_number_comes_from_a_damaged_checkpoint(run_of_two, tmp_path, mode, n
     with pytest.raises(DamagedError, match=r"7 is damaged: .*eval.checkpoint=\[6\]"):
         mode(run_options.from_config(config), copy)
     assert sorted(copy.rglob("*")) == before  # no result, no export
-    note("a damaged checkpoint is evaluated, exported, restored", "refused by name")
+    note(
+        "a damaged checkpoint is evaluated, exported, restored",
+        "an error that names the checkpoint",
+    )

@@ -1,4 +1,4 @@
-"""The same seed gives the same bits: on a GPU where one flag is set."""
+"""Tests of bit-identical training with the same seed, on a GPU with one flag."""
 
 import importlib.util
 import shutil
@@ -18,7 +18,7 @@ FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def test_xla_knows_the_flag():
-    """It ends a process that is given one it does not know."""
+    """XLA ends a process with an unknown flag."""
     known, unknown = (
         subprocess.run(
             [sys.executable, "-c", "import jax; jax.devices()"],
@@ -33,10 +33,10 @@ def test_xla_knows_the_flag():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
-def test_no_step_holds_what_the_flag_cannot_do(tmp_path, backbone):
-    """XLA has no deterministic select-and-scatter: with the flag it would not compile.
+def test_no_step_has_a_select_and_scatter(tmp_path, backbone):
+    """With the flag, XLA does not compile a select-and-scatter.
 
-    The gradient of max-pooling would be one, were it not written out.
+    The default gradient of max-pooling has one; the backbones use another gradient.
     """
     changes = {"model.backbone": backbone, "model.width": 64}
     config = tiny_config.config(tmp_path, **changes, **{"model.stem": "imagenet"})
@@ -54,7 +54,7 @@ def test_no_step_holds_what_the_flag_cannot_do(tmp_path, backbone):
     assert "stablehlo.select_and_scatter" not in text
 
 
-def test_what_the_flag_cannot_do_would_be_seen():
+def test_the_default_max_pooling_has_a_select_and_scatter():
     def pooled(x):
         return nn.max_pool(x, (3, 3), (2, 2)).sum()
 
@@ -62,7 +62,7 @@ def test_what_the_flag_cannot_do_would_be_seen():
     assert "stablehlo.select_and_scatter" in text
 
 
-def test_the_same_bits_twice_on_a_gpu(tmp_path):
+def test_two_runs_on_a_gpu_are_bit_identical(tmp_path):
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
     if not (shutil.which("nvidia-smi") and any(map(importlib.util.find_spec, plugins))):
         pytest.skip("SKIPPED, NOT PASSED: no NVIDIA GPU, or jax without CUDA")

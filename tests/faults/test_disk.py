@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and clocks: the last good state stays."""
+"""Tests of full and read-only disks, clocks, and deleted datasets."""
 
 import contextlib
 import shutil
@@ -17,7 +17,7 @@ from cra_jax.training import build, train
 from tests.helpers import tiny_config
 
 pytestmark = [
-    # orbax's and tensorboard's threads, which met the full disk, too
+    # of threads of orbax and tensorboard, for which the disk is full as well
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -36,7 +36,7 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
+def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, note):
     config = tiny_config.config(
         tmp_path / "images",
         **{"model.kind": "baseline", "train.epochs": 2, "checkpoint.every_steps": 1},
@@ -60,22 +60,23 @@ def test_a_full_disk_stops_the_run_and_it_goes_on(tmp_path, note):
                 arrays.append(checkpoints.restore(12, checkpoints.shapes(12)))
     jax.tree.map(assert_array_equal, *arrays)
     note(
-        "the disk is full while training", "an error; with space, goes on to same bits"
+        "the disk is full while training",
+        "an error; with free space, the same command resumes to bit-identical arrays",
     )
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, note):
+def test_a_read_only_run_directory(tmp_path, note):
     with (
         mounted(tmp_path / "disk", "ro") as disk,
         pytest.raises(ValueError, match=r"Read-only file system: .*fix it"),
         run_directory.locked(disk / "run"),
     ):
-        pytest.fail("it was locked")
-    note("the run directory is read-only", "an error before any work")
+        pytest.fail("the run directory was locked")
+    note("the run directory is read-only", "an error before training")
 
 
 def test_a_clock_that_goes_backwards(tmp_path, monkeypatch, note):
-    """Steps count, not times: neither what is kept nor what is newest changes."""
+    """Checkpoints are kept and chosen by step, not by time."""
     real, back = time.time, 0
     monkeypatch.setattr(time, "time", lambda: real() - back)
     monkeypatch.setattr(time, "time_ns", lambda: int((real() - back) * 1e9))
@@ -88,10 +89,13 @@ def test_a_clock_that_goes_backwards(tmp_path, monkeypatch, note):
         assert checkpoints.steps() == [2, 4, 5]
         assert checkpoints.latest_step() == 5
         assert checkpoints.best_step() == 2
-    note("the clock goes back a day at each save", "the same steps are kept and found")
+    note(
+        "the clock goes back by a day at each save",
+        "the same checkpoints are kept and found",
+    )
 
 
-def test_the_images_are_gone(tmp_path, note):
+def test_a_deleted_dataset(tmp_path, note):
     from PIL import Image
 
     for split, name, count in (("train", "a", 8), ("train", "b", 8), ("test", "a", 2)):
@@ -109,4 +113,7 @@ def test_the_images_are_gone(tmp_path, note):
     streamed = build.open_split(config, listed, "train")
     with pytest.raises(ValueError, match=r"unreadable image: .*0.png"):
         streamed.images[0]
-    note("the data folder is gone", "an error that names the folder, or the image")
+    note(
+        "the dataset directory was deleted",
+        "an error that names the directory or the image",
+    )

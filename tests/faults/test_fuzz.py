@@ -1,7 +1,8 @@
-"""Every reader of files, on files changed at random: a ValueError, or an answer.
+"""Tests of all file readers on files changed at random.
 
-The changes: cut short, bits flipped, bytes replaced by such as break parsers, a piece
-left out, doubled, or overwritten by another; of files as they come from their writers.
+A reader must return or raise a ValueError. Valid files are truncated, bits are flipped,
+bytes are replaced by ones that are difficult to parse, and parts are removed or
+repeated.
 """
 
 import io
@@ -29,14 +30,26 @@ from tests.helpers.torch_or_skip import torch
 from tests.input import test_image_cache
 from tests.oracles.torch_resnet import TorchResNet
 
-_NASTY = [b"\x00", b"\xff", b"\n", b'"', b"{", b"[", b"-1", b"1e999", b"NaN", b"null"]
-_NASTY += [b"../", b",", b"\x80\x04.", b"9" * 30, b"\xff\xff\xff\x7f", "ä".encode()]
+_DIFFICULT = [
+    b"\x00",
+    b"\xff",
+    b"\n",
+    b'"',
+    b"{",
+    b"[",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+]
+_DIFFICULT += [b"../", b",", b"\x80\x04.", b"9" * 30, b"\xff\xff\xff\x7f", "ä".encode()]
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Changes the content at random, at one to five places."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        # The beginning, where lengths and types stand, more often than its share.
+        # Headers with lengths and types are changed more often.
         end = rng.choice((len(data), min(len(data), 200)))
         place = rng.randrange(end) if end else 0
         span = rng.randrange(1, 1 + rng.choice((1, 8, 64)))
@@ -46,14 +59,14 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
             case 1 if data:
                 data[min(place, len(data) - 1)] ^= 1 << rng.randrange(8)
             case 2:
-                text = rng.choice(_NASTY)
+                text = rng.choice(_DIFFICULT)
                 data[place : place + len(text)] = text
             case 3:
                 del data[place : place + span]
             case 4:
                 data[place:place] = data[place : place + span]
             case 5:
-                data[place : place + span] = rng.choice(_NASTY)
+                data[place : place + span] = rng.choice(_DIFFICULT)
     return bytes(data)
 
 
@@ -145,7 +158,7 @@ def _unpack(path: Path) -> None:
 
 
 def _within(source: str, tree: Callable[[Path], object], *files: str) -> dict:
-    """Readers of a published set's lists: each file of a whole small set."""
+    """Readers of the annotation files of a small copy of a published dataset."""
 
     def reader(name: str):
         depth = len(Path(name).parts)
@@ -160,13 +173,13 @@ def _within(source: str, tree: Callable[[Path], object], *files: str) -> dict:
 def _load(source: str, root: Path) -> None:
     for records in sources.load(source, root).splits.values():
         for record in records:
-            record.box  # noqa: B018 (some are read when they are asked for)
+            record.box  # noqa: B018 (some boxes are read on access)
 
 
 _KIT, _DATA = "devkit", "fgvc-aircraft-2013b/data"
 _DOG = f"{dataset_folders.DOGS[0]}/train_1"
 
-# name of the file -> what writes it, and what reads it
+# name of the file: its writer and its reader
 READERS = {
     "weights.pth": (lambda p: _pth(p, zipped=True), torch_files.read),
     "legacy.pth": (lambda p: _pth(p, zipped=False), torch_files.read),
@@ -219,12 +232,12 @@ READERS = {
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int) -> int:
-    """Returns how many changed files were refused; the others gave an answer."""
+    """Returns how many of the changed files raise a ValueError."""
     write, read = READERS[name]
     path = folder / name
     path.parent.mkdir(exist_ok=True, parents=True)
     write(path)
-    read(path)  # as it is, nothing is wrong with it
+    read(path)  # the unchanged file is valid
     whole = path.read_bytes()
     rng, refused = random.Random(seed), 0
     for number in range(count):
@@ -234,22 +247,22 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> int:
         except ValueError as error:
             refused += str(error) != ""
         except Exception as error:
-            kept = folder / "kept"
-            kept.write_bytes(path.read_bytes())
-            pytest.fail(f"change {number} of seed {seed}, kept as {kept}: {error!r}")
+            copy = folder / "failed"
+            copy.write_bytes(path.read_bytes())
+            pytest.fail(f"change {number} of seed {seed}, see {copy}: {error!r}")
     return refused
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch):
-    """Nothing here has to outlive a loss of power; a sync waits for all programs."""
+def without_sync(monkeypatch):
+    """Skips the slow syncs, because these files do not need to survive a crash."""
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.mark.filterwarnings("ignore")  # what Pillow and csv say of damage
+@pytest.mark.filterwarnings("ignore")  # warnings of Pillow and csv about damage
 @pytest.mark.parametrize("name", READERS)
-def test_a_changed_file_is_read_or_refused(name, tmp_path):
+def test_a_changed_file_is_read_or_raises_a_value_error(name, tmp_path):
     refused = fuzz(name, tmp_path, 40, seed=0)
     assert refused or name.endswith(".jsonl")
 
@@ -259,15 +272,15 @@ def test_a_changed_file_is_read_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", READERS)
 def test_a_thousand_changed_files(name, tmp_path, note):
     refused = fuzz(name, tmp_path, 1000, seed=1)
-    fault = f"`{name}` changed at random, and read"
-    note(fault, "a ValueError that names it", refused)
-    note(fault, "harmless: an answer", 1000 - refused)
+    fault = f"`{name}` changed at random"
+    note(fault, "a ValueError with a message", refused)
+    note(fault, "read without an error", 1000 - refused)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_photographs_that_were_changed(shared_data, tmp_path, note):
-    """Of cameras, with the EXIF blocks, tables and sizes that drawings lack."""
+def test_a_thousand_changed_photographs(shared_data, tmp_path, note):
+    """Photographs have EXIF blocks, tables and sizes that drawings do not have."""
     folder = shared_data / "cub_10" / "CUB_200_2011" / "images"
     photographs = sorted(folder.rglob("*.jpg"))
     rng, refused, changed = random.Random(2), 0, tmp_path / "changed.jpg"
@@ -278,14 +291,15 @@ def test_photographs_that_were_changed(shared_data, tmp_path, note):
         except ValueError as error:
             refused += str(changed) in str(error)
     assert refused
-    note("a photograph changed at random, and read", "a ValueError", refused)
-    note("a photograph changed at random, and read", "an image", 1000 - refused)
+    fault = "a photograph of CUB changed at random"
+    note(fault, "a ValueError", refused)
+    note(fault, "read without an error", 1000 - refused)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [".pixels", ".json"])
-def test_images_that_were_prepared_and_changed(kind, tmp_path, capsys, note):
-    """Whatever was done to the image cache, the images are those of the originals."""
+def test_a_changed_image_cache(kind, tmp_path, capsys, note):
+    """The images are always those of the original files."""
     rng = random.Random(3)
     for _ in range(40):
         path = test_image_cache.prepare(tmp_path).path.with_suffix(kind)
@@ -294,7 +308,8 @@ def test_images_that_were_prepared_and_changed(kind, tmp_path, capsys, note):
         capsys.readouterr()
         test_image_cache.assert_holds(test_image_cache.prepare(tmp_path))
         if changed != whole:
-            said = capsys.readouterr().err
-            assert kind == ".json" or len(changed) != len(whole) or "warning" in said
-    what = "images" if kind == ".pixels" else "index of the image cache"
-    note(f"the prepared {what} changed at random", "the originals are read", 40)
+            err = capsys.readouterr().err
+            assert kind == ".json" or len(changed) != len(whole) or "warning" in err
+    part = "pixels" if kind == ".pixels" else "index"
+    fault = f"the {part} of the image cache changed at random"
+    note(fault, "the original images are read", 40)

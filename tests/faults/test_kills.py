@@ -1,4 +1,4 @@
-"""A run that is ended anywhere goes on by the same command, to the same bits."""
+"""Tests that an interrupted run resumes to bit-identical arrays."""
 
 import os
 import random
@@ -13,18 +13,18 @@ from tests.faults import harness
 from tests.faults.harness import Run, assert_same_run, options
 
 CHANGES = {"train.epochs": 3, "checkpoint.every_steps": 4}
-SAME = "the same command goes on; arrays, numbers and results are the same bits"
+SAME = "the same command resumes; arrays, metrics and results are bit-identical"
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Compiled programs, which all share."""
+    """Directory of compiled programs, shared by all tests."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Children hear Ctrl-C, which a job in the background has them ignore."""
+    """Child processes handle SIGINT, which background jobs ignore by default."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -36,7 +36,7 @@ def arguments(folder, *more):
 
 @pytest.fixture(scope="module")
 def whole(compiled, tmp_path_factory):
-    """The run that nothing disturbed."""
+    """Directory of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     run = Run(compiled, *arguments(folder))
     assert run.end() == 0, run.text
@@ -44,17 +44,18 @@ def whole(compiled, tmp_path_factory):
 
 
 def finish(compiled, folder, whole):
+    """Resumes a run and compares it with the uninterrupted one."""
     run = Run(compiled, *arguments(folder))
     assert run.end() == 0, run.text
     assert_same_run(folder / "run", whole / "run")
     return run
 
 
-def test_killed_while_it_saves_and_asked_to_stop(compiled, whole, tmp_path, note):
-    """The short form of what follows, on one run."""
-    _ask_to_stop(compiled, tmp_path, signal.SIGTERM, note)
+def test_sigterm_and_sigkill_during_a_save(compiled, whole, tmp_path, note):
+    """A short version of the slow tests below, on one run."""
+    _stop(compiled, tmp_path, signal.SIGTERM, note)
     run = Run(compiled, *arguments(tmp_path))
-    harness.in_a_save(run, tmp_path, random.Random(0))
+    harness.wait_for_a_save(run, tmp_path, random.Random(0))
     assert run.end(signal.SIGKILL) == -signal.SIGKILL, run.text
     finish(compiled, tmp_path, whole)
     note("SIGKILL while a checkpoint is saved", SAME)
@@ -62,8 +63,8 @@ def test_killed_while_it_saves_and_asked_to_stop(compiled, whole, tmp_path, note
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_sigkill_everywhere(compiled, whole, tmp_path, seed, note):
-    """Five kills a run, one at each kind of moment; the seed draws when."""
+def test_sigkill_at_each_kind_of_moment(compiled, whole, tmp_path, seed, note):
+    """Five kills per run, one at each kind of moment, at times drawn from the seed."""
     seed += int(os.environ.get("CRA_JAX_KILL_SEED", "0"))
     rng = random.Random(seed)
     first, *others = harness.MOMENTS
@@ -75,7 +76,7 @@ def test_sigkill_everywhere(compiled, whole, tmp_path, seed, note):
         if run.end(signal.SIGKILL) == -signal.SIGKILL:
             killed.append(name)
         else:
-            assert run.process.returncode == 0, run.text  # it was done before
+            assert run.process.returncode == 0, run.text  # it finished first
     assert len(killed) >= 3
     finish(compiled, tmp_path, whole)
     for name in killed:
@@ -83,29 +84,32 @@ def test_sigkill_everywhere(compiled, whole, tmp_path, seed, note):
 
 
 @pytest.mark.slow
-def test_asked_to_stop_again_and_again(compiled, whole, tmp_path, note):
+def test_a_stopped_run_is_stopped_again(compiled, whole, tmp_path, note):
     for number in (signal.SIGTERM, signal.SIGINT):
-        step = _ask_to_stop(compiled, tmp_path, number, note)
+        step = _stop(compiled, tmp_path, number, note)
     assert f"resumes from step {step}\n" in finish(compiled, tmp_path, whole).text
 
 
-def _ask_to_stop(compiled, folder, number, note):
-    """Once it has begun; returns the step that was saved."""
+def _stop(compiled, folder, number, note):
+    """Stops a run by a signal after its first steps; returns the saved step."""
     run = Run(compiled, *arguments(folder))
-    run.wait_for(run.says("step "))
+    run.wait_for(run.has_printed("step "))
     assert run.end(number) == 128 + number, run.text
     assert (
         f"{number.name}: this step is finished and saved; a second signal" in run.text
     )
     assert "Traceback" not in run.text
-    (said,) = [line for line in run.lines if line.startswith("saved at step")]
-    step = int(said.split()[3].rstrip(":"))
+    (line,) = [line for line in run.lines if line.startswith("saved at step")]
+    step = int(line.split()[3].rstrip(":"))
     assert harness.newest_arrays(folder / "run")[0] == step
-    note(f"{number.name} while training", f"saves, says so, ends with {128 + number}")
+    note(
+        f"{number.name} while training",
+        f"saves a checkpoint, reports it, exits with status {128 + number}",
+    )
     return step
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
     code = """
         import os, signal, time
         from cra_jax.runtime import signals
@@ -122,8 +126,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     )
 
 
-def test_it_is_heard_after_jax_has_joined_a_cluster():
-    """`jax.distributed.initialize` takes SIGTERM for itself: it was swallowed."""
+def test_sigterm_is_handled_after_jax_distributed_initialize():
+    """`jax.distributed.initialize` installs its own handler of SIGTERM."""
     code = """
         import os, signal, socket
         import jax
@@ -141,10 +145,10 @@ def test_it_is_heard_after_jax_has_joined_a_cluster():
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "said"),
+    ("name", "code", "message"),
     [("SIGINT", 130, "\nstopped by Ctrl-C\n"), ("SIGTERM", 143, "tidied\n")],
 )
-def test_other_work_ends_in_one_line(name, code, said):
+def test_other_commands_end_with_one_line(name, code, message):
     text = f"""
         import os, signal, sys, time
         from cra_jax.runtime import signals
@@ -157,7 +161,7 @@ def test_other_work_ends_in_one_line(name, code, said):
                     print("tidied", file=sys.stderr)
     """
     done = _python(text)
-    assert (done.returncode, done.stderr) == (code, said)
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 def _python(code):

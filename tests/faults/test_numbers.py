@@ -1,4 +1,4 @@
-"""Steps whose numbers are not finite: refused, written down, computed again."""
+"""Tests of steps with non-finite values, and of warnings about the training."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def a_config(cache_dir, **changes):
+def make_config(cache_dir, **changes):
     return tiny_config.config(
         cache_dir,
         **{"model.kind": "baseline", "train.epochs": 1, "checkpoint.every_steps": 3},
@@ -30,29 +30,29 @@ def a_config(cache_dir, **changes):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Makes the loss of one step infinite, as a division by zero somewhere would."""
+def infinite_loss(monkeypatch):
+    """Makes the loss of one step infinite by a division by zero."""
     make_loss = build.build_loss
 
     def build_loss(*arguments, **keywords):
         loss_function = make_loss(*arguments, **keywords)
 
-        def poisoned(params, batch_stats, images, labels, step):
+        def scaled_loss(params, batch_stats, images, labels, step):
             loss, (stats, terms) = loss_function(
                 params, batch_stats, images, labels, step
             )
             factor = 1 / jax.numpy.where(step == BAD - 1, 0.0, 1.0)
             return loss * factor, (stats, terms | {"loss": loss * factor})
 
-        return poisoned
+        return scaled_loss
 
     monkeypatch.setattr(build, "build_loss", build_loss)
 
 
-def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
-    cache_dir, tmp_path, poisoned, capsys, note
+def test_a_bad_step_stops_the_run_and_is_reproduced_by_replay(
+    cache_dir, tmp_path, infinite_loss, capsys, note
 ):
-    config = a_config(cache_dir)
+    config = make_config(cache_dir)
     with pytest.raises(ValueError, match=r"step 5 failed .* loss inf") as caught:
         train.run(config, tmp_path)
     assert "lower optim.base_lr (now 0.05)" in str(caught.value)
@@ -72,23 +72,23 @@ def test_a_bad_step_stops_the_run_and_is_computed_again_in_one_command(
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     capsys.readouterr()
     assert replay.main([str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "from checkpoint 3 to step 5" in said
-    assert "  loss: inf\n" in said
-    assert said.endswith("the same numbers\n")
+    out = capsys.readouterr().out
+    assert "from checkpoint 3 to step 5" in out
+    assert "  loss: inf\n" in out
+    assert out.endswith("the same numbers\n")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    # The same command comes to the same step, and the file has it once.
+    # The same command fails at the same step, and the file has it once.
     with pytest.raises(ValueError, match="step 5 failed"):
         train.run(config, tmp_path)
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
     note(
         "the loss of a step is not finite",
-        "stops with step, terms and images; one command computes the same numbers",
+        "stops and reports step, loss terms and images; a command reproduces the step",
     )
 
 
-def test_a_few_may_be_left_out(cache_dir, tmp_path, poisoned, capsys, note):
-    config = a_config(cache_dir, **{"train.skip_bad_steps": 1})
+def test_bad_steps_may_be_skipped(cache_dir, tmp_path, infinite_loss, capsys, note):
+    config = make_config(cache_dir, **{"train.skip_bad_steps": 1})
     train.run(config, tmp_path)
     assert (
         "(1 of train.skip_bad_steps=1; its images are listed in"
@@ -98,11 +98,14 @@ def test_a_few_may_be_left_out(cache_dir, tmp_path, poisoned, capsys, note):
     assert all(math.isfinite(x["loss"]) for x in lines)
     assert [x["step"] for x in lines if x["split"] == "train"] == [4, 6]
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [BAD]
-    note("the same, with train.skip_bad_steps=1", "its update is left out; goes on")
+    note(
+        "the loss of a step is not finite, with `train.skip_bad_steps=1`",
+        "the update is skipped; training continues",
+    )
 
 
-def test_a_refused_update_changes_nothing_but_the_count(cache_dir):
-    config = a_config(cache_dir)
+def test_a_skipped_update_changes_only_the_step_counter(cache_dir):
+    config = make_config(cache_dir)
     training = build.build_training(config, 8, steps_per_epoch=6)
     from cra_jax import train_step
 
@@ -136,30 +139,33 @@ def test_a_refused_update_changes_nothing_but_the_count(cache_dir):
                 assert all((a + 1 == b).all() for a, b in zip(one, other, strict=True))
 
 
-SIGNS = {
+PROBLEMS = {
     "gamma_saturated": (0.6, 0.4, "set art.guard (now 0.95) to 0.9"),
     "contrast_inactive": (1.0, 0.9, "raise contrast.margin (now 0.7)"),
     "contrast_distance": (0.001, 0.2, "lower optim.base_lr (now 0.05) or loss.cntr"),
 }
 
 
-@pytest.mark.parametrize("name", SIGNS)
-def test_signs_are_warned_of_once_with_the_cure(tmp_path, capsys, name, note):
-    bad, good, cure = SIGNS[name]
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_warning_is_printed_once_and_names_the_option(tmp_path, capsys, name, note):
+    bad, good, advice = PROBLEMS[name]
     settings = run_directory.flatten(tiny_config.config(tmp_path).to_dict())
     watched = monitor.Monitor(tmp_path, settings, first_step=0, images=lambda step: {})
     watched.warn(10, {name: good}, begun=True)
     assert not capsys.readouterr().err
     watched.warn(20, {name: bad}, begun=True)
     watched.warn(30, {name: bad}, begun=True)
-    said = capsys.readouterr().err
-    assert said.count("warning: at step 20") == 1
-    assert "step 30" not in said
-    assert cure in said
-    note("attention in a corner, dead pairs, features alike", "a warning with the cure")
+    err = capsys.readouterr().err
+    assert err.count("warning: at step 20") == 1
+    assert "step 30" not in err
+    assert advice in err
+    note(
+        "saturated Gamma, inactive pairs in L_cntr, or collapsed features",
+        "a warning that names the option to change",
+    )
 
 
-def test_numbers_of_steps_that_a_crash_lost_are_taken_out(tmp_path):
+def test_bad_steps_after_the_resumed_step_are_removed(tmp_path):
     for step in (3, 9):
         line = {"step": step, "terms": {}, "index": [], "name": []}
         run_directory.append_lines(tmp_path / monitor.BAD_STEPS, [line])
@@ -167,13 +173,13 @@ def test_numbers_of_steps_that_a_crash_lost_are_taken_out(tmp_path):
     assert [x["step"] for x in monitor.read_bad_steps(tmp_path)] == [3]
 
 
-def test_replay_says_what_is_missing(tmp_path, capsys):
+def test_replay_without_a_bad_step_is_an_error(tmp_path, capsys):
     assert replay.main([str(tmp_path)]) == 1
     assert "no such step" in capsys.readouterr().err
     assert replay.main([]) == 2
 
 
-def test_a_line_that_a_crash_cut_short_costs_no_other(tmp_path):
+def test_an_incomplete_line_does_not_affect_other_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     run_directory.append_lines(path, [{"step": 3}])
