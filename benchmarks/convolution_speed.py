@@ -1,11 +1,10 @@
-"""Each kind of convolution of a backbone, here and in PyTorch: forward and backward.
+"""Measures each kind of convolution of a backbone, here and in PyTorch.
 
     python -m benchmarks.convolution_speed --batch 8
 
-What a training step spends in convolutions on either side, and how near each comes to
-what the machine does in a product of matrices: the part of
-`benchmarks.train_step_speed` that no code of ours can change, but for 1 x 1 ones, which
-`convolutions.product` writes as products.
+Forward and backward passes are measured and compared with the speed of a matrix
+product. This is the part of `benchmarks.train_step_speed` that depends on XLA and
+PyTorch, except 1 x 1 convolutions, which `convolutions.product` computes as products.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from cra_jax.runtime import devices
 
 
 class Kind(NamedTuple):
-    """What tells one convolution from another: channels, sides, kernel and stride."""
+    """Properties of a convolution: input size, channels, kernel size and stride."""
 
     in_px: int
     in_channels: int
@@ -35,30 +34,32 @@ class Kind(NamedTuple):
     stride: int
 
     def flop(self, batch: int) -> float:
-        """Of the forward pass and the gradients."""
+        """FLOP of the forward pass and the gradients."""
         out_px = -(-self.in_px // self.stride)
         each = 2 * self.size**2 * self.in_channels * self.out_channels
         return (2.0 + self.to_input) * batch * out_px**2 * each
 
     @property
     def to_input(self) -> bool:
-        """Whether a step needs the gradient to what comes in: not to images."""
+        """Whether a step needs the gradient to the input, which images do not."""
         return self.in_channels > 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convolutions beside PyTorch's.")
+    parser = argparse.ArgumentParser(
+        description="Compares the speed of convolutions with PyTorch."
+    )
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop_px", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     devices.keep_freed_memory()
-    kinds = _kinds(options.backbone, options.crop_px)
+    kinds = _count_kinds(options.backbone, options.crop_px)
     rows: list[list[str]] = []
     total: dict[str, float] = collections.defaultdict(float)
     for kind, count in kinds.items():
-        times = timing.by_turns(
+        times = timing.measure_alternately(
             {"here": _ours(kind, options.batch), "PyTorch": _peer(kind, options.batch)},
             repeats=options.repeats,
         )
@@ -78,7 +79,7 @@ def main() -> None:
         )
     rows.append(
         [
-            "all",
+            "total",
             str(sum(kinds.values())),
             *(f"{total[side]:.0f}" for side in ("here", "PyTorch")),
             *(
@@ -89,13 +90,13 @@ def main() -> None:
     )
     print(timing.machine())
     print(f"{options.backbone}, batch {options.batch}, {options.crop_px} px, float32")
-    header = ["convolution", "times", "ms, here", "ms, PyTorch"]
+    header = ["convolution", "count", "ms, here", "ms, PyTorch"]
     print(timing.table([*header, "GFLOP/s, here", "GFLOP/s, PyTorch"], rows))
     print(f"for comparison: {timing.peak_flops()[1]}")
 
 
-def _kinds(backbone: str, crop_px: int) -> dict[Kind, int]:
-    """How often each kind of convolution stands in a backbone."""
+def _count_kinds(backbone: str, crop_px: int) -> dict[Kind, int]:
+    """Counts the convolutions of each kind in a backbone."""
     counts = collections.Counter()
 
     def note(call: Callable, args: tuple, kwargs: dict, context: Any):
@@ -141,7 +142,7 @@ def _ours(kind: Kind, batch: int) -> Callable[[], object]:
 def _peer(kind: Kind, batch: int) -> Callable[[], object]:
     arrays = _arrays(kind, batch)
     images, weight = (torch.tensor(array) for array in arrays)
-    images = images.permute(0, 3, 1, 2)  # channels_last, as it lies
+    images = images.permute(0, 3, 1, 2)  # channels_last
     weight = weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
     images.requires_grad_(kind.to_input)
     weight.requires_grad_()

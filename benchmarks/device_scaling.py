@@ -1,15 +1,14 @@
-"""The training step on 1, 2, 4, 8 devices: the same batch a device, and the same batch.
+"""Measures the training step on 1, 2, 4 and 8 devices.
 
     python -m benchmarks.device_scaling    # 8 fake devices of a CPU
     python -m benchmarks.device_scaling --crop_px 448 --batch 64 --backbone resnet50
 
-Weak scaling gives each device the batch that one has alone; ideal is as many times the
-images/s as there are devices. Strong scaling shares one batch; ideal is the same.
-"no all-reduce" is the same step, in which devices do not tell each other anything: what
-is missing to it is what the all-reduce costs.
+Weak scaling: each device has a batch of the same size. Strong scaling: the devices
+share one batch. In both cases the ideal is n times the images/s with n devices. The
+time of the all-reduce is the difference from the same step without communication.
 
-Fake devices of a CPU share its cores, so there the ideal is the images/s of one, and
-what is lost is the cost of dividing the work.
+Fake devices of a CPU share its cores. Their ideal is the images/s of one device, and
+the loss is the cost of dividing the work.
 """
 
 import argparse
@@ -21,15 +20,15 @@ BATCHES = ("weak", "strong")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Scaling over devices, as a table.")
+    parser = argparse.ArgumentParser(description="Measures the scaling over devices.")
     parser.add_argument("--backbone", default="resnet10")
     parser.add_argument("--kind", default="cra")
     parser.add_argument("--crop_px", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--most", type=int, default=8, help="devices")
+    parser.add_argument("--most", type=int, default=8, help="largest number of devices")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    # Before JAX starts. It counts for a CPU alone.
+    # Set before JAX starts; it affects CPUs only.
     fake = f" --xla_force_host_platform_device_count={options.most}"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + fake
 
@@ -44,12 +43,15 @@ def main() -> None:
         for n in counts:
             size = options.batch * (n if batch == "weak" else 1)
             if size < 2 * n:
-                raise SystemExit(f"--batch={options.batch} leaves {n} devices no pair")
-            for told in (True, False):
-                actions[f"{batch}, {n}, {told}"] = _action(
-                    options, devices[:n], size, told
+                raise SystemExit(
+                    f"--batch={options.batch} has no pair of images for each of "
+                    f"{n} devices: give at least {2 * n}"
                 )
-    times = timing.by_turns(actions, repeats=options.repeats)
+            for reduced in (True, False):
+                actions[f"{batch}, {n}, {reduced}"] = _action(
+                    options, devices[:n], size, reduced
+                )
+    times = timing.measure_alternately(actions, repeats=options.repeats)
     print(timing.machine())
     print(
         f"{options.backbone}, {options.kind}, {options.crop_px} px, batch "
@@ -60,7 +62,7 @@ def main() -> None:
         for n in counts:
             size = options.batch * (n if batch == "weak" else 1)
             taken = times[f"{batch}, {n}, True"]
-            silent = times[f"{batch}, {n}, False"]
+            unreduced = times[f"{batch}, {n}, False"]
             gain = timing.ratio(times[f"{batch}, 1, True"], taken)
             rows.append(
                 [
@@ -69,15 +71,15 @@ def main() -> None:
                     timing.summary(taken),
                     f"{1000 * size / statistics.median(taken):.1f}",
                     f"{gain * n if batch == 'weak' else gain:.2f}",
-                    f"{100 * (1 - timing.ratio(silent, taken)):.0f} %",
+                    f"{100 * (1 - timing.ratio(unreduced, taken)):.0f} %",
                 ]
             )
-    header = ["scaling", "devices", "ms a step", "images/s", "times one device's"]
-    print(timing.table([*header, "all-reduce, of the step"], rows))
+    header = ["scaling", "devices", "ms per step", "images/s", "relative to one"]
+    print(timing.table([*header, "share of all-reduce"], rows))
 
 
-def _action(options: argparse.Namespace, devices: Any, size: int, told: bool):
-    """A step on these devices, on a batch of that size."""
+def _action(options: argparse.Namespace, devices: Any, size: int, reduced: bool):
+    """Returns a function that runs a step on these devices with a batch of `size`."""
     import jax
     import numpy as np
 
@@ -92,7 +94,7 @@ def _action(options: argparse.Namespace, devices: Any, size: int, told: bool):
     config.data.crop_px, config.art.size_px = options.crop_px, options.crop_px // 2
     config.train.batch_size = size
     run = one_device_step(
-        config, 200, all_mean=devices.all_mean if told else lambda tree: tree
+        config, 200, all_mean=devices.all_mean if reduced else lambda tree: tree
     ).run
     training = build.build_training(config, 200, steps_per_epoch=1000)
     step = devices.train_step(run, devices=devices)

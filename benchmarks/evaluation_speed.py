@@ -1,13 +1,12 @@
-"""Both protocols of testing, here and in PyTorch, by turns.
+"""Measures the speed of both evaluation protocols, here and in PyTorch.
 
     python -m benchmarks.evaluation_speed    # a CPU: 224 px
     python -m benchmarks.evaluation_speed --crop_px 448 --images 256 --batch 64
 
-"center" scores centre crops in batches. "full" scores whole images, no two of which
-need have the same size: here they are padded to buckets and share batches; the peer, as
-one would write it there, takes them one at a time. Both have the same weights and
-images, and the largest difference between their scores is printed: else the times
-would mean nothing. "first pass" is with compilation.
+"center" evaluates centre crops in batches. "full" evaluates whole images of different
+sizes: here they are padded to buckets and batched; the PyTorch code evaluates them one
+at a time. Both sides have the same weights and images, and the largest difference of
+their scores is printed. "first pass" includes compilation.
 """
 
 import argparse
@@ -31,7 +30,9 @@ STRIDE_PX = 32  # of ResNet's last feature map
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluation beside PyTorch's.")
+    parser = argparse.ArgumentParser(
+        description="Compares the speed of evaluation with PyTorch."
+    )
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop_px", type=int, default=224)
     parser.add_argument("--images", type=int, default=32)
@@ -45,7 +46,7 @@ def main() -> None:
     config.data.crop_px = options.crop_px
     config.eval.batch_size = options.batch
     config.eval.bucket_px = options.bucket_px
-    images = draw(options.images, short_side_px=options.crop_px * 8 // 7)
+    images = draw_images(options.images, short_side_px=options.crop_px * 8 // 7)
     ours = Ours(config, peer, images, options.classes)
     theirs = Theirs(config, peer, images)
     actions, first, scores = {}, {}, {}
@@ -56,11 +57,11 @@ def main() -> None:
             start = time.perf_counter()
             scores[name] = actions[name]()
             first[name] = time.perf_counter() - start
-    times = timing.by_turns(actions, repeats=options.repeats)
+    times = timing.measure_alternately(actions, repeats=options.repeats)
     print(timing.machine())
     print(
         f"{options.backbone}, {options.images} images, centre crops of "
-        f"{options.crop_px} px, whole ones to {images_size(images)}, batches of "
+        f"{options.crop_px} px, whole images up to {images_size(images)}, batches of "
         f"{options.batch}, buckets of {options.bucket_px} px"
     )
     rows = []
@@ -76,16 +77,16 @@ def main() -> None:
                 f"{first[name]:.1f}",
             ]
         )
-    header = ["protocol", "ms a pass", "images/s", "times PyTorch's speed"]
+    header = ["protocol", "ms per pass", "images/s", "speed relative to PyTorch"]
     print(timing.table([*header, "first pass, s"], rows))
     for protocol in PROTOCOLS:
         mine, other = scores[f"{protocol}, here"], scores[f"{protocol}, PyTorch"]
-        apart = np.abs(mine - other).max() / np.abs(other).max()
-        print(f"{protocol}: scores differ by {apart:.1e} of the largest")
+        error = np.abs(mine - other).max() / np.abs(other).max()
+        print(f"{protocol}: relative difference of the scores {error:.1e}")
 
 
-def draw(count: int, *, short_side_px: int) -> list[np.ndarray]:
-    """Images of noise, as different in shape as photographs: up to 3 to 2."""
+def draw_images(count: int, *, short_side_px: int) -> list[np.ndarray]:
+    """Draws images of noise with aspect ratios up to 3:2."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -96,12 +97,12 @@ def draw(count: int, *, short_side_px: int) -> list[np.ndarray]:
 
 
 def images_size(images: list[np.ndarray]) -> str:
-    """The largest sides, as "384 x 384"."""
+    """Largest height and width: "384 x 384"."""
     return " x ".join(str(max(p.shape[axis] for p in images)) for axis in (0, 1))
 
 
 class Ours:
-    """``protocol -> logits``, as `--mode eval` computes them."""
+    """Computes logits as `--mode eval` does."""
 
     def __init__(self, config: Any, peer: TorchResNet, images, num_classes: int):
         options = run_options.from_config(config)
@@ -112,13 +113,13 @@ class Ours:
         self._split = splits.Split(images, labels, ())
 
     def __call__(self, protocol: str) -> np.ndarray:
-        """Scores ``[n, k]`` of all images."""
+        """Returns scores ``[n, k]`` of all images."""
         found = self._evaluator.predict(self._variables, self._split, protocol)
         return found.logits
 
 
 class Theirs:
-    """The same in PyTorch, from the same uint8 images."""
+    """Computes the same in PyTorch, from the same uint8 images."""
 
     def __init__(self, config: Any, peer: TorchResNet, images: list[np.ndarray]):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,14 +133,14 @@ class Theirs:
 
     @torch.inference_mode()
     def __call__(self, protocol: str) -> np.ndarray:
-        """Scores ``[n, k]`` of all images."""
+        """Returns scores ``[n, k]`` of all images."""
         run = self._center if protocol == "center" else self._full
         return torch.cat(run()).cpu().numpy()
 
     def _center(self) -> list[torch.Tensor]:
-        crops = [self._cut(image) for image in self._images]
+        crops = [self._crop(image) for image in self._images]
         return [
-            self._network(self._normalized(np.stack(crops[i : i + self._batch])))
+            self._network(self._normalize(np.stack(crops[i : i + self._batch])))
             for i in range(0, len(crops), self._batch)
         ]
 
@@ -147,18 +148,18 @@ class Theirs:
         window = -(-self._crop_px // STRIDE_PX)
         logits = []
         for image in self._images:
-            features = self._network.stages(self._normalized(image[None]))["features"]
+            features = self._network.stages(self._normalize(image[None]))["features"]
             pooled = functional.avg_pool2d(features, window, stride=1)
             scores = self._network.fc(pooled.permute(0, 2, 3, 1))
             logits.append(scores.mean((1, 2)))
         return logits
 
-    def _cut(self, image: np.ndarray) -> np.ndarray:
+    def _crop(self, image: np.ndarray) -> np.ndarray:
         side = self._crop_px
         top, left = ((n - side) // 2 for n in image.shape[:2])
         return image[top : top + side, left : left + side]
 
-    def _normalized(self, images: np.ndarray) -> torch.Tensor:
+    def _normalize(self, images: np.ndarray) -> torch.Tensor:
         on_device = torch.from_numpy(images).to(self._device)
         return ((on_device.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
 

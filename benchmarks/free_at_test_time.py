@@ -1,9 +1,9 @@
-"""What CRA-CNN costs at test time: one table of it and of the baseline.
+"""Compares the cost of prediction of CRA-CNN and of the baseline.
 
     python -m benchmarks.free_at_test_time
 
-Both are saved as training saves them and restored as evaluation restores them; the
-exported weights are read back. Weights are random: cost does not depend on them.
+Both are saved as in training and restored as in evaluation. The exported weights are
+loaded as well. The weights are random, because the cost does not depend on them.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from cra_jax.training import build
 
 
 class Cost(NamedTuple):
-    """What predicting costs.
+    """Cost of prediction.
 
     Attributes:
-      parameters: numbers that are learned.
-      flops: of one image's forward pass, by XLA's count.
-      predict: runs it once and waits.
+      parameters: number of learned parameters.
+      flops: FLOP of the forward pass of one image, as counted by XLA.
+      predict: function that runs the forward pass and waits for its result.
     """
 
     parameters: int
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 
 def save_untrained(config: Any, workdir: Path, class_names: list[str]) -> int:
-    """Saves a checkpoint of the config's network; returns its parameters."""
+    """Saves a checkpoint of the config's network; returns its number of parameters."""
     network = build.build_network(config, len(class_names))
     side = config.data.crop_px
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
@@ -58,12 +58,12 @@ def save_untrained(config: Any, workdir: Path, class_names: list[str]) -> int:
 
 
 def count(tree: Any) -> int:
-    """Numbers in a tree of arrays."""
+    """Number of elements in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def cost(backbone: Any, variables: Any, crop_px: int) -> Cost:
-    """Compiles the forward pass of one image."""
+def measure_cost(backbone: Any, variables: Any, crop_px: int) -> Cost:
+    """Compiles the forward pass of one image and returns its cost."""
     images = jnp.zeros((1, crop_px, crop_px, 3))
     variables = jax.tree.map(jnp.asarray, variables)
     program = (
@@ -79,50 +79,50 @@ def cost(backbone: Any, variables: Any, crop_px: int) -> Cost:
     )
 
 
-def costs(config: Any, folder: Path, num_classes: int) -> dict[str, Cost]:
-    """The networks of the table, by their names in it."""
+def measure_costs(config: Any, folder: Path, num_classes: int) -> dict[str, Cost]:
+    """Costs of the networks, by their names in the table."""
     names = [f"class {i}" for i in range(num_classes)]
     crop_px = config.data.crop_px
     rows: dict[str, Cost] = {}
     for kind in ("baseline", "cra"):
         config.model.kind = kind
         workdir = folder / kind
-        held = save_untrained(config, workdir, names)
+        parameters = save_untrained(config, workdir, names)
         restored = restore(run_options.from_config(config), workdir)
-        about = f"{kind}, restored (training holds {held:,})"
-        rows[about] = cost(restored.backbone, restored.variables, crop_px)
+        about = f"{kind}, restored (in training {parameters:,})"
+        rows[about] = measure_cost(restored.backbone, restored.variables, crop_px)
     export.run(run_options.from_config(config), workdir)
     file = workdir / "export" / "model.safetensors"
     loaded = weights.load_torch(file, arch=config.model.backbone)
-    rows["cra, exported"] = cost(restored.backbone, loaded, crop_px)
+    rows["cra, exported"] = measure_cost(restored.backbone, loaded, crop_px)
     return rows
 
 
 def latencies_ms(rows: dict[str, Cost], repeats: int) -> dict[str, list[float]]:
-    """Times of single predictions, by turns: the machine's moods hit all alike."""
+    """Times of single predictions, measured in alternation."""
     times: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(repeats + 1):
         for name, row in rows.items():
             start = time.perf_counter()
             row.predict()
-            if turn:  # the first warms up
+            if turn:  # the first round is not measured
                 times[name].append(1000 * (time.perf_counter() - start))
     return times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of prediction, as a table.")
+    parser = argparse.ArgumentParser(description="Compares the cost of prediction.")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="64 px: a try-out")
+    parser.add_argument("--quick", action="store_true", help="use 64 px")
     options = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # orbax reports each folder that it opens
+    logging.set_verbosity(logging.ERROR)  # orbax logs each directory that it opens
     config = get_config(options.backbone)
     config.model.pretrained = ""
     config.data.crop_px = 64 if options.quick else 448
     config.art.size_px = config.data.crop_px // 2
     with tempfile.TemporaryDirectory() as folder:
-        rows = costs(config, Path(folder), num_classes=200)
+        rows = measure_costs(config, Path(folder), num_classes=200)
         times = latencies_ms(rows, options.repeats)
     side = config.data.crop_px
     device = jax.local_devices()[0].device_kind

@@ -1,12 +1,12 @@
-"""How fast training is fed: prepared images against a PyTorch DataLoader.
+"""Compares the speed of the input pipeline with a PyTorch DataLoader.
 
     python -m benchmarks.input_speed --data ../shared/data/cub_10/CUB_200_2011
 
-Both make batches of 64 random crops of 448 out of images whose shorter side is 512,
-as the training loop receives them. Ours are uint8, to be flipped and normalised on the
-device; a row more does that here, too. Every measurement is a process of its own that
-holds the libraries of its side alone, on the same cores, and they come by turns. Epochs
-follow each other without an end, so that a small set does: its images are read again.
+Both make batches of 64 random crops of 448 px from images whose shorter side is 512 px,
+as the training loop receives them. Here the crops are uint8 and are flipped and
+normalized on the device; another row does this on the CPU. Each measurement is its own
+process with the libraries of its side only, on the same cores, and the measurements
+alternate. Epochs repeat without end, so that a small dataset is sufficient.
 """
 
 import argparse
@@ -30,27 +30,27 @@ import numpy as np
 BATCH_SIZE, SHORT_SIDE_PX, CROP_PX = 64, 512, 448
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PUBLISHED = {"cub": (5994, 5794), "cars": (8144, 8041)}
-"""Images in train and test of the whole sets."""
+"""Numbers of training and test images of the whole datasets."""
 
 PREPARE = "prepare"
 OURS = {
     PREPARE: "preparing, once",
     "ours": "prepared",
-    "ours-normalised": "prepared, flipped and normalised on this CPU",
+    "ours-normalised": "prepared, flipped and normalized on this CPU",
     "ours-on-device": "prepared, `data.on_device=True`",
 }
 PEER = "peer"
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def config_of(data: Path, cache_dir: Path) -> Any:
-    """The paper's config, with its defaults of workers and prefetching."""
+    """Config of the paper with the default number of workers and prefetched batches."""
     from configs.cub import get_config
 
     config = get_config()
@@ -61,7 +61,7 @@ def config_of(data: Path, cache_dir: Path) -> Any:
 
 
 def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
-    """Endless batches, made as `cra_jax.training.train` makes them."""
+    """Yields batches without end, as `cra_jax.training.train` makes them."""
     import jax
     import jax.numpy as jnp
 
@@ -100,17 +100,17 @@ def our_batches(kind: str, data: Path, cache_dir: Path) -> Iterator[Any]:
         return made
 
     @jax.jit
-    def normalised(batch: Any) -> Any:
+    def normalized(batch: Any) -> Any:
         images = batch["image"][0]
         flip = batch["flip"][0][:, None, None, None]
         images = jnp.where(flip, images[:, :, ::-1], images)
         return normalize(images, mean=MEAN, std=STD)
 
-    return (jax.block_until_ready(normalised(batch)) for batch in made)
+    return (jax.block_until_ready(normalized(batch)) for batch in made)
 
 
 def photographs(data: Path) -> tuple[list[Path], list[int]]:
-    """The training images and their classes, from the files that name them."""
+    """Paths and labels of the training images, from the annotation files."""
 
     def column(name: str) -> dict[str, str]:
         lines = (data / name).read_text().splitlines()
@@ -122,10 +122,10 @@ def photographs(data: Path) -> tuple[list[Path], list[int]]:
 
 
 def peer_batches(workers: int, data: Path) -> Iterator[Any]:
-    """Endless batches of a DataLoader whose transforms are torchvision's, written out.
+    """Yields batches of a DataLoader without end.
 
-    Resize(512, bicubic, antialias), RandomCrop(448), RandomHorizontalFlip, ToTensor,
-    Normalize: on Pillow images, as is usual.
+    The transforms are those of torchvision on Pillow images: Resize(512, bicubic,
+    antialias), RandomCrop(448), RandomHorizontalFlip, ToTensor, Normalize.
     """
     import torch
     from PIL import Image
@@ -170,11 +170,11 @@ def peer_batches(workers: int, data: Path) -> Iterator[Any]:
 
 
 def rate_of(batches: Iterator[Any], warm_up: int, seconds: float) -> dict[str, float]:
-    """Images a second, and milliseconds of all cores an image, once batches flow."""
+    """Measures images per second and core milliseconds per image, after a warm-up."""
     for _ in range(warm_up):
         next(batches)
     start, used = time.perf_counter(), cpu_seconds(os.getpid())
-    # Workers finish at about the same time: whole rounds of them are counted.
+    # Workers finish at about the same time, so that whole rounds are counted.
     count, passed = 0, 0.0
     while passed < seconds:
         for _ in range(warm_up):
@@ -186,7 +186,7 @@ def rate_of(batches: Iterator[Any], warm_up: int, seconds: float) -> dict[str, f
 
 
 def measure(kind: str, data: Path, cache_dir: Path, seconds: float) -> dict[str, float]:
-    """What a process of its own does: its figures."""
+    """Measures one kind of input; called in a separate process."""
     if kind == PREPARE:
         from cra_jax.training import build
 
@@ -203,11 +203,11 @@ def measure(kind: str, data: Path, cache_dir: Path, seconds: float) -> dict[str,
     return rate_of(peer_batches(workers, data), max(2 * workers, 1), seconds)
 
 
-def family(pid: int) -> set[int]:
-    """A process, and what it started."""
+def descendants(pid: int) -> set[int]:
+    """Process ids of a process and its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has ended
             parents[int(stat.parent.name)] = int(after_name(stat)[1])
     found, size = {pid}, 0
     while len(found) > size:
@@ -217,14 +217,14 @@ def family(pid: int) -> set[int]:
 
 
 def after_name(stat: Path) -> list[str]:
-    """The fields of /proc/PID/stat after the second, which may hold blanks."""
+    """Fields of /proc/PID/stat after the second, which may contain spaces."""
     return stat.read_text().rpartition(")")[2].split()
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process and its children have taken of all cores."""
+    """CPU time of a process and its descendants, over all cores."""
     ticks = 0
-    for member in family(pid):
+    for member in descendants(pid):
         with contextlib.suppress(OSError):
             user, system = after_name(Path(f"/proc/{member}/stat"))[11:13]
             ticks += int(user) + int(system)
@@ -232,14 +232,14 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Memory:
-    """The most that a process and its children held at once, in MB.
+    """Peak memory of a process and its descendants, in MB.
 
-    Pages that several share count once (PSS).
+    Shared pages are counted once (PSS).
 
     Attributes:
-        own_mb: what they wrote, shared memory included.
-        mapped_mb: files mapped into memory: libraries, and the image cache. The system
-            frees these when it needs the memory.
+      own_mb: anonymous and shared memory.
+      mapped_mb: files mapped into memory: libraries and the image cache. The system
+        frees these pages when it needs the memory.
     """
 
     def __init__(self, pid: int):
@@ -259,8 +259,8 @@ class Memory:
     def _watch(self) -> None:
         while not self._over.wait(0.1):
             own = mapped = 0.0
-            for pid in family(self._pid):
-                with contextlib.suppress(OSError):  # it has just ended
+            for pid in descendants(self._pid):
+                with contextlib.suppress(OSError):  # the process has ended
                     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
                     pairs = (line.split() for line in text.splitlines()[1:])
                     kb = {words[0]: int(words[1]) for words in pairs}
@@ -271,7 +271,7 @@ class Memory:
 
 
 def run_alone(kind: str, options: argparse.Namespace, cache_dir: Path) -> dict:
-    """`measure` in a fresh process, and the memory that it took."""
+    """Runs `measure` in a new process and measures its memory."""
     arguments = ["--data", options.data, "--seconds", options.seconds]
     arguments += ["--measure", kind, "--cache", cache_dir]
     process = subprocess.Popen(
@@ -290,13 +290,13 @@ def run_alone(kind: str, options: argparse.Namespace, cache_dir: Path) -> dict:
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, list[dict]]:
-    """Every kind, by turns, so that the machine's moods hit all alike."""
+    """Measures all kinds in alternation, under the same load of the machine."""
     peers = sorted({0, 1, cores(), 2 * cores()})
     kinds = [*OURS, *(f"{PEER}{n}" for n in peers)]
     found: dict[str, list[dict]] = {kind: [] for kind in kinds}
     for turn in range(1, options.repeats + 1):
         with tempfile.TemporaryDirectory() as folder:
-            for kind in kinds:  # the image cache that the first makes, the others read
+            for kind in kinds:  # the first kind writes the image cache
                 found[kind].append(run_alone(kind, options, Path(folder)))
                 figure = found[kind][-1]
                 shown = ", ".join(f"{k} {v:,.1f}" for k, v in figure.items())
@@ -305,7 +305,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures hold for."""
+    """Processor, cores, load and versions of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     packages = ("numpy", "pillow", "jax", "torch")
@@ -319,13 +319,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    """Median, and in brackets the least and the most."""
+    """Median, minimum and maximum: "5 (3 to 9)"."""
     median, low, high = statistics.median(values), min(values), max(values)
     return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def tables(found: dict[str, list[dict]], machine: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The measurements as a Markdown table."""
 
     def of(kind: str, name: str) -> list[float]:
         return [figure[name] for figure in found[kind]]
@@ -336,12 +336,13 @@ def tables(found: dict[str, list[dict]], machine: dict[str, Any]) -> str:
     peers = [kind for kind in found if kind.startswith(PEER)]
     best = max(peers, key=lambda kind: middle(kind, "rate"))
     lines = [
-        "| | images/s | times the best peer | core ms an image | memory, MB |",
+        "| input | images/s | relative to the best DataLoader | core ms per image | "
+        "memory, MB |",
         "|---|---:|---:|---:|---:|",
     ]
     for kind in found:
         name = OURS.get(kind) or f"DataLoader, num_workers={kind.removeprefix(PEER)}"
-        # Of the same turn: what slows the machine slows both.
+        # Of the same round, under the same load.
         pairs = zip(of(kind, "rate"), of(best, "rate"), strict=True)
         ratio = spread([ours / peer for ours, peer in pairs], 1)
         lines.append(
@@ -354,18 +355,18 @@ def tables(found: dict[str, list[dict]], machine: dict[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            f"\nMedian (least to most) of {turns} turns. Memory: own + files mapped, "
-            f"which the system takes back when it needs them. {about}.",
+            f"\nMedian (minimum to maximum) of {turns} rounds. Memory: own + mapped "
+            f"files, which the system frees when it needs the memory. {about}.",
         ]
     )
 
 
 def disk_lines(sets: dict[str, Path]) -> Iterator[str]:
-    """What whole sets take once prepared, judged by samples of them."""
+    """Rows of a table of the image cache sizes, estimated from samples."""
     from cra_jax.datasets import sources
     from cra_jax.runtime.prefetch import prefetch
 
-    yield "| set | MB an image | images | disk, GB | train alone (in memory), GB |"
+    yield "| dataset | MB per image | images | disk, GB | training split, GB |"
     yield "|---|---:|---:|---:|---:|"
     for name, path in sets.items():
         dataset = sources.load(name, path)
@@ -388,19 +389,27 @@ def disk_lines(sets: dict[str, Path]) -> Iterator[str]:
 
 def main() -> None:
     shared = Path("../shared/data")
-    parser = argparse.ArgumentParser(description="The input path, as tables.")
+    parser = argparse.ArgumentParser(
+        description="Compares the speed of the input pipeline."
+    )
     parser.add_argument(
         "--data",
         type=Path,
         default=shared / "cub_10" / "CUB_200_2011",
-        help="a folder in the layout of CUB_200_2011",
+        help="directory in the layout of CUB_200_2011",
     )
-    parser.add_argument("--cars", type=Path, help="Stanford Cars, for its size on disk")
+    parser.add_argument(
+        "--cars", type=Path, help="Stanford Cars, to estimate its size on disk"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="where every single figure goes")
-    parser.add_argument("--disk", action="store_true", help="only what sets take")
-    # What `run_alone` passes to the process that it starts.
+    parser.add_argument(
+        "--seconds", type=float, default=5, help="duration of each measurement"
+    )
+    parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument(
+        "--disk", action="store_true", help="only estimate the sizes on disk"
+    )
+    # Passed by `run_alone` to the process that it starts.
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -409,9 +418,9 @@ def main() -> None:
         print(json.dumps(measure(options.measure, data, cache_dir, options.seconds)))
         return
     if not Path("/proc/self/smaps_rollup").exists():
-        parser.error("memory and the time of cores are read from /proc, as of Linux")
+        parser.error("memory and CPU time are read from /proc: run on Linux")
     if not options.data.is_dir():
-        parser.error(f"--data {options.data}: there is no such folder")
+        parser.error(f"--data {options.data}: there is no such directory")
     if not options.disk:
         machine, found = describe_machine(), measure_all(options)
         print(tables(found, machine), end="\n\n")

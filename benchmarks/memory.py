@@ -1,17 +1,18 @@
-"""What a training step needs of a device's memory.
+"""Estimates the device memory of a training step.
 
-    python -m benchmarks.memory               # counted: a minute
-    python -m benchmarks.memory --compile     # and asked of the compiler, slowly
-    python -m benchmarks.memory --compile --topology v5p:1x1x1    # of a TPU's compiler
+    python -m benchmarks.memory               # counts arrays, in a minute
+    python -m benchmarks.memory --compile     # also compiles each step
+    python -m benchmarks.memory --compile --topology v5p:1x1x1    # for a TPU
 
-Nothing runs: all arrays are shapes. Counted is the state with its gradient, and what
-automatic differentiation keeps of the forward pass for the backward pass. A compiler
-keeps less where it fuses, and needs more for work in progress: leave a fifth free.
+No step runs; all arrays are shapes. The counted arrays are the state with its gradient,
+and the activations that automatic differentiation keeps for the backward pass. A
+compiler keeps fewer activations if it fuses operations, and adds temporary arrays:
+leave 20 % of the memory free.
 
-With --compile, the compiler says what its program holds at its peak: state, batch,
-what it returns beyond the donated state, and temporaries. A CPU's has no bfloat16
-convolutions, so its figures are a CPU's. A compiler for TPUs comes with
-`pip install libtpu`, and needs no TPU.
+With --compile, the table has the peak memory of the compiled program: state, batch,
+outputs that are not donated, and temporary arrays. On a CPU, convolutions are not
+computed in bfloat16, so the values hold for a CPU only. `pip install libtpu` provides a
+compiler for TPUs; no TPU is needed.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from cra_jax.training import build
 
 
 class Step(NamedTuple):
-    """A device's step, without its neighbours, and shapes of what it works on."""
+    """The training step of one device, and the shapes of its inputs."""
 
     run: Any
     loss: Any
@@ -46,7 +47,7 @@ class Step(NamedTuple):
 def one_device_step(
     config: Any, num_classes: int, *, all_mean: Any = lambda tree: tree
 ) -> Step:
-    """The step that training runs on each device; by default as if there was one."""
+    """Builds the step that training runs on each device; by default for one device."""
     training = build.build_training(config, num_classes, steps_per_epoch=100)
     loss = build.build_loss(config, training.network, steps_per_epoch=100)
     accumulate = config.train.accumulate
@@ -79,13 +80,16 @@ def size(tree: Any) -> int:
 
 
 def count_state(step: Step) -> int:
-    """Bytes of the state, of its gradient (twice, where it is added up), of a batch."""
+    """Bytes of the state, of a batch, and of the gradient.
+
+    With micro-batches there are two gradients, one of which is the sum.
+    """
     gradients = 1 if step.accumulate == 1 else 2
     return size(step.state) + gradients * size(step.state.params) + size(step.batch)
 
 
 def count_kept(step: Step) -> int:
-    """Bytes that automatic differentiation keeps of one micro-batch's forward pass."""
+    """Bytes of the activations that are kept for the backward pass of a micro-batch."""
     b, *shape = step.batch["image"].shape
     images = jax.ShapeDtypeStruct((b // step.accumulate, *shape), jnp.float32)
     labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
@@ -96,7 +100,7 @@ def count_kept(step: Step) -> int:
 
         return jax.vjp(loss, state.params)[1]
 
-    # Parameters are among what is kept, and counted with the state.
+    # Parameters are kept as well, but they are counted with the state.
     known = collections.Counter(map(_kind, jax.tree.leaves(step.state.params)))
     kept = jax.tree.leaves(jax.eval_shape(forward, step.state, images, labels))
     found = collections.Counter(map(_kind, kept)) - known
@@ -107,8 +111,8 @@ def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
     return x.shape, x.dtype
 
 
-def ask_compiler(step: Step, device: Any) -> int:
-    """Bytes at the peak of the compiled step, as its compiler says."""
+def compile_and_measure(step: Step, device: Any) -> int:
+    """Peak memory of the compiled step in bytes."""
     where = place(device)
     found: Any = (
         jax.jit(step.run, donate_argnums=0, in_shardings=where, out_shardings=where)
@@ -125,12 +129,12 @@ def ask_compiler(step: Step, device: Any) -> int:
 
 
 def place(device: Any) -> NamedSharding:
-    """All of every array on one device."""
+    """Sharding that places all arrays on one device."""
     return NamedSharding(Mesh([device], ("devices",)), PartitionSpec())
 
 
 def find_device(topology: str) -> Any:
-    """This machine's first device, or one of a TPU by name, such as v5p:1x1x1."""
+    """First device of this machine, or a device of a TPU topology such as v5p:1x1x1."""
     if not topology:
         return jax.local_devices()[0]
     from jax.experimental import topologies
@@ -142,9 +146,13 @@ def find_device(topology: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory of a step, as a table.")
-    parser.add_argument("--compile", action="store_true", help="ask the compiler, too")
-    parser.add_argument("--topology", default="", help="of a TPU, such as v5p:1x1x1")
+    parser = argparse.ArgumentParser(description="Estimates the memory of a step.")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile each step as well"
+    )
+    parser.add_argument(
+        "--topology", default="", help="TPU topology, such as v5p:1x1x1"
+    )
     parser.add_argument("--backbones", nargs="+", default=["resnet50", "resnet101"])
     parser.add_argument("--batches", nargs="+", type=int, default=[64])
     parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 4])
@@ -155,11 +163,11 @@ def main() -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
     print(f"\nCRA-CNN at {options.crop_px} px, on one device; GB (1e9 bytes)")
     columns = ["backbone", "batch", "accumulate", "dtype", "remat"]
-    columns += ["state", "kept for the backward pass", "together"]
+    columns += ["state", "activations", "sum"]
     device = find_device(options.topology) if options.compile else None
     if device is not None:
         print(f"compiler: for {device.device_kind} ({device.platform})")
-        columns.append("the compiler's peak")
+        columns.append("compiled peak")
     print(timing.machine())
     rule = "---|---:|---:|---|---|" + "---:|" * (len(columns) - 5)
     print(f"\n| {' | '.join(columns)} |\n|{rule}", flush=True)
@@ -181,7 +189,7 @@ def main() -> None:
         state, kept = count_state(step), count_kept(step)
         sizes = [state, kept, state + kept]
         if device is not None:
-            sizes.append(ask_compiler(step, device))
+            sizes.append(compile_and_measure(step, device))
         described = (backbone, batch, accumulate, dtype, "yes" if remat else "no")
         figures = " | ".join(f"{size / 1e9:.1f}" for size in sizes)
         print(f"| {' | '.join(map(str, described))} | {figures} |", flush=True)

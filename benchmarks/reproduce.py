@@ -1,12 +1,12 @@
-"""The paper's tables, run: every cell in its own folder, beside the paper's figures.
+"""Runs the cells of the paper's tables and compares them with the paper.
 
     python -m benchmarks.reproduce --cars stanford_cars
     python -m benchmarks.reproduce --only cub-resnet50-cra cub-resnet50-baseline
     python -m benchmarks.reproduce --dry_run
 
-Table 1 has eight cells, each a training of 140 epochs; "ours" of Tables 2 and 3 are
-four of the same networks under the other protocol. The same command again goes on
-where it was stopped, and takes what is finished as it is.
+Table 1 has eight cells, each a training of 140 epochs. "ours" of Tables 2 and 3 are
+four of the same networks under the other protocol. The same command resumes an
+interrupted run and skips finished cells.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from cra_jax.runtime import files, run_directory
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 140  # train.epochs of configs/cub.py
 TRAIN_IMAGES = {"cub": 5994, "cars": 8144}
-# Of a training step, forward and backward, for an image of 448 px: one ResNet at 448,
-# and in CRA-CNN two passes of another at 224, which is half as much again.
+# GFLOP of a training step per image of 448 px, forward and backward: one ResNet at 448
+# px, and for CRA-CNN two passes of another at 224 px, which adds half as much.
 CRA_GFLOP = {"resnet50": 147, "resnet101": 281}
 BASELINE_SHARE = 2 / 3
 
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
 
     Attributes:
       data: "cub" or "cars".
-      backbone: as `model.backbone` calls it.
+      backbone: value of `model.backbone`.
       kind: "baseline" or "cra".
     """
 
@@ -46,12 +46,12 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the cell, and of its run directory."""
+        """Name of the cell and of its run directory."""
         return "-".join(self)
 
     @property
     def flop(self) -> float:
-        """Of all training: a sum, not a measurement."""
+        """FLOP of the whole training, by arithmetic."""
         share = 1 if self.kind == "cra" else BASELINE_SHARE
         images = TRAIN_IMAGES[self.data] * EPOCHS
         return 1e9 * CRA_GFLOP[self.backbone] * share * images
@@ -63,14 +63,14 @@ CELLS = [Cell(*row[1:4]) for row in paper_results.ROWS if row.table == "Table 1"
 def commands(
     cell: Cell, workdir: Path, *, seed: int, path: str, settings: Sequence[str]
 ) -> list[list[str]]:
-    """What runs a cell: training, both protocols on its last checkpoint, the report.
+    """Commands of a cell: training, evaluation by both protocols, and report.
 
     Args:
-      cell: which.
+      cell: the cell.
       workdir: its run directory.
-      seed: of the run.
-      path: of the data set; empty: CUB is fetched.
-      settings: more, as "--config.train.epochs=1".
+      seed: seed of the run.
+      path: path of the dataset; if empty, CUB is downloaded.
+      settings: additional flags, such as "--config.train.epochs=1".
     """
     launch = [sys.executable, str(ROOT / "launch.py"), f"--workdir={workdir}"]
     variant = cell.backbone + (",baseline" if cell.kind == "baseline" else "")
@@ -82,10 +82,10 @@ def commands(
 
 
 def run_cell(workdir: Path, cell_commands: Sequence[Sequence[str]]) -> bool:
-    """Runs a cell, or takes it as it is where these commands have finished before.
+    """Runs a cell, unless the same commands have finished before.
 
     Returns:
-      Whether it is finished.
+      Whether the cell is finished.
     """
     finished = workdir / "reproduced.json"
     wanted = [list(command[1:]) for command in cell_commands]
@@ -95,7 +95,7 @@ def run_cell(workdir: Path, cell_commands: Sequence[Sequence[str]]) -> bool:
     for command in cell_commands:
         print(f"{workdir.name}: {shlex.join(command)}", flush=True)
         if subprocess.run(command, cwd=ROOT).returncode:
-            print(f"{workdir.name}: failed; the same command tries again", flush=True)
+            print(f"{workdir.name}: failed; run the same command again", flush=True)
             return False
     files.write_atomically(finished, json.dumps(wanted, indent=2) + "\n")
     return True
@@ -104,7 +104,7 @@ def run_cell(workdir: Path, cell_commands: Sequence[Sequence[str]]) -> bool:
 def accuracies(
     workdirs: Iterable[Path], protocol: str
 ) -> tuple[list[float], list[str]]:
-    """Top-1 on `test` of the runs that are finished; and what must be said of them."""
+    """Top-1 on `test` of the finished runs, and remarks about other settings."""
     found, remarks = [], []
     for workdir in workdirs:
         if not (workdir / "reproduced.json").is_file():
@@ -127,20 +127,20 @@ def accuracies(
 
 
 def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
-    """The paper's tables beside what was run, as Markdown.
+    """The paper's tables and the results of the runs, as Markdown.
 
     Args:
-      root: the folder of the run directorys.
-      seeds: that are counted in.
-      tflops: sustained, for the arithmetic of what a cell costs.
+      root: directory of the run directories.
+      seeds: seeds of the runs.
+      tflops: sustained TFLOP/s, from which the hours are computed.
     """
     rows = []
     remarks: list[str] = []
     for row in paper_results.ROWS:
         cell = Cell(*row[1:4])
         folders = _folders(root, cell, seeds)
-        found, said = accuracies(folders, row.protocol)
-        remarks += [x for x in said if x not in remarks]
+        found, cell_remarks = accuracies(folders, row.protocol)
+        remarks += [x for x in cell_remarks if x not in remarks]
         begun = any((folder / "config.json").is_file() for folder in folders)
         ours = "not finished" if begun else "not run"
         if found:
@@ -149,7 +149,7 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
             ours += (
                 f" ± {html_page.percent(spread.sd)}" if spread.sd is not None else ""
             )
-            ours += " *" if said else ""
+            ours += " *" if cell_remarks else ""
         hours = cell.flop / (tflops * 1e12) / 3600
         cost = f"{hours:.1f}" if row.table == "Table 1" else "as in Table 1"
         rows.append(
@@ -159,13 +159,13 @@ def table(root: Path, seeds: Sequence[int], *, tflops: float) -> str:
                 *(ours, str(len(found)), cost),
             )
         )
-    head = ("table", "data set", "backbone", "kind", "protocol", "the paper, %")
-    head += ("ours, %", "runs", "hours of a run, by arithmetic")
+    head = ("table", "dataset", "backbone", "kind", "protocol", "paper, %")
+    head += ("this code, %", "runs", "hours per run, estimated")
     total = sum(cell.flop for cell in CELLS)
     lines = [
         html_page.markdown_table(head, rows),
         "",
-        "The last column is arithmetic, not a measurement: GFLOP of a step for a "
+        "The last column is an estimate, not a measurement: GFLOP of a step per "
         f"image ({CRA_GFLOP['resnet50']} and {CRA_GFLOP['resnet101']} for CRA-CNN, "
         f"two thirds for the baseline), times training images, times {EPOCHS} "
         "epochs, at "
@@ -182,32 +182,38 @@ def _folders(root: Path, cell: Cell, seeds: Sequence[int]) -> list[Path]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; settings of `launch.py` may stand among them."""
+    """Parses the flags, which may include config flags of `launch.py`."""
     parser = argparse.ArgumentParser(
-        description="Runs the cells of the paper's tables, and prints them beside its "
-        "figures. --config.KEY=VALUE is handed to every training.",
+        description="Runs the cells of the paper's tables and compares them with the "
+        "paper. --config.KEY=VALUE is passed to every training.",
     )
     names = [cell.name for cell in CELLS]
     parser.add_argument(
         "--only", nargs="+", choices=names, metavar="CELL", help=", ".join(names)
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--cub", default="", help="CUB_200_2011; empty: fetched")
-    parser.add_argument("--cars", default="", help="Stanford Cars, which cannot be")
+    parser.add_argument(
+        "--cub", default="", help="directory CUB_200_2011; if empty, it is downloaded"
+    )
+    parser.add_argument(
+        "--cars",
+        default="",
+        help="directory of Stanford Cars, which cannot be downloaded",
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/reproduce"))
     parser.add_argument(
         "--tflops",
         type=float,
         default=20,
-        help="TFLOP/s sustained, for what a run costs (default 20; PyTorch with mixed "
-        "precision reaches 60 with ResNet-50 on an A100)",
+        help="sustained TFLOP/s, for the estimated hours (default 20; PyTorch with "
+        "mixed precision reaches 60 with ResNet-50 on an A100)",
     )
     parser.add_argument("--dry_run", action="store_true", help="list the commands")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     arguments, settings = parser.parse_known_args(argv)
     for setting in settings:
         if not setting.startswith("--config.") or "=" not in setting:
-            parser.error(f"{setting!r} is no flag, and no --config.KEY=VALUE")
+            parser.error(f"{setting!r} is not a flag: give --config.KEY=VALUE")
     for name in ("cub", "cars"):
         path = getattr(arguments, name)
         setattr(arguments, name, str(Path(path).resolve()) if path else "")
@@ -219,7 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     cells = [c for c in CELLS if not arguments.only or c.name in arguments.only]
     failed = []
-    elsewhere = any(x.startswith("--config.data.source=") for x in arguments.settings)
+    other_source = any(
+        x.startswith("--config.data.source=") for x in arguments.settings
+    )
     for cell in () if arguments.table else cells:
         path = getattr(arguments, cell.data)
         for seed, workdir in zip(
@@ -232,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             if arguments.dry_run:
                 print("\n".join(map(shlex.join, lines)))
-            elif cell.data == "cars" and not path and not elsewhere:
-                print(f"{workdir.name}: left out, since Cars cannot be fetched: --cars")
+            elif cell.data == "cars" and not path and not other_source:
+                print(f"{workdir.name}: skipped: give the directory of Cars by --cars")
                 failed.append(workdir.name)
             elif not run_cell(workdir, lines):
                 failed.append(workdir.name)
@@ -252,4 +260,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command resumes")

@@ -1,13 +1,13 @@
-"""The sampler against torch's `grid_sample` and SciPy's `map_coordinates` in JAX.
+"""Compares the sampler with torch's `grid_sample` and JAX's `map_coordinates`.
 
     python -m benchmarks.sampler_speed
-    python -m benchmarks.sampler_speed --batch 64 --topology v5p:1x1x1    # on paper
+    python -m benchmarks.sampler_speed --batch 64 --topology v5p:1x1x1    # compile only
 
-Images of 448 to attentions of 224, in float32: forward, and forward with the
-gradient to the grid, as a training step wants it.
+Samples attentions of 224 px from images of 448 px in float32. Measures the forward
+pass, and the forward pass with the gradient to the grid, as in a training step.
 
-With --topology, nothing runs: a TPU's compiler says what both ways to gather would take
-there (`pip install libtpu`; no TPU is needed).
+With --topology, both gather implementations are compiled for a TPU, and the memory of
+the programs is printed (`pip install libtpu`; no TPU is needed).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cra_jax import geometry
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The sampler beside its peers.")
+    parser = argparse.ArgumentParser(description="Compares the speed of the sampler.")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image_px", type=int, default=448)
     parser.add_argument("--attention_px", type=int, default=224)
@@ -35,12 +35,14 @@ def main() -> None:
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="processor time, not the wall's: for a machine that does other work, too",
+        help="measure processor time, for a machine that runs other programs",
     )
-    parser.add_argument("--topology", default="", help="of a TPU, such as v5p:1x1x1")
+    parser.add_argument(
+        "--topology", default="", help="TPU topology, such as v5p:1x1x1"
+    )
     options = parser.parse_args()
     if options.topology:
-        return _ask_compiler(options)
+        return _compile_and_measure(options)
     actions = {
         f"{peer}, {what}": action
         for peer, make in (
@@ -51,7 +53,7 @@ def main() -> None:
         for what, action in make(*_inputs(options)).items()
     }
     clock = time.process_time if options.cpu_time else time.perf_counter
-    times = timing.by_turns(actions, repeats=options.repeats, clock=clock)
+    times = timing.measure_alternately(actions, repeats=options.repeats, clock=clock)
     print(timing.machine())
     size = f"{options.batch} x {options.image_px} to {options.attention_px}"
     unit = "ms of the processor" if options.cpu_time else "ms"
@@ -59,17 +61,17 @@ def main() -> None:
     for name, taken in times.items():
         peer = times[f"grid_sample, {name.partition(', ')[2]}"]
         rows.append([name, timing.summary(taken), f"{timing.ratio(taken, peer):.2f}"])
-    print(timing.table([size, unit, "times grid_sample's"], rows))
+    print(timing.table([size, unit, "relative to grid_sample"], rows))
 
 
-def _ask_compiler(options: argparse.Namespace) -> None:
-    """Memory and traffic of the attention and its gradient in a TPU's program."""
+def _compile_and_measure(options: argparse.Namespace) -> None:
+    """Prints memory and traffic of the attention and its gradient in a TPU program."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
     where = memory.place(memory.find_device(options.topology))
     side = (options.attention_px, options.attention_px)
 
     def attend(gamma_res, images, kernel):
-        """With what stands around it in a training step, which chooses layouts, too."""
+        """The attention between operations of a training step, which affect layouts."""
         images = (images.astype(jnp.float32) - 120) / 60
         grid = geometry.attention_grid(gamma_res, side)
         attention = geometry.bilinear_sample(images, grid)
@@ -100,7 +102,7 @@ def _ask_compiler(options: argparse.Namespace) -> None:
 
 
 def _inputs(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images, grids as a training has them, and the gradient that comes back."""
+    """Images, grids as in training, and the gradient to the samples."""
     rng = np.random.default_rng(0)
     batch, side = options.batch, options.attention_px
     image = rng.normal(size=(batch, options.image_px, options.image_px, 3))
@@ -112,12 +114,12 @@ def _inputs(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _both(sample, image, grid, cotangent):
-    """Forward, and forward with the gradient to the grid, compiled."""
+    """Compiles the forward pass, and the forward pass with the gradient to the grid."""
     arrays = [jnp.asarray(x) for x in (image, grid, cotangent)]
 
     def with_gradient(image, grid, cotangent):
-        sampled, pull = jax.vjp(lambda grid: sample(image, grid), grid)
-        return sampled, pull(cotangent)
+        sampled, backward = jax.vjp(lambda grid: sample(image, grid), grid)
+        return sampled, backward(cotangent)
 
     forward, both = jax.jit(sample), jax.jit(with_gradient)
     return {

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times taken by turns, and what they were taken on."""
+"""Alternating time measurements, and a description of the machine."""
 
 import importlib.metadata
 import os
@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-# FLOP/s in bfloat16 without sparsity, of one device, by how JAX calls its kind. From
-# the makers' data sheets.
+# FLOP/s of one device in bfloat16 without sparsity, by its device kind in JAX. From
+# the data sheets of the manufacturers.
 PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
     "L4": 121e12,
-    "T4": 65e12,  # float16: it has no bfloat16
+    "T4": 65e12,  # float16; a T4 has no bfloat16
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -27,19 +27,24 @@ PEAKS = {
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy", "pillow")
 
 
-def by_turns(
+def measure_alternately(
     actions: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each action, taken by turns: the machine's moods hit all alike.
+    """Measures the milliseconds of each action, in alternation.
+
+    Alternation exposes all actions to the same load of the machine.
 
     Args:
-      actions: each runs once and waits for its result.
-      repeats: rounds that count; two more, before them, warm up (a step whose result
-        is its next input compiles twice).
-      clock: in seconds; `time.process_time` counts what other programs do not take.
+      actions: functions that run once and wait for the result.
+      repeats: measured rounds. Two rounds before them are not measured, because a step
+        whose result is its next input compiles twice.
+      clock: returns seconds; `time.process_time` excludes other programs.
+
+    Returns:
+      A list of `repeats` times for each action.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(repeats + 2):
@@ -52,24 +57,24 @@ def by_turns(
 
 
 def summary(values: Sequence[float], *, digits: int = 1) -> str:
-    """Median, and the quartiles as its spread: "9.1 (8.8 to 9.9)"."""
+    """Median and quartiles: "9.1 (8.8 to 9.9)"."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def ratio(values: Sequence[float], of: Sequence[float]) -> float:
-    """How many times as long as its peer: the median over the rounds."""
+    """Median over the rounds of the ratio of two times."""
     return statistics.median(a / b for a, b in zip(values, of, strict=True))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; its first column is text, the others are numbers."""
+    """A Markdown table with text in the first column and numbers in the others."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def machine() -> str:
-    """Devices, processor, cores, versions and commit, as one line."""
+    """Devices, processor, cores, versions and commit in one line."""
     import jax
 
     device = jax.devices()[0]
@@ -88,10 +93,10 @@ def machine() -> str:
 
 
 def peak_flops() -> tuple[float, str]:
-    """What one device could do in a second, and where that figure is from.
+    """Peak FLOP/s of one device, and the source of that number.
 
-    Of a kind that `PEAKS` does not have, as of a CPU, it is what a product of two
-    float32 matrices of 2,048 reaches here and now.
+    For a device kind that is not in `PEAKS`, such as a CPU, the peak is measured by a
+    product of two float32 matrices of size 2,048.
     """
     import jax
     import jax.numpy as jnp
@@ -107,9 +112,9 @@ def peak_flops() -> tuple[float, str]:
     def once() -> None:
         product(matrix, matrix).block_until_ready()
 
-    taken = by_turns({"product": once}, repeats=7)["product"]
+    taken = measure_alternately({"product": once}, repeats=7)["product"]
     peak = 2 * side**3 / (min(taken) / 1000)
-    return peak, f"a product of matrices of {side}, {peak / 1e9:.0f} GFLOP/s in float32"
+    return peak, f"a matrix product of size {side}, {peak / 1e9:.0f} GFLOP/s in float32"
 
 
 def _processor() -> str:
@@ -121,12 +126,12 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of the code that runs; with a + where the working tree has changes."""
+    """Commit of the code, with a + if the working tree has changes."""
     here = Path(__file__).resolve().parent
     try:
-        asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+"]
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+"]
         return subprocess.run(
-            asked, capture_output=True, text=True, check=True
+            command, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

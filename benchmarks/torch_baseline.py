@@ -1,8 +1,8 @@
-"""CRA-CNN's training step in PyTorch, as one would write it there: the peer.
+"""The training step of CRA-CNN in PyTorch, for comparison.
 
-The equations are the paper's, in the same reading as `cra_jax` (guard and head
-normalisation included), so that both do the same work. `channels_last`, and on a GPU
-bfloat16 autocast.
+It implements the equations as `cra_jax` does, with the guard and the normalization of
+the head, so that both sides do the same work. It uses `channels_last`, and bfloat16
+autocast on a GPU.
 """
 
 import math
@@ -19,7 +19,7 @@ _MARGIN = 0.7
 
 
 class CRACNN(nn.Module):
-    """Both streams and the ART module; `baseline` has the first stream alone."""
+    """Both streams and the ART module, or only the first stream for the baseline."""
 
     def __init__(self, arch: str, num_classes: int, *, art_px: int, baseline: bool):
         super().__init__()
@@ -33,35 +33,39 @@ class CRACNN(nn.Module):
                 self.head.bias.copy_(torch.tensor([0, 0, math.atanh(0.9), 0]))
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Eq. 9 for ``[b, 3, h, w]`` normalised images."""
+        """Loss of Eq. 9 for ``[b, 3, h, w]`` normalized images."""
         stages = self.classification.stages(images)
         loss = functional.cross_entropy(stages["logits"], labels)
         if self.baseline:
             return loss
         pooled = functional.normalize(stages["pooled"].float(), dim=1)
-        # Coordinates need float32: at 448 pixels, bfloat16 is off by a pixel.
+        # In bfloat16, coordinates at 448 px have errors of a pixel.
         with torch.autocast(images.device.type, enabled=False):
             gamma = self.head(pooled)
             angle_rad, scale = gamma[:, 3:], 0.5 * torch.tanh(gamma[:, 2:3])
             reach = scale.abs() * (angle_rad.cos().abs() + angle_rad.sin().abs())
-            place = (1 - reach) * torch.tanh(gamma[:, :2])  # in the image
+            place = (1 - reach) * torch.tanh(gamma[:, :2])  # inside the image
             gamma_res = torch.cat([place, scale, angle_rad], 1)
-            attention, redundancy = self._examine(images.float(), gamma_res)
-        shown = torch.cat([attention, redundancy])
-        shown = shown.contiguous(memory_format=torch.channels_last)
-        scores = self.regularization(shown).float()
-        ours, rest = scores.chunk(2)
-        loss = loss + functional.cross_entropy(ours, labels)
+            attention, redundancy = self._sample(images.float(), gamma_res)
+        inputs = torch.cat([attention, redundancy])
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        scores = self.regularization(inputs).float()
+        attended, redundant = scores.chunk(2)
+        loss = loss + functional.cross_entropy(attended, labels)
         distance = gamma_res - gamma_res.new_tensor(_EXPECTATION)
         outside = distance.abs() > distance.new_tensor(_THRESHOLD)
         loss = loss + _norm(distance * outside).mean()
-        ours, rest = functional.normalize(ours), functional.normalize(rest)
-        between = _norm(rest[::2] - rest[1::2])
-        hinges = (between - _norm(rest[i::2] - ours[i::2]) + _MARGIN for i in range(2))
+        attended = functional.normalize(attended)
+        redundant = functional.normalize(redundant)
+        between = _norm(redundant[::2] - redundant[1::2])
+        hinges = (
+            between - _norm(redundant[i::2] - attended[i::2]) + _MARGIN
+            for i in range(2)
+        )
         return loss + sum(torch.relu(hinge).mean() for hinge in hinges)
 
-    def _examine(self, images: torch.Tensor, gamma_res: torch.Tensor):
-        """Attention (Eq. 4) and redundancy (Eq. 5)."""
+    def _sample(self, images: torch.Tensor, gamma_res: torch.Tensor):
+        """Samples attention (Eq. 4) and redundancy (Eq. 5)."""
         x, y, scale, angle = gamma_res.unbind(1)
         cos, sin = scale * angle.cos(), scale * angle.sin()
         rows = [torch.stack([cos, -sin, x], 1), torch.stack([sin, cos, y], 1)]
@@ -84,7 +88,7 @@ class CRACNN(nn.Module):
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Length of rows, with gradient 0 at 0."""
+    """Norm of rows, with gradient 0 at 0."""
     squared = x.square().sum(1)
     return torch.where(squared > 0, squared.clamp(min=1e-30).sqrt(), 0)
 
@@ -99,7 +103,11 @@ def make_step(
     bfloat16: bool,
     compiled: bool,
 ):
-    """``(uint8 [b, h, w, 3], labels [b]) -> loss``: one update by momentum SGD."""
+    """Returns a function that does one update with momentum SGD.
+
+    Its arguments are uint8 images ``[b, h, w, 3]`` and labels ``[b]``; it returns the
+    loss.
+    """
     network = CRACNN(arch, num_classes, art_px=art_px, baseline=baseline)
     network = network.to(device).train()
     network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -112,7 +120,7 @@ def make_step(
 
     def step(images, labels):
         normalized = (images.to(device).float() / 255 - mean) / std
-        normalized = normalized.permute(0, 3, 1, 2)  # channels last as it is
+        normalized = normalized.permute(0, 3, 1, 2)  # keeps channels last
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             loss = loss_of(normalized, labels.to(device))
         optimizer.zero_grad(set_to_none=True)

@@ -1,15 +1,17 @@
-"""One training step, CRA-CNN's and the baseline's, here and in PyTorch, by turns.
+"""Measures a training step of CRA-CNN and the baseline, here and in PyTorch.
 
     python -m benchmarks.train_step_speed    # a CPU: 224 px, batch 4
     python -m benchmarks.train_step_speed --crop_px 448 --batch 64    # a GPU
-    python -m benchmarks.train_step_speed --profile trace    # and where the time goes
+    python -m benchmarks.train_step_speed --profile trace    # with a profile
 
-Everything from uint8 images on the host to the updated weights; both sides take the
-same images, ResNet, losses and optimiser. On a GPU both compute in bfloat16.
+A step starts with uint8 images on the host and ends with the updated weights. Both
+sides have the same images, ResNet, losses and optimizer. On a GPU both compute in
+bfloat16.
 
-"utilisation" is the model's FLOPs, as XLA counts them before it optimises, over what
-the device could do in that time. "sampler and losses" is CRA-CNN's step with streams
-of next to no arithmetic: what the method itself costs.
+"utilization" is the model's FLOP, as XLA counts them before optimization, divided by
+the FLOP of the device at its peak. "sampler and losses" is a step of CRA-CNN whose
+streams are replaced by averages of the pixels: the cost of the method without the
+ResNets.
 """
 
 import argparse
@@ -40,14 +42,20 @@ ALONE = "sampler and losses, here"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Training steps beside PyTorch's.")
+    parser = argparse.ArgumentParser(
+        description="Compares the speed of a training step with PyTorch."
+    )
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop_px", type=int, default=224)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile, too")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of one step")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure torch.compile as well"
+    )
+    parser.add_argument(
+        "--profile", type=Path, help="directory for a trace of one step"
+    )
     options = parser.parse_args()
     devices.keep_freed_memory()
     images, labels = _images(options)
@@ -60,7 +68,7 @@ def main() -> None:
     actions[ALONE], flops[ALONE.partition(",")[0]] = _ours(
         "cra", options, images, labels, streams=False
     )
-    times = timing.by_turns(actions, repeats=options.repeats)
+    times = timing.measure_alternately(actions, repeats=options.repeats)
     peak, source = timing.peak_flops()
     print(timing.machine())
     print(f"{options.backbone}, batch {options.batch}, {options.crop_px} px")
@@ -81,9 +89,9 @@ def main() -> None:
                 f"{100 * used:.1f} %" if side == "here" and peer else "",
             ]
         )
-    header = ["step", "ms", "images/s", "times PyTorch's speed"]
-    print(timing.table([*header, "times baseline's time", "utilisation"], rows))
-    print(f"utilisation: of {source}, on {jax.device_count()} device(s)")
+    header = ["step", "ms", "images/s", "speed relative to PyTorch"]
+    print(timing.table([*header, "time relative to baseline", "utilization"], rows))
+    print(f"utilization: relative to {source}, on {jax.device_count()} device(s)")
     share = timing.ratio(times[ALONE], times["cra, here"])
     print(f"sampler and losses: {100 * share:.1f} % of CRA-CNN's step")
     if options.profile:
@@ -91,10 +99,10 @@ def main() -> None:
 
 
 def _profile(action: Callable[[], None], folder: Path, *, most: int = 12) -> str:
-    """Traces one call; the kinds of operations that took longest, as a table.
+    """Traces one call and returns a table of the longest operations.
 
-    Kinds are XLA's names without their numbers, times are summed over threads and
-    devices. The folder opens in Perfetto, XProf or TensorBoard.
+    Operations are grouped by XLA's name without its number. Times are sums over threads
+    and devices. Perfetto, XProf and TensorBoard can open the directory.
     """
     with jax.profiler.trace(str(folder)):
         action()
@@ -124,14 +132,14 @@ def _images(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=True):
-    """The step that the training loop runs, and its FLOPs.
+    """The step that the training loop runs, and its FLOP.
 
     Args:
-      kind: of `model.KINDS`.
-      options: of the command line.
+      kind: a key of `model.KINDS`.
+      options: options of the command line.
       images: uint8 ``[b, h, w, 3]``.
       labels: ``[b]``.
-      streams: False: next to nothing in place of both ResNets.
+      streams: whether to keep both ResNets; if not, `_Averages` replaces them.
     """
     config = get_config(f"{options.backbone},{kind}")
     config.model.pretrained = ""
@@ -163,7 +171,7 @@ def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=Tru
     batch = {"image": images, "label": labels, "flip": np.zeros(len(labels), bool)}
     shapes = jax.eval_shape(lambda: state)
     counted = step.lower(shapes, devices.split(batch)).cost_analysis()
-    # Of one device's share; a step's model FLOPs are those of all.
+    # The count is that of one device.
     flops = (counted or {}).get("flops", 0.0) * jax.device_count()
     held = [state]
 
@@ -175,7 +183,7 @@ def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=Tru
 
 
 class _Averages(nn.Module):
-    """A stream of next to no arithmetic: scores of an image's mean colour."""
+    """A stream with little arithmetic: a linear layer on the mean colour."""
 
     num_classes: int
 
@@ -184,7 +192,9 @@ class _Averages(nn.Module):
         features = images.astype(jnp.float32)
         pooled = features.mean((1, 2))
         del train
-        self.variable("batch_stats", "mean", jnp.zeros, (3,))  # steps expect some
+        self.variable(
+            "batch_stats", "mean", jnp.zeros, (3,)
+        )  # training steps expect batch_stats
         logits = nn.Dense(self.num_classes)(pooled)
         return layers.Outputs(logits=logits, features=features, pooled=pooled)
 

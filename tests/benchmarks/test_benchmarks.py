@@ -1,4 +1,4 @@
-"""The PyTorch peer computes what is computed here: else its time would mean nothing."""
+"""Tests of the PyTorch code that is compared, and of time measurements."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SIDE = 64
 
 
 @pytest.mark.parametrize("kind", ["baseline", "cra"])
-def test_the_peer_has_the_same_loss(kind):
+def test_pytorch_code_has_the_same_loss(kind):
     config = get_config(f"resnet10,{kind}")
     config.art.size_px = SIDE // 2
     network = build.build_network(config, 5)
@@ -49,14 +49,14 @@ def test_the_peer_has_the_same_loss(kind):
     assert float(ours) == pytest.approx(theirs.item(), rel=2e-4)
 
 
-def test_ratios_are_taken_round_by_round():
+def test_ratios_are_computed_per_round():
     assert timing.ratio([2.0, 40.0, 6.0], [1.0, 20.0, 2.0]) == 2.0
     assert timing.summary([1.0, 2.0, 3.0]) == "2.0 (1.0 to 3.0)"
 
 
-def test_actions_take_turns():
+def test_actions_alternate():
     seen = []
     actions = {name: (lambda name=name: seen.append(name)) for name in "ab"}
-    times = timing.by_turns(actions, repeats=3)
+    times = timing.measure_alternately(actions, repeats=3)
     assert seen == list("ab" * 5)
     assert [len(taken) for taken in times.values()] == [3, 3]

@@ -1,4 +1,4 @@
-"""The memory that `benchmarks.memory` counts, and what the compiler says of it."""
+"""Tests of counted and compiled memory."""
 
 import jax
 import pytest
@@ -13,7 +13,7 @@ def _step(tmp_path, **changes):
     )
 
 
-def test_what_is_kept_follows_the_settings(tmp_path):
+def test_activations_depend_on_the_settings(tmp_path):
     plain = memory.count_kept(_step(tmp_path))
     twice = memory.count_kept(_step(tmp_path, **{"train.batch_size": 32}))
     parts = memory.count_kept(_step(tmp_path, **{"train.accumulate": 2}))
@@ -23,7 +23,7 @@ def test_what_is_kept_follows_the_settings(tmp_path):
     assert again < 0.5 * plain
 
 
-def test_the_state_is_parameters_momentum_and_gradient(tmp_path):
+def test_the_state_has_parameters_momentum_and_gradient(tmp_path):
     step = _step(tmp_path)
     parameters = memory.size(step.state.params)
     counted = memory.count_state(step)
@@ -34,8 +34,8 @@ def test_the_state_is_parameters_momentum_and_gradient(tmp_path):
     ) == pytest.approx(4 * parameters + rest, abs=100)
 
 
-def test_the_compiler_is_asked(tmp_path):
+def test_compiled_memory(tmp_path):
     step = _step(tmp_path, **{"model.kind": "baseline", "model.width": 4})
-    peak = memory.ask_compiler(step, jax.local_devices()[0])
+    peak = memory.compile_and_measure(step, jax.local_devices()[0])
     assert peak > memory.size(step.state) + memory.size(step.batch)
     assert peak < 10 * (memory.count_state(step) + memory.count_kept(step))

@@ -1,4 +1,4 @@
-"""The paper's tables: which commands, what is counted in, and a cell that is killed."""
+"""Tests of the cells of the paper's tables: commands, table and interruption."""
 
 import json
 import os
@@ -35,8 +35,7 @@ def test_the_cells_are_table_1():
     ]
 
 
-def test_each_cell_is_its_config(tmp_path):
-    """Each command's config, read as launch.py reads it, is the cell's."""
+def test_commands_have_the_config_of_the_cell(tmp_path):
     for cell in reproduce.CELLS:
         train, score, report = reproduce.commands(
             cell, tmp_path / cell.name, seed=3, path="/data", settings=["--config.x=1"]
@@ -57,7 +56,7 @@ def test_each_cell_is_its_config(tmp_path):
         assert all(f"--workdir={tmp_path / cell.name}" in c for c in (train, score))
 
 
-def test_the_cost_is_the_sum_it_says():
+def test_flop_of_a_cell():
     cell = reproduce.Cell("cub", "resnet101", "cra")
     assert cell.flop == 281e9 * 5994 * 140
     baseline = reproduce.Cell("cub", "resnet101", "baseline")
@@ -68,7 +67,7 @@ def _finish(workdir):
     (workdir / "reproduced.json").write_text("[]")
 
 
-def test_the_table_counts_what_is_finished_alone(tmp_path):
+def test_the_table_has_finished_runs_only(tmp_path):
     whole: dict = {"labels": (0, 1) * 2897, "changes": {"train.epochs": 140}}
     for seed, right in ((0, 4900), (1, 5000)):
         make(tmp_path / f"cub-resnet50-cra-seed{seed}", right=right, seed=seed, **whole)
@@ -95,10 +94,10 @@ def test_the_table_counts_what_is_finished_alone(tmp_path):
     }
     assert {key: cells[key] for key in ours} == ours
     assert "* cub-resnet101-cra-seed0: 10 test images of cub, 2 epochs" in text
-    assert "arithmetic, not a measurement" in text
+    assert "an estimate, not a measurement" in text
 
 
-def test_a_dry_run_lists_and_leaves_nothing(tmp_path, capsys):
+def test_a_dry_run_lists_commands_and_writes_nothing(tmp_path, capsys):
     root = tmp_path / "runs"
     only = ["--only", "cars-resnet50-cra", "--seeds", "0", "1"]
     assert reproduce.main(["--dry_run", f"--root={root}", *only]) == 0
@@ -107,19 +106,19 @@ def test_a_dry_run_lists_and_leaves_nothing(tmp_path, capsys):
     assert not root.exists()
 
 
-def test_cars_without_a_path_are_left_out_by_name(tmp_path, capsys):
+def test_cars_without_a_path_are_skipped_with_a_message(tmp_path, capsys):
     only = ["--only", "cars-resnet50-cra"]
     assert reproduce.main([f"--root={tmp_path}", *only]) == 1
-    assert "cars-resnet50-cra-seed0: left out" in capsys.readouterr().out
+    assert "cars-resnet50-cra-seed0: skipped" in capsys.readouterr().out
 
 
-def test_a_flag_that_is_none_is_refused(capsys):
+def test_an_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         reproduce.main(["--dry_run", "--config.train.epochs", "3"])
-    assert "is no flag" in capsys.readouterr().err
+    assert "is not a flag" in capsys.readouterr().err
 
 
-def test_a_cell_that_fails_is_tried_again(tmp_path):
+def test_a_failed_cell_is_repeated(tmp_path):
     workdir = tmp_path / "cell"
     workdir.mkdir()
     touch = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"]
@@ -127,14 +126,14 @@ def test_a_cell_that_fails_is_tried_again(tmp_path):
     assert not reproduce.run_cell(workdir, [touch, fail])
     assert not (workdir / "reproduced.json").exists()
     assert reproduce.run_cell(workdir, [touch, touch])
-    assert reproduce.run_cell(workdir, [touch, touch])  # finished: nothing runs
+    assert reproduce.run_cell(workdir, [touch, touch])  # finished, so nothing runs
     assert (tmp_path / "ran").read_text() == "xxx"
     assert reproduce.run_cell(workdir, [touch])  # other commands are another cell
     assert (tmp_path / "ran").read_text() == "xxxx"
 
 
 @pytest.mark.slow
-def test_a_killed_cell_goes_on_and_a_finished_one_is_taken_as_it_is(tmp_path):
+def test_a_killed_cell_resumes_and_a_finished_one_is_skipped(tmp_path):
     root, cell = tmp_path / "runs", "cub-resnet50-cra"
     command = [sys.executable, "-m", "benchmarks.reproduce", "--only", cell]
     command += [f"--root={root}", *TINY, f"--config.data.cache_dir={tmp_path / 'c'}"]
@@ -152,7 +151,7 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_taken_as_it_is(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    # Killed once a checkpoint of the first epoch is there: it goes on from one.
+    # Killed after a checkpoint of the first epoch, from which it resumes.
     deadline = time.monotonic() + 300
     while not any(x.name.isdecimal() for x in workdir.glob("checkpoints/*")):
         assert process.poll() is None
