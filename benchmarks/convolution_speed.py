@@ -134,9 +134,9 @@ def _ours(kind: Kind, batch: int) -> Callable[[], object]:
         to_kernel, to_input = back(cotangent)
         return y, to_kernel, to_input if kind.to_input else None
 
-    held = jax.device_put((kernel, x))
-    held = (*held, jnp.ones_like(apply(*held)))
-    return lambda: jax.block_until_ready(step(*held))
+    inputs = jax.device_put((kernel, x))
+    inputs = (*inputs, jnp.ones_like(apply(*inputs)))
+    return lambda: jax.block_until_ready(step(*inputs))
 
 
 def _peer(kind: Kind, batch: int) -> Callable[[], object]:
@@ -146,16 +146,16 @@ def _peer(kind: Kind, batch: int) -> Callable[[], object]:
     weight = weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
     images.requires_grad_(kind.to_input)
     weight.requires_grad_()
-    held: list = []
+    cotangents: list = []
 
     def action() -> object:
         images.grad = weight.grad = None
         y = torch.nn.functional.conv2d(
             images, weight, stride=kind.stride, padding=kind.size // 2
         )
-        if not held:
-            held.append(torch.ones_like(y))
-        y.backward(held[0])
+        if not cotangents:
+            cotangents.append(torch.ones_like(y))
+        y.backward(cotangents[0])
         return weight.grad
 
     return action

@@ -45,7 +45,7 @@ def main() -> None:
             if size < 2 * n:
                 raise SystemExit(
                     f"--batch={options.batch} has no pair of images for each of "
-                    f"{n} devices: give at least {2 * n}"
+                    f"{n} devices: give at least {2 if batch == 'weak' else 2 * n}"
                 )
             for reduced in (True, False):
                 actions[f"{batch}, {n}, {reduced}"] = _action(
@@ -101,7 +101,7 @@ def _action(options: argparse.Namespace, devices: Any, size: int, reduced: bool)
     state = train_step.create_state(
         jax.random.key(0), training.network, training.optimizer, crop_px=options.crop_px
     )
-    held = [devices.on_each_device(state, devices=devices)]
+    current = [devices.on_each_device(state, devices=devices)]
     rng = np.random.default_rng(0)
     shape = (size, options.crop_px, options.crop_px, 3)
     batch = {
@@ -112,8 +112,8 @@ def _action(options: argparse.Namespace, devices: Any, size: int, reduced: bool)
     batch = devices.split(batch, len(devices))
 
     def action() -> None:
-        held[0], terms = step(held[0], batch)
-        jax.block_until_ready((held[0], terms))
+        current[0], terms = step(current[0], batch)
+        jax.block_until_ready((current[0], terms))
 
     return action
 

@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--remat", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--crop_px", type=int, default=448)
     options = parser.parse_args()
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host
     print(f"\nCRA-CNN at {options.crop_px} px, on one device; GB (1e9 bytes)")
     columns = ["backbone", "batch", "accumulate", "dtype", "remat"]
     columns += ["state", "activations", "sum"]

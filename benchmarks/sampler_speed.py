@@ -66,7 +66,7 @@ def main() -> None:
 
 def _compile_and_measure(options: argparse.Namespace) -> None:
     """Prints memory and traffic of the attention and its gradient in a TPU program."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host
     where = memory.place(memory.find_device(options.topology))
     side = (options.attention_px, options.attention_px)
 

@@ -173,11 +173,11 @@ def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=Tru
     counted = step.lower(shapes, devices.split(batch)).cost_analysis()
     # The count is that of one device.
     flops = (counted or {}).get("flops", 0.0) * jax.device_count()
-    held = [state]
+    current = [state]
 
     def action():
-        held[0], terms = step(held[0], devices.split(batch))
-        jax.block_until_ready((held[0], terms))
+        current[0], terms = step(current[0], devices.split(batch))
+        jax.block_until_ready((current[0], terms))
 
     return action, flops
 

@@ -184,12 +184,12 @@ def test_different_images_are_not_paired():
 
 
 def test_results_of_other_settings_are_listed_and_not_counted(tmp_path):
-    gone = {**_line("cra", 0), "row": "removed"}
+    removed = {**_line("cra", 0), "row": "removed"}
     old = {**_line("cra", 1), "fingerprint": "0" * 12}
-    found, others = results.collect([_line("cra", 0), old, gone])
+    found, others = results.collect([_line("cra", 0), old, removed])
     assert list(found["cra"]) == [0]
-    assert others == [old, gone]
-    write([_line("cra", 0), old, gone], tmp_path)
+    assert others == [old, removed]
+    write([_line("cra", 0), old, removed], tmp_path)
     text = (tmp_path / "study.md").read_text()
     assert "2 results have other settings" in text
     assert "cra, removed" in text
