@@ -1,4 +1,4 @@
-"""The ART module: pooled features -> input of the second stream (Sec. 3.1).
+"""The ART module: features of N_cls -> input of the second stream (Sec. 3.1).
 
 `AttentionHead` predicts the attention parameters Gamma, Eq. (3) and (6). `views`
 samples the attention and the redundancy from the image, Eq. (4) and (5). Training,
@@ -28,6 +28,7 @@ ATTENTION_HEAD = "attention_head"
 """Keys of the parts in a tree of parameters."""
 
 REDUNDANCIES = ("hard", "soft")
+HEADS = ("pooled", "spatial")
 
 # Width of the edges of a soft redundancy, in grid coordinates; the image is 2 wide.
 _SOFTNESS = 0.05
@@ -35,6 +36,11 @@ _SOFTNESS = 0.05
 # Strength of the guard, in loss per image and squared unit of Gamma. A step changes
 # Gamma by at most 2 lr / (1 - momentum) times the gradient, so it is stable to lr 0.2.
 _GUARD_STRENGTH = 0.5
+
+# Sharpness of a spatial head's map, and its gain at the start before it is divided by
+# the bound of the centre: the softmax of a soft map has its mean near the middle.
+_SHARPNESS = 4.0
+_GAIN = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,9 @@ class ArtConfig:
     and scale, see `guard_gradient`; 0: never."""
 
     # --- beyond the paper -----------------------------------------------------------
+    head: str = "pooled"
+    """How Gamma is predicted: "pooled", all of it from the pooled features (Sec. 4.1),
+    or "spatial", the centre from the feature map, see `AttentionHead`."""
     redundancy: str = "hard"
     """Edges of the redundancy: "hard" (Eq. 5, no gradient) or "soft" (logistic)."""
     gradient_share: float = 1.0
@@ -83,11 +92,14 @@ class ArtConfig:
     L_cls2 is the mean of both."""
 
     def __post_init__(self) -> None:
-        if self.redundancy not in REDUNDANCIES:
-            raise ValueError(
-                f"unknown art.redundancy {self.redundancy!r}; choose from "
-                f"{', '.join(REDUNDANCIES)}"
-            )
+        for name, value, known in (
+            ("redundancy", self.redundancy, REDUNDANCIES),
+            ("head", self.head, HEADS),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"unknown art.{name} {value!r}; choose from {', '.join(known)}"
+                )
         for name, holds, rule in (
             ("size_px", self.size_px >= 1, "1 or more"),
             ("alpha_p", 0 < self.alpha_p <= 1, "in (0, 1]"),
@@ -138,32 +150,48 @@ class Attention:
 
 
 class AttentionHead(nn.Module):
-    """Pooled features ``[b, c]`` -> `Attention`, in training and in prediction.
+    """Features of N_cls -> `Attention`, in training and in prediction.
+
+    The head "pooled" is one fully connected layer on the pooled features, Eq. (3). The
+    head "spatial" predicts scale and angle in the same way, and the centre from a score
+    of each cell k of the last feature map f, whose receptive field is centred at c_k::
+
+        z_k = 4 (f_k . w) / |mean_k f_k|,    m = softmax(z),
+        (gamma_1, gamma_2) = bias + gain * sum_k m_k (c_k - mean_k c_k)
+
+    Its weights w are shared by all cells, and 0 at the start, so that training starts
+    at `ArtConfig.init`. Without the mean of the c_k it would not, because the cells of
+    most backbones are not centred in the image. Eq. (6) multiplies the centre by its
+    bound, so the gain starts at 2.5 by that bound.
 
     Attributes:
       config: options of the ART module.
       kind: "cra", or "stn", which learns the six parameters of Eq. (2).
+
+    Source: Sec. 4.1.
+
+    Differs: the paper has no spatial head.
     """
 
     config: ArtConfig
     kind: str = "cra"
 
     @nn.compact
-    def __call__(self, pooled: Array) -> Attention:
-        """Predicts Gamma with one fully connected layer (Sec. 4.1)."""
+    def __call__(
+        self, pooled: Array, features: Array, centres: tuple[Array, Array]
+    ) -> Attention:
+        """Predicts Gamma, and restricts it.
+
+        Args:
+          pooled: ``[b, c]``, mean of the feature map.
+          features: ``[b, h, w, c]``, the last feature map.
+          centres: result of `cell_centres`.
+        """
         config = self.config
-        if config.normalize_head:
-            pooled = losses.l2_normalize(pooled)
         if config.gradient_share < 1:
             pooled = scale_gradient(pooled, config.gradient_share)
-        dense = nn.Dense(
-            6 if self.kind == "stn" else 4,
-            kernel_init=nn.initializers.normal(1e-3),
-            bias_init=lambda *_: jnp.array(self._bias(), jnp.float32),
-            precision="highest",  # the rounding of accelerators is too coarse here
-        )
-        nn.share_scope(self, dense)
-        gamma = dense(pooled)
+            features = scale_gradient(features, config.gradient_share)
+        gamma = self.gamma(pooled, features, centres)
         if self.kind == "stn":
             return Attention(gamma, None, self._clip(gamma.reshape(-1, 2, 3)))
         gamma_res = geometry.restrict(
@@ -174,6 +202,42 @@ class AttentionHead(nn.Module):
         )
         matrix = self._clip(geometry.attention_matrix(gamma_res))
         return Attention(gamma, gamma_res, matrix)
+
+    def gamma(
+        self, pooled: Array, features: Array, centres: tuple[Array, Array]
+    ) -> Array:
+        """Gamma before the restriction: ``[b, 4]``, for the STN ``[b, 6]``."""
+        config, bias = self.config, self._bias()
+        spatial = config.head == "spatial"
+        linear = nn.Dense(
+            2 if spatial else len(bias),
+            use_bias=False,
+            kernel_init=nn.initializers.normal(1e-3),
+            precision="highest",  # the rounding of accelerators is too coarse here
+        )
+        nn.share_scope(self, linear)
+        gamma = linear(losses.l2_normalize(pooled) if config.normalize_head else pooled)
+        if spatial:
+            place = self._place(pooled, features, centres)
+            gamma = jnp.concatenate([place, gamma], -1)
+        return gamma + self.param("bias", lambda _: jnp.array(bias, jnp.float32))
+
+    def _place(
+        self, pooled: Array, features: Array, centres: tuple[Array, Array]
+    ) -> Array:
+        """gamma_1 and gamma_2 of the spatial head, without their bias: ``[b, 2]``."""
+        scores = nn.Dense(
+            1,
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+            precision="highest",
+            name="place_conv",
+        )(features.astype(pooled.dtype))[..., 0]
+        if self.config.normalize_head:
+            scores = scores / losses.safe_length(pooled)[..., None]
+        gain = nn.initializers.constant(_GAIN / self.config.place_bound)
+        place = mean_place(_SHARPNESS * scores, centres)
+        return self.param("place_gain", gain, (2,)) * place
 
     def _bias(self) -> list[float]:
         """Bias that makes training start at `ArtConfig.init`."""
@@ -205,9 +269,11 @@ class TrainedHead:
     params: Any
     head: AttentionHead = struct.field(pytree_node=False)
 
-    def __call__(self, pooled: Array) -> Array:
-        """Predicts matrices ``[b, 2, 3]`` from pooled features ``[b, c]``."""
-        attention = self.head.apply({"params": self.params}, pooled)
+    def __call__(
+        self, pooled: Array, features: Array, centres: tuple[Array, Array]
+    ) -> Array:
+        """Predicts matrices ``[b, 2, 3]``; the arguments are those of the head."""
+        attention = self.head.apply({"params": self.params}, pooled, features, centres)
         assert isinstance(attention, Attention)
         return attention.matrix
 
@@ -225,6 +291,47 @@ def trained_head(
     if ATTENTION_HEAD not in params:
         return None
     return TrainedHead(params[ATTENTION_HEAD], AttentionHead(config, kind))
+
+
+def cell_centres(backbone: Any, features: Array, images: Array) -> tuple[Array, Array]:
+    """Centres of the receptive fields of the cells of a feature map.
+
+    Args:
+      backbone: has a `feature_place_px`, as each of `backbones.families`.
+      features: ``[b, h, w, c]``, its last feature map.
+      images: ``[b, H, W, 3]``, its images.
+
+    Returns:
+      y of the map's rows ``[h]`` and x of its columns ``[w]``, in the frame of
+      `geometry`.
+    """
+    rows, columns = (
+        2
+        * np.asarray(backbone.feature_place_px(np.arange(cells), size_px), float)
+        / (size_px - 1)
+        - 1
+        for cells, size_px in zip(features.shape[1:3], images.shape[1:3], strict=True)
+    )
+    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    return jnp.asarray(rows, dtype), jnp.asarray(columns, dtype)
+
+
+def mean_place(scores: Array, centres: tuple[Array, Array]) -> Array:
+    """Mean centre of the cells, weighted by the softmax of their scores.
+
+    Args:
+      scores: ``[b, h, w]``.
+      centres: result of `cell_centres`.
+
+    Returns:
+      ``[b, 2]`` of ``(x, y)``, relative to the mean centre of all cells: 0 if all
+      scores are equal.
+    """
+    weight = jax.nn.softmax(scores.reshape(len(scores), -1)).reshape(scores.shape)
+    rows, columns = (places - places.mean() for places in centres)
+    # Not a matrix product, because accelerators round its inputs.
+    x, y = (weight.sum(1) * columns).sum(-1), (weight.sum(2) * rows).sum(-1)
+    return jnp.stack([x, y], -1)
 
 
 @struct.dataclass

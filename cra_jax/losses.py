@@ -145,8 +145,13 @@ def contrastive_loss(
 
 def l2_normalize(features: Array) -> Array:
     """Scales features to length 1, ``[..., d] -> [..., d]``; zeros stay zeros."""
+    return features / safe_length(features)
+
+
+def safe_length(features: Array) -> Array:
+    """Length of features as a divisor, ``[..., d] -> [..., 1]``; 1 for zeros."""
     norm = _norm(features)[..., None]
-    return features / jnp.where(norm > 0, norm, 1)
+    return jnp.where(norm > 0, norm, 1)
 
 
 def _norm(vectors: Array) -> Array:

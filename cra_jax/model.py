@@ -61,7 +61,10 @@ class CRACNN(nn.Module):
         if self.regularization_stream is None:
             return Outputs(classified.logits)
         head = AttentionHead(self.art, self.kind, name=art_module.ATTENTION_HEAD)
-        attention = head(classified.pooled)
+        centres = art_module.cell_centres(
+            self.classification_stream, classified.features, images
+        )
+        attention = head(classified.pooled, classified.features, centres)
         seen = art_module.views(images, attention, self.art)
         # One batch, so that BatchNorm sees attention and redundancy together.
         views = [
@@ -88,6 +91,12 @@ def create(kind: str, make_backbone: Callable[[], nn.Module], art: ArtConfig) ->
         raise ValueError(
             f"art.inner_scale={art.inner_scale} needs the attention of CRA-CNN, and "
             f"model.kind={kind!r} has none: set it to 0"
+        )
+    if art.head == "spatial" and kind != "cra":
+        has = "learns six parameters" if kind == "stn" else "has no attention"
+        raise ValueError(
+            "art.head='spatial' predicts the centre of CRA-CNN's attention, and "
+            f"model.kind={kind!r} {has}: set art.head='pooled'"
         )
     return CRACNN(
         kind=kind,

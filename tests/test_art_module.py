@@ -163,29 +163,34 @@ def test_gradient_of_each_image_is_clipped_entry_by_entry():
     assert np.abs(_gradient_to_gamma(make_network(**FREE), GAMMA, steep)).max() > 10
 
 
-class ScaledEcho(nn.Module):
-    """An `Echo` that multiplies its pooled feature by a parameter."""
-
-    stride_px = 1
+class Loud(Echo):
+    """An `Echo` whose features have a weight of their own."""
 
     @nn.compact
     def __call__(self, images, train=False):
         scale = self.param("scale", nn.initializers.ones, ())
         flat = images.reshape(len(images), -1)
-        return Outputs(flat, images, scale * images.mean((1, 2)))
+        return Outputs(flat, volume * images, volume * images.mean((1, 2)))
 
 
+@pytest.mark.parametrize("head_kind", art_module.HEADS)
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_gradient_share_scales_gammas_gradient_to_the_classification_stream(share):
+def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(
+    share, head_kind
+):
     images = jnp.asarray(IMAGES, jnp.float32)
     options = {**FREE, "size_px": SIZE, "normalize_head": False, "inside": False}
 
     def gradients(share):
-        config = ArtConfig(gradient_share=share, **options)
-        network = model.create("cra", ScaledEcho, config)
+        config = ArtConfig(gradient_share=share, head=head_kind, **options)
+        network = model.create("cra", Loud, config)
         params = network.init(jax.random.key(0), images)["params"]
         params = {**params, "attention_head": {**params["attention_head"]}}
-        params["attention_head"]["kernel"] = jnp.full((3, 4), 0.3)
+        if head_kind == "pooled":
+            params["attention_head"]["kernel"] = jnp.full((3, 4), 0.3)
+        else:  # the centre alone: its gradient goes through the feature map
+            params["attention_head"]["kernel"] = jnp.zeros((3, 2))
+            params["attention_head"]["place_conv"] = {"kernel": jnp.full((3, 1), 0.3)}
 
         def loss(params):
             out: Any = network.apply({"params": params}, images)
@@ -245,11 +250,17 @@ def test_gamma_of_inverts_the_attention_matrix(gamma):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("kind", ["cra", "stn"])
-def test_trained_head_gives_the_attention_matrix_of_the_training_network(
-    kind, normalize
-):
-    config = ArtConfig(size_px=16, alpha_p=0.8, alpha_s=0.6, normalize_head=normalize)
+@pytest.mark.parametrize(
+    ("kind", "head_kind"), [("cra", "pooled"), ("cra", "spatial"), ("stn", "pooled")]
+)
+def test_the_head_says_what_the_network_in_training_says(kind, head_kind, normalize):
+    config = ArtConfig(
+        size_px=16,
+        alpha_p=0.8,
+        alpha_s=0.6,
+        head=head_kind,
+        normalize_head=normalize,
+    )
     network = model.create(
         kind,
         lambda: resnet.create("resnet10", 5, width=8, stem="small"),
@@ -257,12 +268,15 @@ def test_trained_head_gives_the_attention_matrix_of_the_training_network(
     )
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     variables: Any = jax.jit(network.init)(jax.random.key(1), images)
-    kernel = variables["params"]["attention_head"]["kernel"]
     params = dict(variables["params"])
-    params["attention_head"] = {
-        "kernel": kernel + jax.random.normal(jax.random.key(2), kernel.shape),
-        "bias": params["attention_head"]["bias"],
-    }
+    params["attention_head"] = jax.tree.map_with_path(
+        lambda path, x: (
+            x + jax.random.normal(jax.random.key(2), x.shape)
+            if path[-1].key == "kernel"
+            else x
+        ),
+        params["attention_head"],
+    )
     out = jax.jit(network.apply)({**variables, "params": params}, images)
     assert isinstance(out, model.Outputs)
     assert out.attention is not None
@@ -277,7 +291,8 @@ def test_trained_head_gives_the_attention_matrix_of_the_training_network(
     head = art_module.trained_head(params, config, kind)
     assert head is not None
     classified: Any = jax.jit(backbone.apply)(plain, images)
-    found = head(classified.pooled)
+    centres = art_module.cell_centres(backbone, classified.features, images)
+    found = head(classified.pooled, classified.features, centres)
     assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert np.ptp(np.asarray(found), axis=0).max() > 1e-3  # not only the bias
 

@@ -20,7 +20,7 @@ from absl import logging
 
 from benchmarks import timing
 from configs.cub import get_config
-from cra_jax import geometry
+from cra_jax import art_module, geometry
 from cra_jax.art_module import REGULARIZATION_STREAM
 from cra_jax.inference import restore, run_options
 from cra_jax.input import normalize, splits
@@ -101,7 +101,8 @@ class _Streams:
 
         def predict(images):
             out: Any = backbone.apply(first, images)
-            return head(out.pooled)
+            centres = art_module.cell_centres(backbone, out.features, images)
+            return head(out.pooled, out.features, centres)
 
         def classify(images, matrices):
             size = (config.art.size_px,) * 2

@@ -170,9 +170,13 @@ class Probe:
         def terms_of(shift):
             def interceptor(call, args, kwargs, context):
                 out = call(*args, **kwargs)
-                if not isinstance(context.module.parent, AttentionHead):
+                is_head = isinstance(context.module, AttentionHead)
+                if not (is_head and context.method_name == "gamma"):
                     return out
-                seen["features"] = args[0]
+                pooled = args[0]
+                if self._config.art.normalize_head:
+                    pooled = losses.l2_normalize(pooled)
+                seen["features"] = pooled
                 return out + shift
 
             recording: Any = _RecordGamma(self._network, seen)

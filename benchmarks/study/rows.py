@@ -543,6 +543,7 @@ _OF_ATTENTION += ("loss.res", "loss.cntr", "optim.attention_lr_scale")
 # earlier behaviour. A result from before such a setting keeps its fingerprint.
 _ADDED_LATER: Settings = {
     "art.gradient_share": 1.0,
+    "art.head": "pooled",
     "art.inner_scale": 0.0,
     "loss.label_smoothing": 0.0,
     "optim.freeze_first_epochs": 0,

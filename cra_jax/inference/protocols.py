@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from cra_jax import art_module
 from cra_jax.backbones import class_activation
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices
@@ -39,7 +40,10 @@ def make_center_step(
                 backbone, variables, out.features, out.logits.argmax(-1)
             ),
         }
-        return found | ({"matrices": head(out.pooled)} if head else {})
+        if head:
+            centres = art_module.cell_centres(backbone, out.features, images)
+            found["matrices"] = head(out.pooled, out.features, centres)
+        return found
 
     return devices.eval_step(step)
 

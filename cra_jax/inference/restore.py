@@ -114,7 +114,7 @@ def restore(options: RunOptions, workdir: Path) -> Restored:
 def restore_attention(options: RunOptions, workdir: Path) -> TrainedHead | None:
     """Restores the attention head of the checkpoint that `restore` uses.
 
-    The head has two small arrays, and only figures and predicted attentions need it.
+    The head has a few small arrays, and only figures and predicted attentions need it.
 
     Args:
       options: ``eval.checkpoint`` names the checkpoint. The bounds of Eq. (6) are read

@@ -36,7 +36,7 @@ class TrainedNetwork:
     Attributes:
       backbone: the plain network.
       variables: its variables.
-      head: pooled features -> attention; None without attention.
+      head: features -> attention; None without attention.
       class_names: class names in the order of the scores.
       short_side_px: size of the shorter side of resized images.
       crop_px: height and width of the centre crop.

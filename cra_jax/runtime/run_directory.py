@@ -123,6 +123,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 # Values that match the behaviour before these keys existed: older runs lack them.
 _BEFORE_THE_KEY = {
     "art.gradient_share": 1.0,
+    "art.head": "pooled",
     "art.inner_scale": 0.0,
     "art.inside": False,
     "art.normalize_head": False,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from numpy.testing import assert_array_equal
 
-from cra_jax import train_step
+from cra_jax import art_module, train_step
 from cra_jax.inference import run_options
 from cra_jax.inference.restore import (
     classification_variables,
@@ -43,10 +43,15 @@ def _save_run(folder, kind, **changes: Any):
     return config, state
 
 
-@pytest.mark.parametrize("kind", ["cra", "stn", "baseline"])
-def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind):
-    changes = {"art.alpha_p": 0.9, "art.normalize_head": False}
-    config, state = _save_run(tmp_path, kind, **changes)
+@pytest.mark.parametrize(
+    ("kind", "head_kind"),
+    [("cra", "pooled"), ("cra", "spatial"), ("stn", "pooled"), ("baseline", "pooled")],
+)
+def test_prediction_restores_the_plain_backbone_and_images_the_head(
+    tmp_path, kind, head_kind
+):
+    changes = {"art.alpha_p": 0.9, "art.normalize_head": False, "art.head": head_kind}
+    config, state = _saved(tmp_path, kind, **changes)
     restored = restore(run_options.from_config(config), tmp_path)
     stream = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], stream)
@@ -55,6 +60,7 @@ def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind):
 
     # The bounds come from the checkpoint, not from the changed config.
     config.art.alpha_p, config.art.normalize_head = 0.5, True
+    config.art.head = "pooled"
     head = restore_attention(run_options.from_config(config), tmp_path)
     if kind == "baseline":
         assert head is None
@@ -64,7 +70,11 @@ def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind):
     jax.tree.map(assert_array_equal, head.params, trained)
     bounds = head.head.config
     assert (bounds.alpha_p, bounds.normalize_head) == (0.9, False)
-    assert head(jnp.ones((4, len(trained["kernel"])))).shape == (4, 2, 3)
+    assert bounds.head == head_kind
+    images = jnp.ones((4, 32, 32, 3))
+    out: Any = restored.backbone.apply(restored.variables, images)
+    centres = art_module.cell_centres(restored.backbone, out.features, images)
+    assert head(out.pooled, out.features, centres).shape == (4, 2, 3)
 
 
 def test_missing_checkpoint_is_an_error(tmp_path):

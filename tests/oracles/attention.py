@@ -44,3 +44,43 @@ def iou(matrix, box, crop, lattice):
         both += attended and boxed
         either += attended or boxed
     return both / either
+
+
+def spatial_gamma(
+    features, weights, *, kernel, bias, gain, rows, columns, normalized=True
+):
+    """Gamma of the spatial head of one image, cell by cell.
+
+    `features` [h, w, c]; `weights` [c] of the cells' scores; `kernel` [c, 2] of scale
+    and angle; `bias` [4]; `gain` [2]; `rows` [h] and `columns` [w], the cells' centres.
+    """
+    features = np.asarray(features, np.float64)
+    height, width, channels = features.shape
+    cells = [(i, j) for i in range(height) for j in range(width)]
+    pooled = [sum(features[i, j, c] for i, j in cells) for c in range(channels)]
+    pooled = np.array(pooled) / len(cells)
+    length = float(np.sqrt(sum(x * x for x in pooled))) if normalized else 1.0
+    scores = []
+    for i, j in cells:
+        product = sum(features[i, j, c] * weights[c] for c in range(channels))
+        scores.append(4 * product / length)
+    exponentials = [np.exp(z - max(scores)) for z in scores]
+    gamma = [float(b) for b in bias]
+    for axis, places in enumerate(
+        ([columns[j] for _, j in cells], [rows[i] for i, _ in cells])
+    ):
+        middle = sum(places) / len(cells)
+        for exponential, place in zip(exponentials, places, strict=True):
+            share = exponential / sum(exponentials)
+            gamma[axis] += gain[axis] * share * (place - middle)
+    for k in (0, 1):
+        gamma[2 + k] += sum(pooled[c] / length * kernel[c][k] for c in range(channels))
+    return np.array(gamma)
+
+
+def contains(matrix, point_px, crop):
+    """Whether the image of [-1, 1]^2 under a matrix holds a point, by its inverse."""
+    frame = np.asarray(point_px, np.float64) * 2 / (crop - 1) - 1
+    matrix = np.asarray(matrix, np.float64)
+    u, v = np.linalg.solve(matrix[:, :2], frame - matrix[:, 2])
+    return bool(abs(u) <= 1 and abs(v) <= 1)

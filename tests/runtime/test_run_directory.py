@@ -99,6 +99,7 @@ def test_config_of_an_older_run_is_upgraded(tmp_path):
         "inside": False,
         "normalize_head": False,
         "gradient_share": 1.0,
+        "head": "pooled",
         "inner_scale": 0.0,
     }
     assert config["model"] == {"width": 8}  # ar_passes=1 had no effect

@@ -1,0 +1,200 @@
+"""The spatial head: its equations, where it starts, and that every part can use it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from cra_jax import art_module, model
+from cra_jax.art_module import ArtConfig, AttentionHead
+from cra_jax.backbones import efficientnet, resnet
+from tests.helpers import patch_backbone
+from tests.helpers.echo_network import make_network
+from tests.oracles import attention
+
+ROWS, COLUMNS = (-1.0, -0.1, 0.5), (-0.9, -0.4, 0.3, 0.9)
+PLACES = ("place_conv", "place_gain")
+
+
+def _head(**options: Any) -> AttentionHead:
+    return AttentionHead(ArtConfig(head="spatial", size_px=8, **options))
+
+
+def _params(rng, channels=5):
+    return {
+        "kernel": rng.normal(size=(channels, 2)),
+        "bias": rng.normal(size=4),
+        "place_conv": {"kernel": rng.normal(size=(channels, 1))},
+        "place_gain": rng.normal(size=2),
+    }
+
+
+def _apply(head, params, features):
+    centres = jnp.asarray(ROWS), jnp.asarray(COLUMNS)
+    out = head.apply({"params": params}, features.mean((1, 2)), features, centres)
+    assert isinstance(out, art_module.Attention)
+    return out
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_gamma_is_that_of_the_equations(x64, normalized):
+    rng = np.random.default_rng(0)
+    params, features = _params(rng), rng.normal(size=(3, 3, 4, 5))
+    head = _head(normalize_head=normalized)
+    found = _apply(head, params, jnp.asarray(features)).gamma
+    assert found.dtype == jnp.float64
+    for gamma, image in zip(found, features, strict=True):
+        expected = attention.spatial_gamma(
+            image,
+            params["place_conv"]["kernel"][:, 0],
+            kernel=params["kernel"],
+            bias=params["bias"],
+            gain=params["place_gain"],
+            rows=ROWS,
+            columns=COLUMNS,
+            normalized=normalized,
+        )
+        assert_allclose(gamma, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_gradients_are_those_of_finite_differences(x64, normalized):
+    rng = np.random.default_rng(1)
+    start = _params(rng), rng.normal(size=(2, 3, 4, 5))
+    weights = rng.normal(size=(2, 2, 3))
+    # The guard and the clip change gradients on purpose.
+    head = _head(normalize_head=normalized, guard=0.0, gradient_clip=0.0)
+
+    def loss(params, features):
+        return (weights * _apply(head, params, features).matrix).sum()
+
+    start = jax.tree.map(jnp.asarray, start)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(*start)
+    value = jax.jit(loss)
+    for _ in range(6):
+        way = jax.tree.map(lambda x: rng.normal(size=x.shape), start)
+        ahead, behind = (
+            value(*jax.tree.map(lambda x, d, s=sign: x + s * 1e-6 * d, start, way))
+            for sign in (1, -1)
+        )
+        slope = sum(
+            jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, way))
+        )
+        assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6)
+    for name in PLACES:
+        assert all(np.abs(x).min() > 1e-4 for x in jax.tree.leaves(gradient[0][name]))
+
+
+def test_features_that_are_all_zero_have_the_attention_of_the_bias():
+    features = jnp.zeros((2, 3, 4, 5))
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _params(rng))
+
+    def place(features):
+        return _apply(_head(guard=0.0), params, features).gamma[:, :2].sum()
+
+    assert_allclose(_apply(_head(), params, features).gamma, [params["bias"]] * 2)
+    assert np.isfinite(jax.grad(place)(features)).all()
+
+
+BACKBONES = {
+    "imagenet": lambda: resnet.create("resnet10", 5, width=8),
+    "medium": lambda: resnet.create("resnet10", 5, width=8, stem="medium"),
+    "small": lambda: resnet.create("resnet10", 5, width=8, stem="small"),
+    "efficientnet": lambda: efficientnet.create("tiny_lite0", 5),
+    "patches": lambda: patch_backbone.create("patches_deep", 5, width=8),
+}
+
+
+@pytest.fixture
+def tiny_lite0(monkeypatch):
+    stages = (
+        efficientnet.Stage(1, size=3, stride=1, expansion=1, features=8),
+        efficientnet.Stage(2, size=5, stride=2, expansion=2, features=16),
+    )
+    architecture = efficientnet.Architecture(8, stages, 32)
+    monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny_lite0", architecture)
+
+
+@pytest.mark.usefixtures("tiny_lite0")
+@pytest.mark.parametrize("name", BACKBONES)
+def test_training_starts_at_the_expected_attention_and_can_leave_it(name):
+    """Exactly there, although the cells' own mean is off the middle of the image."""
+    init = (0.1, -0.2, 0.45, 0.3)
+    config = ArtConfig(head="spatial", init=init, size_px=16, gradient_clip=0.0)
+    network = model.create("cra", BACKBONES[name], config)
+    images = jax.random.normal(jax.random.key(0), (3, 64, 64, 3))
+    variables: Any = jax.jit(network.init)(jax.random.key(1), images)
+    out: Any = jax.jit(network.apply)(variables, images)
+    # Restricted as at the start: scale and angle of images differ a little.
+    place = config.place_bound * np.tanh(out.attention.gamma[:, :2])
+    assert_allclose(place, [init[:2]] * 3, atol=1e-6)
+    assert_allclose(out.attention.gamma_res, [init] * 3, atol=5e-3)
+    backbone = BACKBONES[name]()
+    stream = {k: variables[k]["classification_stream"] for k in variables}
+    features = jax.jit(backbone.apply)(stream, images).features
+    middles = [x.mean() for x in art_module.cell_centres(backbone, features, images)]
+    assert min(map(abs, middles)) > 0.04
+
+    def moved(head):
+        params = {**variables["params"], "attention_head": head}
+        out: Any = network.apply({**variables, "params": params}, images)
+        return out.attention.gamma_res[0, 0]
+
+    gradient = jax.jit(jax.grad(moved))(variables["params"]["attention_head"])
+    assert np.abs(gradient["place_conv"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("alpha_p", [1.0, 0.8])
+def test_the_gain_at_the_start_is_the_same_whatever_the_bound(inside, alpha_p):
+    """Near the middle, the attention is 2.5 times as far from it as the map's mean."""
+    head = _head(inside=inside, alpha_p=alpha_p)
+    features = jax.random.normal(jax.random.key(0), (4, 3, 4, 5))
+    centres = jnp.asarray(ROWS), jnp.asarray(COLUMNS)
+    pooled = features.mean((1, 2))
+    params: Any = head.init(jax.random.key(1), pooled, features, centres)["params"]
+    weights = 1e-3 * jax.random.normal(jax.random.key(2), (5, 1))
+    params = {**params, "place_conv": {"kernel": weights}}
+    out: Any = head.apply({"params": params}, pooled, features, centres)
+    length = np.linalg.norm(pooled, axis=1)[:, None, None]
+    scores = 4 * (features @ weights)[..., 0] / length
+    mean = np.asarray(art_module.mean_place(scores, centres))
+    assert np.abs(mean).min() > 1e-5
+    assert_allclose(out.gamma_res[:, :2], 2.5 * mean, rtol=2e-2)
+
+
+def test_the_mean_of_a_map_goes_to_the_cell_that_has_it_all():
+    centres = jnp.asarray(ROWS), jnp.asarray(COLUMNS)
+    scores = jnp.zeros((2, 3, 4)).at[0, 2, 1].set(60.0)
+    middle = np.array([np.mean(COLUMNS), np.mean(ROWS)])
+    found = np.asarray(art_module.mean_place(scores, centres))
+    assert_allclose(found[0] + middle, [COLUMNS[1], ROWS[2]], atol=1e-6)
+    assert_allclose(found[1], [0, 0], atol=1e-7)
+
+
+def test_centres_of_cells_of_an_image_that_is_not_square():
+    backbone = resnet.create("resnet10", 5, width=8, stem="small")  # a cell each 8 px
+    features, images = jnp.zeros((1, 4, 3, 2)), jnp.zeros((1, 33, 24, 3))
+    rows, columns = art_module.cell_centres(backbone, features, images)
+    assert_allclose(rows, [-1, -0.5, 0, 0.5])
+    assert_allclose(columns, 2 * np.array([0, 8, 16]) / 23 - 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("stn", "six parameters"), ("baseline", "has no attention")]
+)
+def test_other_kinds_refuse_it_with_the_reason(kind, reason):
+    message = rf"art.head='spatial'.*model.kind='{kind}' .*{reason}.*art.head='pooled'"
+    with pytest.raises(ValueError, match=message):
+        make_network(kind, head="spatial")
+
+
+def test_an_unknown_head_is_named_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"art.head 'conv'; choose from pooled, spatial"
+    ):
+        make_network(head="conv")
