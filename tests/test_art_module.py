@@ -163,19 +163,19 @@ def test_gradient_of_each_image_is_clipped_entry_by_entry():
     assert np.abs(_gradient_to_gamma(make_network(**FREE), GAMMA, steep)).max() > 10
 
 
-class Loud(Echo):
-    """An `Echo` whose features have a weight of their own."""
+class ScaledEcho(Echo):
+    """An `Echo` that multiplies its features by a parameter."""
 
     @nn.compact
     def __call__(self, images, train=False):
         scale = self.param("scale", nn.initializers.ones, ())
         flat = images.reshape(len(images), -1)
-        return Outputs(flat, volume * images, volume * images.mean((1, 2)))
+        return Outputs(flat, scale * images, scale * images.mean((1, 2)))
 
 
 @pytest.mark.parametrize("head_kind", art_module.HEADS)
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(
+def test_gradient_share_scales_gammas_gradient_to_the_classification_stream(
     share, head_kind
 ):
     images = jnp.asarray(IMAGES, jnp.float32)
@@ -183,7 +183,7 @@ def test_a_share_of_gammas_gradient_reaches_the_stream_that_predicts_it(
 
     def gradients(share):
         config = ArtConfig(gradient_share=share, head=head_kind, **options)
-        network = model.create("cra", Loud, config)
+        network = model.create("cra", ScaledEcho, config)
         params = network.init(jax.random.key(0), images)["params"]
         params = {**params, "attention_head": {**params["attention_head"]}}
         if head_kind == "pooled":
@@ -253,7 +253,9 @@ def test_gamma_of_inverts_the_attention_matrix(gamma):
 @pytest.mark.parametrize(
     ("kind", "head_kind"), [("cra", "pooled"), ("cra", "spatial"), ("stn", "pooled")]
 )
-def test_the_head_says_what_the_network_in_training_says(kind, head_kind, normalize):
+def test_trained_head_gives_the_attention_matrix_of_the_training_network(
+    kind, head_kind, normalize
+):
     config = ArtConfig(
         size_px=16,
         alpha_p=0.8,

@@ -47,11 +47,9 @@ def _save_run(folder, kind, **changes: Any):
     ("kind", "head_kind"),
     [("cra", "pooled"), ("cra", "spatial"), ("stn", "pooled"), ("baseline", "pooled")],
 )
-def test_prediction_restores_the_plain_backbone_and_images_the_head(
-    tmp_path, kind, head_kind
-):
+def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind, head_kind):
     changes = {"art.alpha_p": 0.9, "art.normalize_head": False, "art.head": head_kind}
-    config, state = _saved(tmp_path, kind, **changes)
+    config, state = _save_run(tmp_path, kind, **changes)
     restored = restore(run_options.from_config(config), tmp_path)
     stream = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], stream)
