@@ -10,12 +10,14 @@
 # make scale  writes docs/scale.md: what the paper's tables take on which machine
 # make faults  every fault on purpose; writes docs/faults.md
 # make soak  MINUTES=60: training with random kills, memory and files watched
+# make docs   the documentation site, into site/; warnings are errors
+# make docs-serve  the same on http://127.0.0.1:8000, built again at each change
 # make check  ruff (lint, format), pyright, and the import rule
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow test-python lock check format reproduce study scale faults soak clean
+.PHONY: run test test-slow check format reproduce study scale faults soak docs docs-serve clean
 
 run: $(VENV)/.runtime
 	$(BIN)/python launch.py
@@ -69,6 +71,12 @@ MINUTES ?= 60
 soak: $(VENV)/.dev
 	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) --table docs/faults.md
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,7 +88,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-3.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -92,4 +100,8 @@ $(VENV)/.runtime: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.docs: requirements-docs.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@

@@ -27,7 +27,7 @@ from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 pytestmark = pytest.mark.slow
 
 INSTALL = "pip install --no-deps torchvision timm transformers regex tokenizers"
-ROOT = Path(__file__).resolve().parents[2]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "prediction.md"
 LIBRARIES = ("torchvision", "timm", "transformers")
 PAIRS = [
     *[(library, arch) for library in LIBRARIES for arch in ("resnet18", "resnet50")],
@@ -142,8 +142,8 @@ def test_weights_saved_by_a_library_give_the_same_scores(
 
 
 def snippet(library):
-    """Returns the README's code that loads an export with this library."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The documented way to load an export with this library."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     (block,) = [b for b in blocks if re.search(rf"^import .*\b{library}\b", b, re.M)]
     assert "strict=True" in block
     return block
@@ -151,7 +151,7 @@ def snippet(library):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_export_loaded_with_the_readmes_code_gives_the_same_scores(
+def test_an_export_is_loaded_as_documented_and_scores_alike(
     library, arch, shared_data, tmp_path, monkeypatch
 ):
     import_library(library)

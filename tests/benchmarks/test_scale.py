@@ -135,13 +135,13 @@ def test_memory_equals_the_table_in_devices_md(backbone):
         assert line.startswith(f"{start} {scale.STATE_GB[backbone]} | {kept} |")
 
 
-def test_rates_and_sizes_equal_those_of_the_readme():
-    readme = (DOCS.parent / "README.md").read_text()
-    rates = "{:,} ({:,} to {:,})".format(*scale.CACHE_RATE)
-    assert f"as the training step receives them | {rates} |" in readme
-    for data in scale.CACHE_GB:
-        sizes = f"| {scale.CACHE_GB[data]} | {scale.TRAIN_GB[data]} |"
-        (line,) = [line for line in readme.splitlines() if line.endswith(sizes)]
+def test_rates_and_sizes_are_those_of_the_page_on_datasets():
+    page = (DOCS / "datasets.md").read_text()
+    rates = "{:,} ({:,} to {:,})".format(*scale.STORE_RATE)
+    assert f"as the training step receives them | {rates} |" in page
+    for data in scale.STORE_GB:
+        sizes = f"| {scale.STORE_GB[data]} | {scale.TRAIN_GB[data]} |"
+        (line,) = [line for line in page.splitlines() if line.endswith(sizes)]
         assert f"| {scale.IMAGE_MB[data]} " in line
 
 
