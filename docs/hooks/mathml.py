@@ -14,6 +14,8 @@ from mkdocs.exceptions import PluginError
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
+_TAG = re.compile(r"\\tag\{(.*?)\}")
+
 _LOADED = re.compile(
     r'<(?:script|img|iframe)\b[^>]*\bsrc="https?://[^"]*"'
     r'|<link\b(?![^>]*rel="canonical")[^>]*\bhref="https?://[^"]*"'
@@ -23,10 +25,7 @@ _LOADED = re.compile(
 def on_page_content(content: str, **_: Any) -> str:
     """Replaces the TeX of a page by MathML."""
     content = _INLINE.sub(lambda found: _mathml(found[1], "inline"), content)
-    return _BLOCK.sub(
-        lambda found: f'<div class="equation">{_mathml(found[1], "block")}</div>',
-        content,
-    )
+    return _BLOCK.sub(lambda found: _equation(found[1]), content)
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
@@ -38,6 +37,14 @@ def on_post_page(output: str, *, page: Any, **_: Any) -> str:
     if found := _LOADED.search(output):
         raise PluginError(f"{page.file.src_uri} loads an external file: {found[0]}")
     return output
+
+
+def _equation(tex: str) -> str:
+    """An equation of its own; its number, a `\\tag`, stands at the right."""
+    tag = _TAG.search(tex)
+    number = f"<span>({tag[1]})</span>" if tag else ""
+    equation = _mathml(_TAG.sub("", tex), "block")
+    return f'<div class="equation"><div>{equation}</div>{number}</div>'
 
 
 def _mathml(tex: str, display: str) -> str:
