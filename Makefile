@@ -17,7 +17,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow check format reproduce study scale faults soak docs docs-serve clean
+.PHONY: run test test-slow test-python lock check format reproduce study scale faults \
+	soak docs docs-serve clean
 
 run: $(VENV)/.runtime
 	$(BIN)/python launch.py

@@ -40,7 +40,7 @@ def on_post_page(output: str, *, page: Any, **_: Any) -> str:
 
 
 def _equation(tex: str) -> str:
-    """An equation of its own; its number, a `\\tag`, stands at the right."""
+    """An equation on its own line, with the number of its `tag` at the right."""
     tag = _TAG.search(tex)
     number = f"<span>({tag[1]})</span>" if tag else ""
     equation = _mathml(_TAG.sub("", tex), "block")

@@ -142,7 +142,7 @@ def test_weights_saved_by_a_library_give_the_same_scores(
 
 
 def snippet(library):
-    """The documented way to load an export with this library."""
+    """Returns the documented code that loads an export with this library."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     (block,) = [b for b in blocks if re.search(rf"^import .*\b{library}\b", b, re.M)]
     assert "strict=True" in block

@@ -137,10 +137,10 @@ def test_memory_equals_the_table_in_devices_md(backbone):
 
 def test_rates_and_sizes_are_those_of_the_page_on_datasets():
     page = (DOCS / "datasets.md").read_text()
-    rates = "{:,} ({:,} to {:,})".format(*scale.STORE_RATE)
+    rates = "{:,} ({:,} to {:,})".format(*scale.CACHE_RATE)
     assert f"as the training step receives them | {rates} |" in page
-    for data in scale.STORE_GB:
-        sizes = f"| {scale.STORE_GB[data]} | {scale.TRAIN_GB[data]} |"
+    for data in scale.CACHE_GB:
+        sizes = f"| {scale.CACHE_GB[data]} | {scale.TRAIN_GB[data]} |"
         (line,) = [line for line in page.splitlines() if line.endswith(sizes)]
         assert f"| {scale.IMAGE_MB[data]} " in line
 
