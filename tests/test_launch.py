@@ -18,7 +18,7 @@ from numpy.testing import assert_array_equal
 
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.runtime.run_directory import flatten, read_metrics
+from cra_jax.runtime.run_directory import read_metrics
 from cra_jax.training import check_config
 from tests.helpers import tiny_config
 
@@ -53,22 +53,11 @@ def _launch(cache, *arguments, cwd):
     )
 
 
-def _overrides(**changes):
-    """Returns flags that turn the quickstart config into the tiny config."""
-    tiny_values = flatten(tiny_config.config(Path("cache"), **changes).to_dict())
-    plain = flatten(tiny_config.get_config().to_dict())
-    return [
-        f"--config.{key}={value}"
-        for key, value in tiny_values.items()
-        if plain[key] != value and key != "data.cache_dir"
-    ]
-
-
-def test_modes_train_eval_export_and_data_run_after_each_other(cache, tmp_path):
+def test_train_then_eval(cache, tmp_path):
     workdir = tmp_path / "run"
     config = f"--config={ROOT}/configs/quickstart.py:baseline"
     trained = _launch(
-        cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path
+        cache, f"--workdir={workdir}", config, *tiny_config.flags(), cwd=tmp_path
     )
     assert trained.returncode == 0, trained.stderr
     summary = trained.stdout.splitlines()
@@ -97,13 +86,15 @@ def test_modes_train_eval_export_and_data_run_after_each_other(cache, tmp_path):
         "--mode=data",
         config,
         f"--workdir={workdir}",
-        *_overrides(),
+        *tiny_config.flags(),
         cwd=tmp_path,
     )
     assert data.returncode == 0, data.stderr
     assert "train: 96 images of 8 classes" in data.stdout
     assert (workdir / "data.png").stat().st_size > 1000
-    again = _launch(cache, f"--workdir={workdir}", config, *_overrides(), cwd=tmp_path)
+    again = _launch(
+        cache, f"--workdir={workdir}", config, *tiny_config.flags(), cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
     assert again.stdout == trained.stdout
     assert "resumes from step 12" in again.stderr
@@ -118,12 +109,15 @@ def test_modes_train_eval_export_and_data_run_after_each_other(cache, tmp_path):
         ),
         (["--config.train.epochs=1e1"], "error in the flags: flag --config.train"),
         (["--config={root}/configs/cub.py:resnet51"], "unknown variant 'resnet51'; ch"),
-        (["--config=nowhere.py"], "error in the flags: "),
+        (["--config=nowhere.py"], "error in the flags: --config=nowhere.py: there is "),
+        (["--config=cubb"], "no shipped config of that name (shipped are cars, cub, q"),
+        (["--epochs=3"], "Unknown command line flag 'epochs' (--help lists them;"),
         (
             ["--mode=evaluate"],
             "should be one of <train|prepare|data|weights|eval|export|",
         ),
-        (["train"], "'train' is no flag"),
+        (["train"], "'train' is no flag; modes are given by --mode train"),
+        (["cub:stn"], "'cub:stn' is no flag; configs are given by --config cub:stn"),
         (["--mode=compare"], "error: no runs to compare"),
         (["--mode=predict", "--workdir=empty", "x.jpg"], "error: "),
         (["--config={root}/configs/cars.py"], "error: source 'cars' needs a path"),
@@ -143,7 +137,23 @@ def test_user_error_ends_in_one_message(cache, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_config_and_variant_is_valid():
+def test_an_own_config_builds_on_a_shipped_one(cache, tmp_path):
+    """From a directory that has a package `configs` of its own, too."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()
+    (tmp_path / "my.py").write_text(
+        "from configs.quickstart import get_config as quickstart\n"
+        "def get_config(variant=''):\n"
+        "    config = quickstart(variant)\n"
+        "    config.train.batch_size = -3\n"
+        "    return config\n"
+    )
+    done = _launch(cache, "--config=my.py:stn", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: train.batch_size=-3" in done.stderr
+
+
+def test_every_config_and_variant_builds():
     from configs import cars, cub, quickstart
 
     for module in (cub, cars, quickstart):
@@ -225,7 +235,7 @@ def test_run_killed_at_random_moments_ends_with_the_same_bits(cache, tmp_path):
     rng = random.Random(seed)
     options = [
         f"--config={ROOT}/configs/quickstart.py",
-        *_overrides(**{"train.epochs": 30, "checkpoint.every_steps": 5}),
+        *tiny_config.flags(**{"train.epochs": 30, "checkpoint.every_steps": 5}),
     ]
     whole = _launch(cache, f"--workdir={tmp_path}/whole", *options, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr

@@ -11,9 +11,11 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
-from cra_jax.datasets import sources, tfds_read
+from cra_jax.datasets import sources, tfds_archives, tfds_build, tfds_read
 from cra_jax.input import decoding, image_cache
 from cra_jax.input.records import Record
+from cra_jax.training import check_config
+from tests.helpers import tiny_config
 from tests.helpers.tiny_tfds import build, jpeg, labelled, plain, rows
 
 BOX = (0.125, 0.25, 0.5, 0.75)  # tfds order: y_min, x_min, y_max, x_max
@@ -24,7 +26,26 @@ def content(record: Record) -> bytes:
     return record.content()
 
 
-# --- features -----------------------------------------------------------------------
+def test_without_the_extra_the_source_says_how_to_install_it(tmp_path, monkeypatch):
+    """Before any work: in the check of a config, and where a dataset is read."""
+    modules = "tensorflow_datasets", "no_such_module"
+    monkeypatch.setattr(tfds_archives, "READ_MODULES", modules)
+    message = (
+        r"data\.source='tfds' needs no_such_module, which this Python does not have: "
+        r'pip install "cra_jax\[tfds\]"'
+    )
+    config = tiny_config.config(tmp_path, **{"data.source": "tfds"})
+    for call in (
+        lambda: check_config.check(config),
+        lambda: sources.load("tfds", tmp_path, name="mnist"),
+        lambda: tfds_build.build("mnist", tmp_path),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is read -------------------------------------------------------------------
 
 
 def test_features_of_caltech_birds2011_are_read(tmp_path):

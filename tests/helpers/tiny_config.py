@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.quickstart import get_config
+from cra_jax.runtime.run_directory import flatten
 
 
 def config(cache_dir: Path, **changes: Any) -> Any:
@@ -29,3 +30,15 @@ def config(cache_dir: Path, **changes: Any) -> Any:
         }
     )
     return tiny
+
+
+def flags(**changes: Any) -> list[str]:
+    """The tiny config as flags over the quickstart's; its image cache stays there."""
+    tiny, plain = (
+        flatten(x.to_dict()) for x in (config(Path("cache"), **changes), get_config())
+    )
+    return [
+        f"--config.{key}={value}"
+        for key, value in tiny.items()
+        if plain[key] != value and key != "data.cache_dir"
+    ]
