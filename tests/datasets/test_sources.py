@@ -142,10 +142,6 @@ def test_real_cars_is_read(shared_data):
     assert len(dataset.class_names) == 98
     assert dataset.notes == ()
     assert set(labels(dataset, "test")) <= set(range(98))
-    assert dataset.splits["test"][0].box == (
-        0,
-        0,
-        1,
-        1,
-    )  # cropped to the car
+    # The test images are cropped to the car.
+    assert dataset.splits["test"][0].box == (0, 0, 1, 1)
     assert min(dataset.splits["test"][0].read(64).shape[:2]) == 64

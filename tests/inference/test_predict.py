@@ -87,9 +87,7 @@ def test_predicted_scores_equal_the_scores_of_evaluation(run, predictor, data):
         assert_allclose(answer.probabilities, np.sort(shares)[::-1][:5], rtol=1e-12)
         names = [tiny_run.CLASSES[label] for label in answer.labels]
         assert list(answer.classes) == names
-    assert (
-        len({answer.classes for answer in found}) > 1
-    )  # the images have different predictions
+    assert len({answer.classes for answer in found}) > 1  # predictions differ
 
 
 def test_path_bytes_and_pixels_of_one_image_give_the_same_prediction(predictor, data):

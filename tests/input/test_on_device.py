@@ -129,7 +129,7 @@ def test_free_bytes_is_the_minimum_over_devices(monkeypatch):
 
 
 def test_free_bytes_of_a_host_is_divided_by_its_devices(monkeypatch):
-    """A CPU total_bytes no memory statistics; the system's value is used instead."""
+    """A CPU has no memory statistics; the system's value is used instead."""
     monkeypatch.setattr(devices_module, "_available_bytes", lambda: 9_000)
     assert free_bytes() == 1_000  # 9 shares: eight devices and the host
     monkeypatch.undo()

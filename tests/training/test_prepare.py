@@ -32,7 +32,7 @@ from cra_jax.inference import run_options
 from cra_jax.training import build, prepare
 from tests.helpers import tiny_config, tiny_tfds
 
-# A tfds dataset downloaded for these tests; its code is on the path of every process.
+# A tfds dataset defined for these tests; its code is on the path of every process.
 BUILDER = """
 import os
 import tarfile
