@@ -39,7 +39,7 @@ def load(path: str | Path, *, checkpoint: str = "latest") -> "Predictor":
 
 
 def __getattr__(name: str) -> Any:
-    """`from cra_jax import predict`: imports a module when it is first asked for."""
+    """`from cra_jax import predict`: imports a module at its first use."""
     if name in _MODULES:
         return import_module(_MODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

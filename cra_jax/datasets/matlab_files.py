@@ -59,8 +59,8 @@ def read_variable(file: Path, variable: str, kind: type) -> Any:
     try:
         found = read(file)
         if not isinstance(found.get(variable), kind):
-            held = ", ".join(map(repr, found)) or "nothing"
-            raise ValueError(f"it holds {held}")
+            names = ", ".join(map(repr, found)) or "nothing"
+            raise ValueError(f"it holds {names}")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file}: no {variable!r} can be read from it ({error}); get the file again"

@@ -144,15 +144,15 @@ def _find(name: str, folder: Path) -> Any:
     """The builder of a dataset that must exist."""
     builder = _open(name, folder)
     if builder is None:
-        asked = tfds_archives.dataset_name(name)
+        dataset = tfds_archives.dataset_name(name)
         doubt = ""
-        if (folder / asked).is_dir():
-            built = sorted(f.name for f in (folder / asked).iterdir() if f.is_dir())
-            doubt = f" (of {asked} there is: {', '.join(built) or 'nothing'})"
+        if (folder / dataset).is_dir():
+            built = sorted(f.name for f in (folder / dataset).iterdir() if f.is_dir())
+            doubt = f" (of {dataset} there is: {', '.join(built) or 'nothing'})"
         elif unknown := tfds_archives.unknown_name_hint(name):
             doubt = f" ({unknown})"
         by_hand = ""
-        if asked in tfds_archives.UNAVAILABLE:  # downloading it cannot succeed
+        if dataset in tfds_archives.UNAVAILABLE:  # downloading it cannot succeed
             by_hand = tfds_archives.manual_download_help(
                 name, folder / "downloads" / "manual"
             )

@@ -106,14 +106,14 @@ class Checkpoints:
         """The step with the highest metric (the newest of equals), or None."""
         return _best(self.steps(), self._metric)
 
-    def move_damaged(self, tell: Callable[[str], None]) -> int | None:
+    def move_damaged(self, report: Callable[[str], None]) -> int | None:
         """Finds the newest undamaged step, so that training can resume from it.
 
         Newer, damaged steps are moved to `damaged_checkpoints` next to this directory,
         not removed. Reads every array once.
 
         Args:
-          tell: called with one line of text for each damaged step.
+          report: called with one line of text for each damaged step.
 
         Returns:
           The step; None if nothing is saved.
@@ -144,7 +144,9 @@ class Checkpoints:
             while target.exists():
                 target, again = aside / f"{number}-{again}", again + 1
             shutil.move(self._directory / str(number), target)
-            tell(f"warning: {error}; it was moved to {target}, and step {step} is used")
+            report(
+                f"warning: {error}; it was moved to {target}, and step {step} is used"
+            )
         if damaged:
             self._manager.reload()
         return step
