@@ -110,7 +110,7 @@ def accuracies(
         if not (workdir / "reproduced.json").is_file():
             continue
         settings = run_directory.read_config(workdir)
-        for line in run_summary.newest(run_directory.read_metrics(workdir)):
+        for line in run_summary.latest_scores(run_directory.read_metrics(workdir)):
             if (line["split"], line["protocol"]) != ("test", protocol):
                 continue
             found.append(line["top1"])

@@ -113,7 +113,7 @@ def is_finished(workdir: Path) -> bool:
     if not (workdir / "config.json").is_file():
         return False
     epochs = run_directory.read_config(workdir)["train"]["epochs"]
-    scored = run_summary.newest(run_directory.read_metrics(workdir))
+    scored = run_summary.latest_scores(run_directory.read_metrics(workdir))
     return bool(scored) and all(
         line["epoch"] == epochs
         and (workdir / "checkpoints" / str(line["step"])).is_dir()
@@ -145,7 +145,7 @@ def line_of(job: Job) -> Line:
         raise ValueError(f"{workdir} is not finished: run the same command again")
     lines = run_directory.read_metrics(workdir)
     start = provenance.read(workdir)[-1]
-    seconds, _ = run_summary.time_trained(lines, settings["train.batch_size"])
+    seconds, _ = run_summary.training_time(lines, settings["train.batch_size"])
     trained = [x for x in lines if x["split"] == "train"][-1]
     line: Line = {
         "row": job.row.name,
@@ -157,7 +157,7 @@ def line_of(job: Job) -> Line:
         "seconds": round(seconds, 1),
         "train": _numbers(trained),
     }
-    for scores in run_summary.newest(lines):
+    for scores in run_summary.latest_scores(lines):
         if scores["protocol"] == PROTOCOL:
             split = scores["split"]
             results = run_directory.read_results(workdir, split, PROTOCOL)

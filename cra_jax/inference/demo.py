@@ -266,7 +266,7 @@ def describe(answer: Prediction) -> dict[str, Any]:
         "size_px": answer.size_px,
         "shown_px": shown.size,
         "image": _data_url(shown, "JPEG"),
-        "heat": _data_url(colours, "PNG"),
+        "cam": _data_url(colours, "PNG"),
         "crop": (np.reshape(view.crop_box_px, (2, 2)) / size).ravel().tolist(),
         "corners": None if corners is None else (corners / size).tolist(),
     }

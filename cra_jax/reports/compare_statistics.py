@@ -1,4 +1,4 @@
-"""What several runs say together: means over seeds, and tests of differences."""
+"""Statistics of several runs: means over seeds, and tests of differences."""
 
 import itertools
 import string
@@ -11,8 +11,8 @@ import numpy as np
 from cra_jax.reports import html_page, paper_results, run_summary, uncertainty
 from cra_jax.runtime import provenance, run_directory
 
-# What cannot change a score: where things lie, how much is done at once, what is kept.
-_INDIFFERENT = (
+# Config keys that do not define a method: the seed, paths, speed, logging, evaluation.
+_IGNORED_KEYS = (
     "seed",
     "checkpoint.",
     "data.cache_dir",
@@ -24,74 +24,81 @@ _INDIFFERENT = (
     "train.log_every_steps",
     "train.report",
 )
-# What tells the paper's cells apart, and where their images and weights lie.
-_CELL = ("data.path", "data.source", "data.name", "model.backbone", "model.kind")
-_CELL += ("model.pretrained", "data.manual_dir")
+# Config keys that differ between the rows of the paper's tables, and paths of inputs.
+_PAPER_ROW_KEYS = (
+    "data.path",
+    "data.source",
+    "data.name",
+    "data.manual_dir",
+    "model.backbone",
+    "model.kind",
+    "model.pretrained",
+)
 METRICS = {
     "top5": "top-5",
-    "mean_per_class": "per class",
-    "pointing": "pointing",
-    "activation_in_box": "activation in box",
+    "mean_per_class": "per-class mean",
+    "pointing": "pointing accuracy",
+    "activation_in_box": "CAM share in box",
     "attention_iou": "attention IoU",
 }
-"""What is compared beside top-1, with its printed name."""
+"""Metrics other than top-1 -> their printed names."""
 
-Test = tuple[str, str]
+Evaluation = tuple[str, str]
 """A split and a protocol."""
 
-Answers = dict[str, tuple[int, bool]]
-"""By image: its label, and whether the run is right."""
+Correctness = dict[str, tuple[int, bool]]
+"""Image name -> its label, and whether the prediction of the run is correct."""
 
 
 class Run(NamedTuple):
-    """A run directory that was read.
+    """Contents of a run directory.
 
     Attributes:
-      workdir: the folder.
-      settings: its config, flat.
-      scores: of its last scored checkpoint, by split and protocol.
-      title: what was trained, on what.
+      workdir: the run directory.
+      config: its flattened config.
+      scores: of its last evaluated checkpoint, by split and protocol.
+      title: printed name of the network and its dataset.
     """
 
     workdir: Path
-    settings: dict[str, Any]
-    scores: dict[Test, dict[str, Any]]
+    config: dict[str, Any]
+    scores: dict[Evaluation, dict[str, Any]]
     title: str
 
     @property
     def seed(self) -> int:
-        """Of the run."""
-        return self.settings["seed"]
+        """The seed of the run."""
+        return self.config["seed"]
 
 
 class Group(NamedTuple):
-    """Runs that differ in the seed only.
+    """Runs that differ only in the seed.
 
     Attributes:
-      letter: a name for tables.
-      label: what sets it apart.
-      runs: one a seed, in the order of seeds.
+      letter: short name of the group in tables.
+      label: printed name that distinguishes the group from the others.
+      runs: one run per seed, ordered by seed.
     """
 
     letter: str
     label: str
     runs: tuple[Run, ...]
 
-    def values(self, test: Test, metric: str) -> dict[int, float]:
-        """A metric by seed, of the runs that have it."""
-        lines = {run.seed: run.scores.get(test, {}) for run in self.runs}
+    def values(self, evaluation: Evaluation, metric: str) -> dict[int, float]:
+        """Seed -> value of a metric, for the runs that have the metric."""
+        lines = {run.seed: run.scores.get(evaluation, {}) for run in self.runs}
         return {seed: x[metric] for seed, x in lines.items() if metric in x}
 
 
 class Row(NamedTuple):
-    """A group's top-1 under one test.
+    """Top-1 accuracy of a group on one split under one protocol.
 
     Attributes:
-      group: whose.
-      spread: mean over seeds and what goes with it.
-      interval: of the mean by Student's t; of one run, Wilson's.
-      by_seed: what each run has.
-      paper: the paper's figure for the same, if it has one.
+      group: the group.
+      spread: mean and standard deviation over seeds.
+      interval: Student's t interval of the mean; Wilson's interval for a single run.
+      by_seed: seed -> accuracy.
+      paper: the corresponding row of the paper's tables, if there is one.
     """
 
     group: Group
@@ -102,18 +109,18 @@ class Row(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two runs' answers to the same images.
+    """Paired test of two runs on the same images.
 
     Attributes:
-      test: split and protocol.
+      evaluation: split and protocol.
       first: a run.
       second: a run of another group.
-      letters: of the groups.
-      counts: who is right how often, and McNemar's p.
-      adjusted_p: for the number of pairs, by Holm.
+      letters: of the two groups.
+      counts: numbers of images by correctness, and the p-value of McNemar's test.
+      adjusted_p: the p-value, adjusted for the number of pairs by Holm's method.
     """
 
-    test: Test
+    evaluation: Evaluation
     first: Run
     second: Run
     letters: tuple[str, str]
@@ -122,217 +129,238 @@ class Pair(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Two groups' mean difference over the seeds that both have.
+    """Mean difference of two groups over their common seeds.
 
     Attributes:
-      test: split and protocol.
-      letters: of the groups; the second less the first.
-      spread: of the differences, by seed.
+      evaluation: split and protocol.
+      letters: of the two groups.
+      spread: of the accuracy of the second group minus that of the first, by seed.
     """
 
-    test: Test
+    evaluation: Evaluation
     letters: tuple[str, str]
     spread: uncertainty.Spread
 
 
 class Comparison(NamedTuple):
-    """All that is said of some runs.
+    """Result of `compare`.
 
     Attributes:
-      groups: in the order in which they were named.
-      tables: rows by test.
-      others: for each test, spreads of `METRICS` by group letter.
-      differences: of groups with two or more seeds in common.
-      pairs: of runs of the same seed.
-      settings: what differs between groups: key -> a value a group.
-      notes: what a reader should know.
+      groups: in the order of their first runs.
+      tables: split and protocol -> rows.
+      others: split and protocol -> metric of `METRICS` -> group letter -> spread.
+      differences: between groups with at least two common seeds.
+      pairs: of runs with the same seed.
+      config_differences: config key -> its value in each group, for the keys whose
+        values differ.
+      notes: warnings about the comparison.
     """
 
     groups: list[Group]
-    tables: dict[Test, list[Row]]
-    others: dict[Test, dict[str, dict[str, uncertainty.Spread]]]
+    tables: dict[Evaluation, list[Row]]
+    others: dict[Evaluation, dict[str, dict[str, uncertainty.Spread]]]
     differences: list[Difference]
     pairs: list[Pair]
-    settings: dict[str, list[Any]]
+    config_differences: dict[str, list[Any]]
     notes: list[str]
 
 
 def compare(workdirs: Sequence[Path]) -> Comparison:
-    """Reads the runs, groups them, and tests what differs.
+    """Reads runs, groups those that differ only in the seed, and tests differences.
+
+    Args:
+      workdirs: run directories; repeated ones are read once.
 
     Raises:
-      ValueError: there are no runs, or one of them has no scores.
+      ValueError: there are no runs, or a run has no scores.
     """
-    folders = list(dict.fromkeys(path.resolve() for path in workdirs))
-    if not folders:
+    directories = list(dict.fromkeys(path.resolve() for path in workdirs))
+    if not directories:
         raise ValueError(
-            "no runs to compare: name their folders, as in --mode compare runs/a runs/b"
+            "there are no runs to compare: give run directories, as in "
+            "--mode compare runs/a runs/b"
         )
-    runs = [_read(folder) for folder in folders]
+    runs = [_read(directory) for directory in directories]
     notes: list[str] = []
     groups = _group(runs, notes)
-    tests = sorted({test for run in runs for test in run.scores}, key=run_summary.order)
-    pairs = _pairs(groups, tests, notes)
-    tables = {test: list(_rows(groups, test)) for test in tests}
+    evaluations = sorted(
+        {evaluation for run in runs for evaluation in run.scores},
+        key=run_summary.sort_key,
+    )
+    pairs = _pairs(groups, evaluations, notes)
+    tables = {evaluation: list(_rows(groups, evaluation)) for evaluation in evaluations}
     return Comparison(
         groups=groups,
         tables=tables,
-        others={test: _others(groups, test) for test in tests},
-        differences=list(_differences(groups, tests)),
+        others={evaluation: _others(groups, evaluation) for evaluation in evaluations},
+        differences=list(_differences(groups, evaluations)),
         pairs=pairs,
-        settings=_differing([group.runs[0] for group in groups]),
-        notes=[*notes, *_doubts(groups), *_departures(tables)],
+        config_differences=_config_differences([group.runs[0] for group in groups]),
+        notes=[*notes, *_warnings(groups), *_recipe_warnings(tables)],
     )
 
 
 def _read(workdir: Path) -> Run:
-    settings = run_directory.read_config(workdir)
-    lines = run_summary.newest(run_directory.read_metrics(workdir))
+    config = run_directory.read_config(workdir)
+    lines = run_summary.latest_scores(run_directory.read_metrics(workdir))
     if not lines:
         raise ValueError(
-            f"{workdir} has no scores yet: train it to its first evaluation, or leave "
-            "it out"
+            f"{workdir} has no scores: train the run until its first evaluation, or "
+            "leave it out"
         )
     scores = {(line["split"], line["protocol"]): line for line in lines}
-    # What an older run does not know of had its default.
-    flat = run_summary.recipe() | run_directory.flatten(settings)
-    return Run(workdir, flat, scores, run_summary.title(settings))
+    # The config of an older run lacks newer keys; the run used their defaults.
+    flat = run_summary.paper_config() | run_directory.flatten(config)
+    return Run(workdir, flat, scores, run_summary.run_title(config))
 
 
 def _group(runs: Sequence[Run], notes: list[str]) -> list[Group]:
-    found: dict[tuple, dict[int, Run]] = {}
+    by_config: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        key = tuple(
-            (name, value)
-            for name, value in sorted(run.settings.items())
-            if not name.startswith(_INDIFFERENT)
+        identity = tuple(
+            (key, value)
+            for key, value in sorted(run.config.items())
+            if not key.startswith(_IGNORED_KEYS)
         )
-        seeds = found.setdefault(key, {})
-        if run.seed in seeds:
+        by_seed = by_config.setdefault(identity, {})
+        if run.seed in by_seed:
             notes.append(
-                f"{run.workdir.name} is left out: it is {seeds[run.seed].workdir.name} "
-                f"again, seed {run.seed} and all, and no second draw"
+                f"{run.workdir.name} is left out, because it has the same config and "
+                f"the same seed {run.seed} as {by_seed[run.seed].workdir.name}"
             )
-        seeds.setdefault(run.seed, run)
-    members = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in found.values()]
-    differing = _differing([runs[0] for runs in members])
+        by_seed.setdefault(run.seed, run)
+    members = [
+        tuple(by_seed[seed] for seed in sorted(by_seed))
+        for by_seed in by_config.values()
+    ]
+    differences = _config_differences([runs[0] for runs in members])
     titles = [runs[0].title for runs in members]
     groups = []
-    for i, runs_of_one in enumerate(members):
+    for i, group_runs in enumerate(members):
         label = titles[i]
         if titles.count(label) > 1:
             label += "".join(
-                f", {key}={html_page.plain(values[i])}"
-                for key, values in differing.items()
+                f", {key}={html_page.format_value(values[i])}"
+                for key, values in differences.items()
                 if not key.startswith(("model.kind", "model.backbone", "data.source"))
             )
-        groups.append(Group(_letter(i), label, runs_of_one))
+        groups.append(Group(_letter(i), label, group_runs))
     return groups
 
 
 def _letter(index: int) -> str:
     """A, B, ..., Z, A2, B2, ..."""
-    turn, place = divmod(index, 26)
-    return string.ascii_uppercase[place] + (str(turn + 1) if turn else "")
+    cycle, position = divmod(index, 26)
+    return string.ascii_uppercase[position] + (str(cycle + 1) if cycle else "")
 
 
-def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs, but for those that cannot matter."""
-    keys = sorted({key for run in runs for key in run.settings})
-    values = {key: [run.settings.get(key, "not there") for run in runs] for key in keys}
+def _config_differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Config key -> its value in each run, for keys whose values differ.
+
+    Keys that cannot change a score are left out.
+    """
+    keys = sorted({key for run in runs for key in run.config})
+    values = {key: [run.config.get(key, "missing") for run in runs] for key in keys}
     return {
         key: found
         for key, found in values.items()
-        if not key.startswith(_INDIFFERENT) and any(x != found[0] for x in found)
+        if not key.startswith(_IGNORED_KEYS) and any(x != found[0] for x in found)
     }
 
 
-def _rows(groups: Iterable[Group], test: Test) -> Iterable[Row]:
+def _rows(groups: Iterable[Group], evaluation: Evaluation) -> Iterable[Row]:
     for group in groups:
-        by_seed = group.values(test, "top1")
+        by_seed = group.values(evaluation, "top1")
         if not by_seed:
             continue
         spread = uncertainty.spread(list(by_seed.values()))
-        first = next(run for run in group.runs if test in run.scores)
-        count = first.scores[test]["count"]
-        # No accuracy lies beyond 0 and 1; Student's t does not know that.
+        first = next(run for run in group.runs if evaluation in run.scores)
+        count = first.scores[evaluation]["count"]
+        # Student's t interval can exceed 0..1, but an accuracy cannot.
         interval = (
             uncertainty.Interval(*np.clip(spread.interval, 0, 1).tolist())
             if spread.interval
-            else uncertainty.wilson(round(spread.mean * count), count)
+            else uncertainty.wilson_interval(round(spread.mean * count), count)
         )
-        published = run_summary.published(first.settings, first.scores[test])
-        yield Row(group, spread, interval, by_seed, published)
+        paper = run_summary.paper_result(first.config, first.scores[evaluation])
+        yield Row(group, spread, interval, by_seed, paper)
 
 
 def _others(
-    groups: Iterable[Group], test: Test
+    groups: Iterable[Group], evaluation: Evaluation
 ) -> dict[str, dict[str, uncertainty.Spread]]:
     """Metric of `METRICS` -> group letter -> spread."""
-    found = {}
+    spreads_by_metric = {}
     for metric in METRICS:
-        values = {g.letter: list(g.values(test, metric).values()) for g in groups}
+        values = {g.letter: list(g.values(evaluation, metric).values()) for g in groups}
         spreads = {k: uncertainty.spread(v) for k, v in values.items() if v}
         if spreads:
-            found[metric] = spreads
-    return found
+            spreads_by_metric[metric] = spreads
+    return spreads_by_metric
 
 
 def _differences(
-    groups: Sequence[Group], tests: Iterable[Test]
+    groups: Sequence[Group], evaluations: Iterable[Evaluation]
 ) -> Iterable[Difference]:
-    for test in tests:
+    for evaluation in evaluations:
         for a, b in itertools.combinations(groups, 2):
-            first, second = a.values(test, "top1"), b.values(test, "top1")
+            first, second = a.values(evaluation, "top1"), b.values(evaluation, "top1")
             common = [seed for seed in first if seed in second]
-            if len(common) > 1 and _same_images(a, b, test):
+            if len(common) > 1 and _same_images(a, b, evaluation):
                 changes = [second[seed] - first[seed] for seed in common]
                 letters = a.letter, b.letter
-                yield Difference(test, letters, uncertainty.spread(changes))
+                yield Difference(evaluation, letters, uncertainty.spread(changes))
 
 
-def _same_images(a: Group, b: Group, test: Test) -> bool:
-    first, second = (_answers(group.runs[0], test) for group in (a, b))
+def _same_images(a: Group, b: Group, evaluation: Evaluation) -> bool:
+    first, second = (_correctness(group.runs[0], evaluation) for group in (a, b))
     if first is not None and second is not None:
         return _labels(first) == _labels(second)
-    # Without each image's result: the same data, cut in the same way.
-    return not any(k.startswith("data.") for k in _differing([a.runs[0], b.runs[0]]))
+    # Without per-image results, equal `data.*` config keys imply the same images.
+    differences = _config_differences([a.runs[0], b.runs[0]])
+    return not any(key.startswith("data.") for key in differences)
 
 
-def _labels(answers: Answers) -> dict[str, int]:
-    return {name: label for name, (label, _) in answers.items()}
+def _labels(correctness: Correctness) -> dict[str, int]:
+    return {name: label for name, (label, _) in correctness.items()}
 
 
-def _answers(run: Run, test: Test) -> Answers | None:
-    """Label by image, and whether the run is right; None where it is not known."""
+def _correctness(run: Run, evaluation: Evaluation) -> Correctness | None:
+    """Reads the per-image results; None if they do not belong to the run's scores."""
     try:
-        results = run_directory.read_results(run.workdir, *test)
+        results = run_directory.read_results(run.workdir, *evaluation)
     except ValueError:
         return None
-    line = run.scores.get(test, {})
-    answers = {r.name: (r.label, r.predicted == r.label) for r in results}
-    of_that_checkpoint = all(r.step == line.get("step") for r in results)
-    if not of_that_checkpoint or len(answers) != line.get("count"):
+    line = run.scores.get(evaluation, {})
+    correctness = {r.name: (r.label, r.predicted == r.label) for r in results}
+    same_checkpoint = all(r.step == line.get("step") for r in results)
+    if not same_checkpoint or len(correctness) != line.get("count"):
         return None
-    return answers
+    return correctness
 
 
 def _pairs(
-    groups: Sequence[Group], tests: Iterable[Test], notes: list[str]
+    groups: Sequence[Group], evaluations: Iterable[Evaluation], notes: list[str]
 ) -> list[Pair]:
-    found, unknown = [], set()
-    for test in tests:
+    pairs, missing = [], set()
+    for evaluation in evaluations:
         for a, b in itertools.combinations(groups, 2):
-            for first, second in _partners(a, b, test):
-                one, other = _answers(first, test), _answers(second, test)
+            for first, second in _paired_runs(a, b, evaluation):
+                one = _correctness(first, evaluation)
+                other = _correctness(second, evaluation)
                 if one is None or other is None:
                     runs = ((first, one), (second, other))
-                    unknown |= {(r.workdir.name, *test) for r, x in runs if x is None}
+                    missing |= {
+                        (run.workdir.name, *evaluation)
+                        for run, correctness in runs
+                        if correctness is None
+                    }
                     continue
                 if _labels(one) != _labels(other):
                     notes.append(
-                        f"{first.workdir.name} and {second.workdir.name} saw different "
-                        f"images or labels under {', '.join(test)}: no paired test"
+                        f"{first.workdir.name} and {second.workdir.name} were "
+                        "evaluated on different images or labels "
+                        f"({', '.join(evaluation)}), so that there is no paired test"
                     )
                     continue
                 counts = uncertainty.mcnemar(
@@ -340,61 +368,66 @@ def _pairs(
                     np.array([other[name][1] for name in one]),
                 )
                 letters = a.letter, b.letter
-                found.append(Pair(test, first, second, letters, counts, counts.p))
-    for name, split, protocol in sorted(unknown):
+                pairs.append(Pair(evaluation, first, second, letters, counts, counts.p))
+    for name, split, protocol in sorted(missing):
         notes.append(
-            f"what {name} says of each image is not known for {split}, {protocol}: "
-            "no paired test (--mode eval on it writes that)"
+            f"{name} has no per-image results of its last checkpoint for {split}, "
+            f"{protocol}, so that there is no paired test: run --mode eval on it"
         )
-    adjusted = uncertainty.holm([pair.counts.p for pair in found])
+    adjusted = uncertainty.holm([pair.counts.p for pair in pairs])
     return [
-        pair._replace(adjusted_p=p) for pair, p in zip(found, adjusted, strict=True)
+        pair._replace(adjusted_p=p) for pair, p in zip(pairs, adjusted, strict=True)
     ]
 
 
-def _partners(a: Group, b: Group, test: Test) -> list[tuple[Run, Run]]:
-    """Runs of the same seed; where there is one of each, those."""
-    first = {run.seed: run for run in a.runs if test in run.scores}
-    second = {run.seed: run for run in b.runs if test in run.scores}
+def _paired_runs(a: Group, b: Group, evaluation: Evaluation) -> list[tuple[Run, Run]]:
+    """Runs of two groups with the same seed.
+
+    If each group has a single run, these two are paired whatever their seeds.
+    """
+    first = {run.seed: run for run in a.runs if evaluation in run.scores}
+    second = {run.seed: run for run in b.runs if evaluation in run.scores}
     common = [(first[seed], second[seed]) for seed in first if seed in second]
     if not common and len(first) == len(second) == 1:
         return list(zip(first.values(), second.values(), strict=True))
     return common
 
 
-def _departures(tables: Mapping[Test, Iterable[Row]]) -> Iterable[str]:
-    """What is not the paper's in groups that stand beside a figure of the paper's."""
-    recipe = run_summary.recipe()
+def _recipe_warnings(tables: Mapping[Evaluation, Iterable[Row]]) -> Iterable[str]:
+    """Departures from the paper's recipe, for groups shown with a paper's result."""
+    recipe = run_summary.paper_config()
     groups = {
         r.group.letter: r.group for rows in tables.values() for r in rows if r.paper
     }
     for group in groups.values():
-        settings = group.runs[0].settings
+        config = group.runs[0].config
         changes = [
-            f"{key}={html_page.plain(settings[key])} ({html_page.plain(value)})"
+            f"{key}={html_page.format_value(config[key])} "
+            f"(paper: {html_page.format_value(value)})"
             for key, value in recipe.items()
-            if settings[key] != value and not key.startswith((*_INDIFFERENT, *_CELL))
+            if config[key] != value
+            and not key.startswith((*_IGNORED_KEYS, *_PAPER_ROW_KEYS))
         ]
         if changes:
             yield (
-                f"{group.letter} stands beside the paper's figure and departs from its "
-                f"recipe: {', '.join(changes)}"
+                f"{group.letter} is shown with the paper's result, but its config "
+                f"differs from the paper's recipe: {', '.join(changes)}"
             )
 
 
-def _doubts(groups: Iterable[Group]) -> Iterable[str]:
-    """Why a mean may not be what it seems."""
+def _warnings(groups: Iterable[Group]) -> Iterable[str]:
+    """Reasons why the mean of a group may be misleading."""
     for group in groups:
         codes = set()
         for run in group.runs:
-            epochs = run.settings["train.epochs"]
+            epochs = run.config["train.epochs"]
             reached = max(line["epoch"] for line in run.scores.values())
             if reached < epochs:
-                yield f"{run.workdir.name} was scored at epoch {reached} of {epochs}"
+                yield f"{run.workdir.name} was evaluated at epoch {reached} of {epochs}"
             starts = provenance.read(run.workdir)
             codes |= {provenance.describe_commit(start["code"]) for start in starts}
         if len(codes) > 1:
             yield (
-                f"the runs of {group.letter} were made with different code: "
+                f"the runs of {group.letter} were trained with different code: "
                 f"{', '.join(sorted(codes))}"
             )

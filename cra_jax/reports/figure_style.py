@@ -1,8 +1,9 @@
-"""What the package's figures are made of: a style, marks on images, a grid, a file.
+"""Style of the figures, their grid of images, annotations and files.
 
-Colours are those of Okabe and Ito, which people of any colour vision tell apart, never
-without a second sign (dashes, markers, words), so that a print in grey still reads.
-Maps use inferno, whose lightness rises evenly. Nothing here touches pyplot.
+Colours are those of Okabe and Ito, which are distinct with any colour vision. Dashes,
+markers or words always repeat what a colour means, so that the figures are readable in
+grey. Class activation maps use inferno, whose lightness rises uniformly. This module
+does not use pyplot, and therefore changes no global state.
 """
 
 import functools
@@ -35,67 +36,79 @@ _STYLE: Any = {
     "lines.linewidth": 1.1,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # a class name may hold a dollar sign
-    "pdf.fonttype": 42,  # text stays text
+    "text.parse_math": False,  # a class name may contain a dollar sign
+    "pdf.fonttype": 42,  # embeds text as text
     "svg.fonttype": "none",
 }
 _DPI = 220
-_LINE_PT = 8.3  # from one line of text to the next
+_LINE_PT = 8.3  # distance of lines of text
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws in this room's style, and leaves everyone else's as it was."""
+    """Decorates a function so that it draws in the style of this project.
+
+    Matplotlib's own settings are restored afterwards.
+    """
 
     @functools.wraps(draw)
-    def drawn(*arguments: Any, **named: Any) -> Figure:
+    def draw_styled(*arguments: Any, **named: Any) -> Figure:
         with matplotlib.rc_context(_STYLE):
             return draw(*arguments, **named)
 
-    return drawn
+    return draw_styled
 
 
-def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Writes `<name>.pdf` and `<name>.png`, and returns the latter's path.
+def save_figure(figure: Figure, directory: Path, name: str) -> Path:
+    """Writes `<name>.pdf` and `<name>.png`.
 
-    The same figure gives the same bytes: no time of day is written.
+    The files contain no date, so that the same figure gives the same bytes.
+
+    Returns:
+      Path of the PNG file.
     """
-    png = folder / f"{name}.png"
+    png = directory / f"{name}.png"
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; so be it.
+        # Matplotlib draws characters that the font lacks as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(
-            folder / f"{name}.pdf", dpi=_DPI, metadata={"CreationDate": None}
+            directory / f"{name}.pdf", dpi=_DPI, metadata={"CreationDate": None}
         )
         figure.savefig(png, dpi=_DPI, metadata={"Software": None})
     return png
 
 
-def tidy(name: str, *, width: int = 16) -> str:
-    """A class name for a narrow space: "001.Black_footed_Albatross" -> two lines."""
-    words = html_page.class_words(name)
-    wrapped = textwrap.wrap(words, width) or [words]
+def wrap_class_name(name: str, *, width: int = 16) -> str:
+    """A class name on one or two lines: "001.Red_bird" -> "Red bird".
+
+    Args:
+      name: of the class.
+      width: limit of a line, in characters; a longer name is truncated.
+    """
+    readable = html_page.readable_class_name(name)
+    wrapped = textwrap.wrap(readable, width) or [readable]
     if len(wrapped) > 2:
         wrapped = [wrapped[0], wrapped[1][: width - 1].rstrip(" .,") + "…"]
     return "\n".join(wrapped)
 
 
-def overlay_activation(image: np.ndarray, activation: np.ndarray) -> np.ndarray:
-    """A map over its image in grey: the stronger, the more opaque and the lighter.
+def overlay_cam(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
+    """Overlays a class activation map on its image in grey.
 
     Args:
       image: uint8 ``[h, w, 3]``.
-      activation: ``[h, w]``; 0 and below is clear, its maximum strongest.
+      cam: ``[h, w]``; values of 0 and less are transparent, the maximum is the lightest
+        and most opaque.
 
     Returns:
       uint8 ``[h, w, 3]``.
     """
-    rgb, share = overlay.activation_colors(activation)
+    rgb, share = overlay.activation_colors(cam)
     grey = image @ np.array([0.299, 0.587, 0.114]) * 0.85
     opacity = (0.85 * share)[..., None]
     return np.round(opacity * rgb + (1 - opacity) * grey[..., None]).astype(np.uint8)
 
 
-def grid(
+def create_grid(
     rows: int,
     columns: int,
     *,
@@ -108,19 +121,22 @@ def grid(
     block_gap_in: float = 0.0,
     pair_gap_in: float = 0.0,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Square cells of one size with room for words, placed by hand.
+    """Creates a figure of square cells of equal size, with space for text.
 
     Args:
-      rows: of cells.
-      columns: of cells.
+      rows: number of rows.
+      columns: number of columns.
       cell_in: side of a cell.
-      top_in: above the first row.
-      left_in: before the first column.
-      gap_in: below each row.
-      first_gap_in: below the first; None: as below the others.
-      block: rows that belong together; 0: all.
-      block_gap_in: more room between blocks.
-      pair_gap_in: more room after every second column.
+      top_in: space above the first row.
+      left_in: space left of the first column.
+      gap_in: space below each row.
+      first_gap_in: space below the first row; None: `gap_in`.
+      block: number of rows in a block; 0: all rows are one block.
+      block_gap_in: additional space between blocks.
+      pair_gap_in: additional space after every second column.
+
+    Returns:
+      The figure, and its axes as rows of columns.
     """
     across_in = 0.05
     blocks = (rows - 1) // block if block else 0
@@ -133,32 +149,32 @@ def grid(
     for row in range(rows):
         down = top_in + row * (cell_in + gap_in) + cell_in - (less_in if row else 0)
         down += (row // block) * block_gap_in if block else 0
-        line = []
+        row_axes = []
         for column in range(columns):
             right = left_in + column * (cell_in + across_in)
             right += (column // 2) * pair_gap_in
-            place = (
+            position = (
                 *(right / width, 1 - down / height),
                 *(cell_in / width, cell_in / height),
             )
-            ax = figure.add_axes(place)
+            ax = figure.add_axes(position)
             ax.set_xticks([])
             ax.set_yticks([])
-            line.append(ax)
-        axes.append(line)
+            row_axes.append(ax)
+        axes.append(row_axes)
     return figure, axes
 
 
-def show(ax: Axes, image: np.ndarray) -> None:
-    """An image that fills its cell, one unit a pixel, pixel centres at integers."""
+def draw_image(ax: Axes, image: np.ndarray) -> None:
+    """Draws an image that fills its cell; data coordinates are pixels of the image."""
     ax.imshow(image, interpolation="bicubic")
     ax.autoscale(False)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _outlined(color: str, width: float) -> dict[str, Any]:
-    """A line that shows on light and on dark."""
+def _outline_style(color: str, width: float) -> dict[str, Any]:
+    """Style of an outline that is visible on light and on dark images."""
     edge = patheffects.withStroke(linewidth=width + 1.2, foreground="black")
     return {
         **{"fill": False, "edgecolor": color, "linewidth": width},
@@ -167,16 +183,17 @@ def _outlined(color: str, width: float) -> dict[str, Any]:
 
 
 def draw_box(ax: Axes, box: Sequence[float] | None) -> None:
-    """The object's box, dashed, where there is one."""
+    """Draws the box of an object, dashed; None draws nothing."""
     if box is not None:
         x_min, y_min, x_max, y_max = box
-        look: dict[str, Any] = _outlined("white", 0.7) | {"linestyle": (0, (3, 2))}
-        ax.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, **look))
+        style: dict[str, Any] = _outline_style("white", 0.7)
+        style["linestyle"] = (0, (3, 2))
+        ax.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, **style))
 
 
 def draw_attention(ax: Axes, corners: np.ndarray) -> None:
-    """The parallelogram, with a dot at the attention's own top left."""
-    ax.add_patch(Polygon(corners, closed=True, **_outlined(ORANGE, 1.2)))
+    """Outlines the attention, with a dot at the top left corner of its own frame."""
+    ax.add_patch(Polygon(corners, closed=True, **_outline_style(ORANGE, 1.2)))
     ax.plot(
         *corners[0],
         marker="o",
@@ -187,48 +204,53 @@ def draw_attention(ax: Axes, corners: np.ndarray) -> None:
     )
 
 
-def title_above(ax: Axes, text: str) -> None:
-    """Words above a cell."""
+def draw_title(ax: Axes, text: str) -> None:
+    """Writes one or more lines above a cell."""
     lines = text.split("\n")
     for number, line in enumerate(reversed(lines)):
-        _words(ax, line, (0.5, 1), (0, 3.5 + _LINE_PT * number), ha="center")
+        _write_line(ax, line, (0.5, 1), (0, 3.5 + _LINE_PT * number), ha="center")
 
 
-def words_below(
-    ax: Axes, text: str, color: str, *, line: int = 0, bold: bool = False
+def draw_text_below(
+    ax: Axes, text: str, color: str, *, first_line: int = 0, bold: bool = False
 ) -> None:
-    """Words below a cell, from its line number `line` on."""
-    weight = "bold" if bold else "normal"
-    for number, words in enumerate(text.split("\n"), start=line):
-        down = -8 - _LINE_PT * number
-        _words(ax, words, (0.5, 0), (0, down), ha="center", color=color, weight=weight)
+    """Writes lines below a cell; `first_line` is the number of lines to skip."""
+    style = {"ha": "center", "color": color, "weight": "bold" if bold else "normal"}
+    for number, line in enumerate(text.split("\n"), start=first_line):
+        _write_line(ax, line, (0.5, 0), (0, -8 - _LINE_PT * number), **style)
 
 
-def verdict(ax: Axes, predicted: str, *, right: bool, width: int = 12) -> None:
-    """The answer, with a tick or a cross."""
-    mark, color = ("✓", GREEN) if right else ("✗", VERMILLION)
-    words_below(ax, f"{mark} {tidy(predicted, width=width)}", color)
+def draw_prediction(
+    ax: Axes, predicted: str, *, correct: bool, width: int = 12
+) -> None:
+    """Writes the predicted class below a cell, with a tick or a cross."""
+    mark, color = ("✓", GREEN) if correct else ("✗", VERMILLION)
+    draw_text_below(ax, f"{mark} {wrap_class_name(predicted, width=width)}", color)
 
 
-def row_name(ax: Axes, text: str, *, bold: bool = False) -> None:
-    """Words before a row; bold ones stand above where others do."""
+def draw_row_label(ax: Axes, text: str, *, bold: bool = False) -> None:
+    """Writes a label left of a row; a bold label is one line higher than others."""
     lines = text.split("\n")
     for number, line in enumerate(reversed(lines)):
         up = _LINE_PT * (number + (1.4 if bold else -0.3))
         weight = "bold" if bold else "normal"
-        _words(ax, line, (0, 0.5), (-4, up), ha="right", weight=weight)
+        _write_line(ax, line, (0, 0.5), (-4, up), ha="right", weight=weight)
 
 
-def _words(
-    ax: Axes, text: str, place: tuple[float, float], off_pt: tuple[float, float], **look
+def _write_line(
+    ax: Axes,
+    text: str,
+    position: tuple[float, float],
+    offset_pt: tuple[float, float],
+    **style: Any,
 ) -> None:
-    """One line at a place in a cell, so many points off it; its baseline counts."""
+    """Writes a line whose baseline is `offset_pt` away from a position in a cell."""
     ax.annotate(
         text,
-        place,
-        off_pt,
+        position,
+        offset_pt,
         xycoords="axes fraction",
         textcoords="offset points",
         va="baseline",
-        **look,
+        **style,
     )

@@ -1,4 +1,4 @@
-"""A run -> the paper's figures of it (Fig. 1, 3, 4), its curves and its confusions."""
+"""Figures of a run: the paper's (Fig. 1, 3, 4), training curves, confused classes."""
 
 import collections
 import dataclasses
@@ -22,22 +22,23 @@ from cra_jax.model import KINDS
 from cra_jax.reports import confusions, figure_panels, figure_style, training_curves
 from cra_jax.runtime import run_directory
 
-_MAPS = 8  # images of Fig. 3
-_ATTENDED = 3  # images of Fig. 4
-_EPOCHS = 6  # and its columns
-_CORRECTIONS = 6
-_PAIRS = 6
+_CAM_IMAGES = 8  # Fig. 3
+_ATTENTION_IMAGES = 3  # Fig. 4
+_ATTENTION_EPOCHS = 6  # Fig. 4
+_CORRECTIONS = 6  # Fig. 1
+_CONFUSED_PAIRS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A figure in the report's folder.
+    """A figure in the `report` directory of a run.
 
     Attributes:
       name: "activation" (Fig. 3), "attention" (Fig. 4), "corrected" (Fig. 1), "curves"
-        or "confused"; with "-baseline" where it is the other run's.
-      png: its path; beside it is the same as a vector PDF.
-      caption: what it shows and how to read it.
+        or "confused"; with the suffix "-baseline" if it shows the baseline run.
+      png: path of the PNG file; a vector PDF with the same name is in the same
+        directory.
+      caption: explains the figure.
     """
 
     name: str
@@ -45,8 +46,17 @@ class Drawn:
     caption: str
 
 
-def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None):
-    """As `draw_all`; prints where the figures are and what they show."""
+def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> None:
+    """Draws all figures of a run; prints their paths and captions.
+
+    Args:
+      options: as for `draw_all`.
+      workdir: as for `draw_all`.
+      baseline: as for `draw_all`.
+
+    Raises:
+      ValueError: as for `draw_all`.
+    """
     drawn, notes = draw_all(options, workdir, baseline=baseline)
     for figure in drawn:
         print(f"{figure.png} and .pdf: {figure.caption}")
@@ -57,44 +67,52 @@ def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None):
 def draw_all(
     options: RunOptions, workdir: Path, *, baseline: Path | None = None
 ) -> tuple[list[Drawn], list[str]]:
-    """Draws what can be drawn of a run; each figure as PNG and as vector PDF.
+    """Draws all figures that a run has data for, as PNG and as vector PDF.
 
     Args:
-      options: the run's; ``eval.checkpoint`` names the checkpoint.
+      options: of the run; ``eval.checkpoint`` selects the checkpoint.
       workdir: the run directory.
-      baseline: folder of a run to compare it with, of the same test images.
+      baseline: run directory of a baseline that has the same test images.
 
     Returns:
-      The figures, and for each that is not there, a line that says why.
+      The figures, and a sentence for each figure that is missing.
 
     Raises:
-      ValueError: a run has no checkpoint, or the two do not compare.
+      ValueError: a run has no checkpoint, or the two runs have different test images.
     """
     ours = _Run(options, workdir)
-    theirs = _Run(_options_of(baseline, like=options), baseline) if baseline else None
+    theirs = None
+    if baseline:
+        theirs = _Run(_baseline_options(baseline, options), baseline)
     if theirs:
         ours.check_same_images(theirs)
-    folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
+    directory = workdir / "report"
+    directory.mkdir(exist_ok=True)
     drawn, notes = [], []
     for name, draw in _drawings(ours, theirs):
-        figure, words = draw()
+        figure, text = draw()
         if figure is None:
-            notes.append(f"no figure of {name}: {words}")
+            notes.append(f'figure "{name}" is missing: {text}')
         else:
-            drawn.append(Drawn(name, figure_style.save(figure, folder, name), words))
+            png = figure_style.save_figure(figure, directory, name)
+            drawn.append(Drawn(name, png, text))
     return drawn, notes
 
 
-def _options_of(workdir: Path, *, like: RunOptions) -> RunOptions:
-    """Another run's options."""
-    options = run_options.from_config(run_directory.read_config(workdir))
-    chosen = like.evaluation.checkpoint  # a step of one run is none of another
-    return options.at_checkpoint(chosen if chosen.isalpha() else "latest")
+def _baseline_options(workdir: Path, options: RunOptions) -> RunOptions:
+    """Options of the baseline run, for the same kind of checkpoint ("latest", "best").
+
+    If `options` selects a checkpoint by its step, the latest one of the baseline is
+    selected, because the baseline may not have that step.
+    """
+    checkpoint = options.evaluation.checkpoint
+    return run_options.from_config(run_directory.read_config(workdir)).at_checkpoint(
+        checkpoint if checkpoint.isalpha() else "latest"
+    )
 
 
 class _Run:
-    """A run, restored, and the test images that it is shown with."""
+    """A restored run and its test split."""
 
     def __init__(self, options: RunOptions, workdir: Path):
         self.options = options
@@ -103,7 +121,7 @@ class _Run:
         self.head = restore_attention(options, workdir)
         self.crop_px: int = options.data.crop_px
         self.lines = run_directory.read_metrics(workdir)
-        self.kind = KINDS[options.kind]
+        self.network_name = KINDS[options.kind]
         dataset = sources.load_dataset(options.data)
         names = self.restored.class_names
         evaluate.check_classes(dataset.class_names, names, workdir)
@@ -112,10 +130,10 @@ class _Run:
         self._evaluator = evaluate.Evaluator(self.restored.backbone, options)
 
     def check_same_images(self, other: "_Run") -> None:
-        """Checks that a comparison means something.
+        """Checks that two runs have the same test images and crops.
 
         Raises:
-          ValueError: the runs were tested on other images, or on other crops of them.
+          ValueError: the test images, their labels or their crops differ.
         """
         mine, theirs = (
             (
@@ -127,15 +145,15 @@ class _Run:
             )
             for run in (self, other)
         )
-        few = self.split.first_of_each_class(
-            _MAPS
-        )  # drawings of another seed have the same names
+        # Synthetic images of different seeds have the same names.
+        few = self.split.first_of_each_class(_CAM_IMAGES)
         if mine != theirs or (self.images(few) != other.images(few)).any():
             raise ValueError(
-                f"{other.workdir} was tested on other images than {self.workdir} "
-                f"({len(theirs[1])} of {len(theirs[0])} classes, crop {theirs[3]} of "
-                f"{theirs[4]} px; here {len(mine[1])} of {len(mine[0])} classes, crop "
-                f"{mine[3]} of {mine[4]} px): name a baseline with the same data.*"
+                f"the test images of {other.workdir} ({len(theirs[1])} images of "
+                f"{len(theirs[0])} classes, crop {theirs[3]} of {theirs[4]} px) differ "
+                f"from those of {self.workdir} ({len(mine[1])} images of "
+                f"{len(mine[0])} classes, crop {mine[3]} of {mine[4]} px): give a "
+                "baseline with the same config keys data.*"
             )
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
@@ -146,128 +164,135 @@ class _Run:
         )
         return batch["image"]
 
-    def answers(self, indices: Sequence[int]) -> list[figure_panels.Answer]:
-        """What the network makes of some images."""
-        found = self._evaluator.center(
+    def predictions(self, indices: Sequence[int]) -> list[figure_panels.Prediction]:
+        """Predictions and class activation maps of some test images."""
+        outputs = self._evaluator.center(
             self.restored.variables, self.split.take(indices)
         )
-        assert found.activation is not None
+        assert outputs.activation is not None
         rows_px, columns_px = class_activation.places_px(
-            self.restored.backbone, found.activation.shape[1:], self.crop_px
+            self.restored.backbone, outputs.activation.shape[1:], self.crop_px
         )
         return [
-            figure_panels.Answer(
+            figure_panels.Prediction(
                 class_activation.enlarge(activation, rows_px, columns_px, self.crop_px),
                 self.class_names[scores.argmax()],
-                right=bool(scores.argmax() == label),
+                correct=bool(scores.argmax() == label),
             )
             for activation, scores, label in zip(
-                found.activation, found.logits, found.labels, strict=True
+                outputs.activation, outputs.logits, outputs.labels, strict=True
             )
         ]
 
     def results(self) -> list[run_directory.Result]:
-        """Of all test images: as the run directory has them, else predicted now."""
+        """Results of all test images, from the run directory or computed now."""
         step = self.restored.step
         try:
-            known = run_directory.read_results(self.workdir, "test", "center")
+            saved = run_directory.read_results(self.workdir, "test", "center")
         except ValueError:
-            known = []
+            saved = []
         names = [record.name for record in self.split.records]
-        if [x.name for x in known] == names and known[0].step == step:
-            return known
-        found = self._evaluator.center(self.restored.variables, self.split)
-        return evaluate.results(found, self.split, step=step)
+        if [x.name for x in saved] == names and saved[0].step == step:
+            return saved
+        outputs = self._evaluator.center(self.restored.variables, self.split)
+        return evaluate.results(outputs, self.split, step=step)
 
     def snapshots(self) -> dict[int, dict[int, np.ndarray]]:
-        """Epoch -> index -> matrix, of the watched test images."""
-        found: dict[int, dict[int, np.ndarray]] = collections.defaultdict(dict)
+        """Epoch -> index of a test image -> matrix of its attention."""
+        snapshots: dict[int, dict[int, np.ndarray]] = collections.defaultdict(dict)
         for line in run_directory.read_snapshots(self.workdir):
-            found[line["epoch"]][line["index"]] = np.array(line["matrix"])
-        return dict(found)
+            snapshots[line["epoch"]][line["index"]] = np.array(line["matrix"])
+        return dict(snapshots)
 
 
 _Drawing = tuple[Figure | None, str]
 
 
 def _drawings(ours: _Run, theirs: _Run | None) -> Iterable[tuple[str, Callable]]:
-    """The figures' names, and what draws each or says why it cannot."""
-    yield "activation", partial(_activation, ours, theirs)
-    yield "attention", partial(_attention, ours)
+    """Name of each figure, and a function that draws it or explains why it cannot."""
+    yield "activation", partial(_draw_cams, ours, theirs)
+    yield "attention", partial(_draw_attention, ours)
     if theirs and theirs.head:
-        yield "attention-baseline", partial(_attention, theirs)
-    yield "corrected", partial(_corrected, ours, theirs)
-    yield "curves", partial(_curves, ours, theirs)
-    yield "confused", partial(_confused, ours)
+        yield "attention-baseline", partial(_draw_attention, theirs)
+    yield "corrected", partial(_draw_corrections, ours, theirs)
+    yield "curves", partial(_draw_curves, ours, theirs)
+    yield "confused", partial(_draw_confusions, ours)
 
 
-def _activation(ours: _Run, theirs: _Run | None) -> _Drawing:
+def _draw_cams(ours: _Run, theirs: _Run | None) -> _Drawing:
     """Fig. 3."""
-    chosen = ours.split.first_of_each_class(_MAPS)
+    chosen = ours.split.first_of_each_class(_CAM_IMAGES)
     boxes = ours.split.boxes_px(ours.crop_px)
     runs = [theirs, ours] if theirs else [ours]
-    names = [run.kind for run in runs if run]
-    figure = figure_panels.activation_maps(
+    figure = figure_panels.draw_cams(
         list(ours.images(chosen)),
         [ours.class_names[ours.split.labels[i]] for i in chosen],
-        {_name(run, names): run.answers(chosen) for run in runs if run},
+        {_name(run, runs): run.predictions(chosen) for run in runs},
         boxes=[boxes.get(i) for i in chosen],
     )
-    known = "; dashed: the object's box" if boxes else ""
+    dashed = " The dashed box is the box of the object." if boxes else ""
     return figure, (
-        "Class activation maps (Zhou et al., 2016) of the class that each network "
-        "predicts, each from 0 (clear) to its own maximum, for the first test image "
-        f"of the first {len(chosen)} classes{known}. A tick marks a right answer."
+        "Class activation maps (CAM; Zhou et al., 2016) of the class that each network "
+        f"predicts, for the first test image of the first {len(chosen)} classes. Each "
+        "map is scaled to its own maximum; activations of 0 and less are transparent."
+        f"{dashed} A tick marks a correct prediction."
     )
 
 
-def _name(run: _Run, names: Sequence[str]) -> str:
-    """The kind of a run, and its folder where that does not tell two runs apart."""
-    return run.kind if len(set(names)) == len(names) else run.workdir.name
+def _name(run: _Run, runs: Sequence[_Run]) -> str:
+    """Printed name of a run's network; its directory name if two have the same."""
+    names = [x.network_name for x in runs]
+    return run.workdir.name if len(set(names)) < len(names) else run.network_name
 
 
-def _attention(run: _Run) -> _Drawing:
+def _draw_attention(run: _Run) -> _Drawing:
     """Fig. 4."""
     snapshots = run.snapshots()
     if not run.head:
-        return None, f"a {run.kind} has no attention"
+        return None, f"the {run.network_name} has no attention"
     if not snapshots:
         return None, (
-            f"{run.workdir} has no snapshots of it; a run with eval.snapshots above 0 "
-            "keeps them"
+            f"{run.workdir} has no snapshots of the attention; train with "
+            "eval.snapshots above 0 to save them"
         )
-    epochs = _evenly(sorted(snapshots), _EPOCHS)
-    watched = [
+    epochs = _evenly_spaced(sorted(snapshots), _ATTENTION_EPOCHS)
+    complete = [
         i for i in snapshots[epochs[0]] if all(i in snapshots[e] for e in epochs)
     ]
-    chosen = watched[:_ATTENDED]
+    chosen = complete[:_ATTENTION_IMAGES]
     boxes = run.split.boxes_px(run.crop_px)
-    attended = []
+    histories = []
     for index, image in zip(chosen, run.images(chosen), strict=True):
         matrices = np.stack([snapshots[epoch][index] for epoch in epochs])
-        attended.append(
-            figure_panels.Attended(
+        histories.append(
+            figure_panels.AttentionHistory(
                 image,
                 run.class_names[run.split.labels[index]],
                 art_module.corners_px(matrices, run.crop_px),
-                *_sampled(run.options, image, matrices),
+                *_sample(run.options, image, matrices),
                 box=boxes.get(index),
             )
         )
-    known = ", dashed the object's box" if boxes else ""
-    figure = figure_panels.attention_over_epochs(attended, epochs, title=run.kind)
+    figure = figure_panels.draw_attention_by_epoch(
+        histories, epochs, title=run.network_name
+    )
+    second_stream = "attention"
+    if histories[0].redundancy is not None:
+        second_stream = "attention and redundancy"
+    dashed = " The dashed box is the box of the object." if boxes else ""
     return figure, (
-        f"What the {run.kind} attends to while it trains. On the test image the "
-        f"attention is outlined, a dot at its own top left{known}; below it what the "
-        "second stream is shown. Uniform colour lies outside the image or was left "
-        "out."
+        f"Attention of the {run.network_name} at several epochs of training. The "
+        "orange outline on each test image is the attention; the dot marks its top "
+        f"left corner.{dashed} The rows below show the input of the second stream: "
+        f"{second_stream}. Areas of uniform colour are outside the image or removed "
+        "from it."
     )
 
 
-def _sampled(
+def _sample(
     options: RunOptions, pixels: np.ndarray, matrices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Attention and redundancy ``[e, s, s, 3]`` of an image in its own colours."""
+    """Attention and redundancy of an image at each epoch: uint8 ``[e, s, s, 3]``."""
     data = options.data
     image = normalize.normalize(jnp.asarray(pixels)[None], mean=data.mean, std=data.std)
     gamma_res = None
@@ -280,118 +305,127 @@ def _sampled(
         options.art,
     )
 
-    def colours(view: jnp.ndarray) -> np.ndarray:
+    def denormalize(view: jnp.ndarray) -> np.ndarray:
         values = 255 * (np.asarray(view) * np.array(data.std) + np.array(data.mean))
         return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
-    redundancy = None if views.redundancy is None else colours(views.redundancy)
-    return colours(views.attention), redundancy
+    redundancy = None if views.redundancy is None else denormalize(views.redundancy)
+    return denormalize(views.attention), redundancy
 
 
-def _corrected(ours: _Run, theirs: _Run | None) -> _Drawing:
+def _draw_corrections(ours: _Run, theirs: _Run | None) -> _Drawing:
     """Fig. 1."""
     if not theirs:
-        return None, "there is no run to compare with; name one with --baseline"
+        return None, "it needs a second run; give one with --baseline"
     before, after = theirs.results(), ours.results()
-    mended, spoilt = (
-        confusions.put_right(before, after),
-        confusions.put_right(after, before),
-    )
-    other = partial(confusions.alike, before=before, after=after)
-    # Index, another of its class, another of the class that it is taken for.
+    corrected = confusions.corrected_images(before, after)
+    worsened = confusions.corrected_images(after, before)
+    another = partial(confusions.another_image, before=before, after=after)
+    # An image, another image of its class, an image of the class predicted before.
     trios = [
-        (i, other(after[i].label, but=i), other(before[i].predicted, but=i))
-        for i in mended
+        (i, another(after[i].label, exclude=i), another(before[i].predicted, exclude=i))
+        for i in corrected
     ]
     shown = [trio for trio in trios if None not in trio]
     if not shown:
         return None, (
-            f"there is no test image that {theirs.workdir.name} gets wrong and "
-            f"{ours.workdir.name} right"
+            f"there is no test image that {theirs.workdir.name} misclassifies and "
+            f"{ours.workdir.name} classifies correctly"
         )
-    chosen, truth, taken = zip(*_evenly(shown, _CORRECTIONS), strict=True)
-    maps = [theirs.answers(chosen), ours.answers(chosen)]
-    names = [theirs.kind, ours.kind]
-    figure = figure_panels.corrections(
-        [
-            figure_panels.Correction(
-                image,
-                ours.class_names[after[index].label],
-                ours.class_names[before[index].predicted],
-                like_truth,
-                like_taken,
-                (wrong.activation, right.activation),
-            )
-            for index, image, like_truth, like_taken, wrong, right in zip(
-                chosen,
-                ours.images(chosen),
-                ours.images(truth),
-                ours.images(taken),
-                *maps,
-                strict=True,
-            )
-        ],
-        (_name(theirs, names), _name(ours, names)),
+    chosen, of_true_class, of_wrong_class = zip(
+        *_evenly_spaced(shown, _CORRECTIONS), strict=True
     )
+    first, second = (_name(run, (theirs, ours)) for run in (theirs, ours))
+    columns = (
+        ours.images(chosen),
+        ours.images(of_true_class),
+        ours.images(of_wrong_class),
+        [prediction.cam for prediction in theirs.predictions(chosen)],
+        [prediction.cam for prediction in ours.predictions(chosen)],
+    )
+    rows = [
+        figure_panels.Correction(
+            image,
+            ours.class_names[after[index].label],
+            ours.class_names[before[index].predicted],
+            true_class_image,
+            wrong_class_image,
+            (cams[0], cams[1]),
+        )
+        for index, image, true_class_image, wrong_class_image, *cams in zip(
+            chosen, *columns, strict=True
+        )
+    ]
+    figure = figure_panels.draw_corrections(rows, (first, second))
     return figure, (
-        f"{len(chosen)} of {len(mended)} test images that {_name(theirs, names)} has "
-        f"wrong and {_name(ours, names)} right (the other way round: {len(spoilt)}), "
-        "beside other test images of the two classes, and both activation maps."
+        f"Test images that {first} misclassifies and {second} classifies correctly: "
+        f"{len(chosen)} of {len(corrected)}. The reverse holds for {len(worsened)}. "
+        "Each test image is between examples of the two predicted classes. Each class "
+        "activation map (CAM) is that of the class that the network predicts."
     )
 
 
-def _curves(ours: _Run, theirs: _Run | None) -> _Drawing:
-    names = [run.kind for run in (ours, theirs) if run]
+def _draw_curves(ours: _Run, theirs: _Run | None) -> _Drawing:
+    """Training curves."""
     if not ours.lines:
-        return None, f"{ours.workdir} has no numbers"
-    settings = run_directory.read_config(ours.workdir)
+        return None, f"{ours.workdir} has no metrics"
+    config = run_directory.read_config(ours.workdir)
     restriction, rate = (
-        {name: settings[section][name] for name in ("first_epochs", "period_epochs")}
+        {name: config[section][name] for name in ("first_epochs", "period_epochs")}
         for section in ("restriction", "optim")
     )
-    if settings["optim"]["schedule"] == "cosine":
-        rate["period_epochs"] = 0  # it falls all the time, not at an epoch
-    phases = training_curves.phases(
-        settings["train"]["epochs"],
+    if config["optim"]["schedule"] == "cosine":
+        rate["period_epochs"] = 0  # no drops: it decreases in every step
+    phases = training_curves.compute_phases(
+        config["train"]["epochs"],
         restriction=restriction if ours.options.kind == "cra" else None,
         rate=rate,
-        factor=settings["optim"]["factor"],
+        factor=config["optim"]["factor"],
     )
-    figure = training_curves.draw(
+    figure = training_curves.draw_training_curves(
         ours.lines,
         phases,
         other=theirs.lines if theirs else (),
-        other_name=_name(theirs, names) if theirs else "",
+        other_name=_name(theirs, (ours, theirs)) if theirs else "",
     )
-    shaded = ", shaded where L_res is off" if phases.restriction_off else ""
-    falls = ", dashed lines where the rate falls" if phases.rate_falls else ""
-    return figure, f"Training of the {ours.kind}{shaded}{falls}; tests on centre crops."
+    caption = (
+        f"Accuracy and losses of the {ours.network_name} during training. Test splits "
+        "are evaluated on centre crops."
+    )
+    if phases.restriction_off:
+        caption += " L_res is off in the shaded epochs."
+    if phases.rate_drops:
+        caption += " The learning rate drops at the dashed lines."
+    return figure, caption
 
 
-def _confused(run: _Run) -> _Drawing:
-    pairs = confusions.confused_pairs(run.results(), most=_PAIRS)
+def _draw_confusions(run: _Run) -> _Drawing:
+    """Confused pairs of classes."""
+    pairs = confusions.most_confused_pairs(run.results(), max_pairs=_CONFUSED_PAIRS)
     if not pairs:
-        return None, "no two classes of the test split are taken for each other"
+        return None, "the network confuses no two classes of the test split"
     images = run.images([i for pair in pairs for i in pair.examples])
-    found = [
+    confused = [
         figure_panels.Confusion(
             (run.class_names[pair.labels[0]], run.class_names[pair.labels[1]]),
             (left, right),
-            pair.wrong,
-            pair.count,
+            pair.confused,
+            pair.counts,
         )
         for pair, left, right in zip(pairs, images[::2], images[1::2], strict=True)
     ]
-    return figure_panels.confusions(found), (
-        f"The {len(found)} pairs of classes that the {run.kind} confuses most often, "
-        "each with the test image that it is most sure of and wrong about, where "
-        "there is one."
+    pair_text = "pair" if len(confused) == 1 else f"{len(confused)} pairs"
+    return figure_panels.draw_confusions(confused), (
+        f"The {pair_text} of classes that the {run.network_name} confuses most often. "
+        "Each class is shown by the test image that the network predicts as the other "
+        "class with the highest confidence, or by its first test image if the network "
+        "predicts none of them as the other class."
     )
 
 
-def _evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, the first and the last included."""
+def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
-    places = np.linspace(0, len(items) - 1, count).round().astype(int)
-    return [items[i] for i in places]
+    indices = np.linspace(0, len(items) - 1, count).round().astype(int)
+    return [items[i] for i in indices]

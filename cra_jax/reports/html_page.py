@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: templates, images inside, and scales."""
+"""Self-contained HTML pages: templates, embedded images, axes, number formats."""
 
 import base64
 import math
@@ -12,37 +12,37 @@ import jinja2
 import markupsafe
 
 MINUS = "\N{MINUS SIGN}"
-# Steps between ticks that people can count in.
+# Distances between ticks.
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 class Axis(NamedTuple):
-    """A scale for fractions, drawn in percent.
+    """Axis of a plot of fractions, labelled in percent.
 
     Attributes:
-      low: its left end.
-      high: its right end.
-      ticks: where it is labelled.
+      low: value at the left end.
+      high: value at the right end.
+      ticks: values that are labelled.
     """
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
-    def place(self, value: float) -> str:
-        """How far to the right a value stands, as CSS and SVG have it: "12.5%"."""
+    def position(self, value: float) -> str:
+        """Distance of a value from the left end, as an SVG length: "12.50%"."""
         share = (value - self.low) / (self.high - self.low)
         return f"{100 * min(max(share, 0), 1):.2f}%"
 
 
 def axis(values: Iterable[float]) -> Axis:
-    """A scale of at most 5 ticks that holds the values and ends at ticks.
+    """An axis with at most 5 ticks that covers the values and ends at ticks.
 
     Args:
-      values: fractions, such as the ends of intervals.
+      values: fractions, such as the ends of intervals; non-finite ones are ignored.
     """
-    found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = max(min(found), 0.0), min(max(found), 1.0)
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = max(min(finite), 0.0), min(max(finite), 1.0)
     for step in _STEPS:
         first = math.floor(low / step + 1e-9)
         last = max(math.ceil(high / step - 1e-9), first + 1)
@@ -55,7 +55,7 @@ def axis(values: Iterable[float]) -> Axis:
 
 
 def percent(fraction: float | None, digits: int = 1, *, sign: bool = False) -> str:
-    """A fraction in percent: "84.2"; with a sign "+0.5"; None is a dash."""
+    """A fraction in percent: "84.2"; with a sign "+0.5"; None gives a dash."""
     if fraction is None:
         return "\N{EN DASH}"
     text = f"{100 * fraction:{'+' if sign else ''}.{digits}f}"
@@ -63,12 +63,12 @@ def percent(fraction: float | None, digits: int = 1, *, sign: bool = False) -> s
 
 
 def p_value(p: float) -> str:
-    """A p-value: "0.032", or "< 0.001"."""
+    """A p-value: "0.032" or "< 0.001"."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def duration(seconds: float) -> str:
-    """A time for people: "2 min 43 s", "3 h 05 min", "2 d 4 h"."""
+    """A duration: "2 min 43 s", "3 h 05 min", "2 d 4 h"."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
@@ -80,27 +80,27 @@ def duration(seconds: float) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """A file as an address that holds it whole."""
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """A file as a data URI."""
+    mime_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{mime_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def plain(value: Any) -> str:
-    """A setting as a config file has it, for people: "resnet50", "(0, 0, 0.5, 0)"."""
+def format_value(value: Any) -> str:
+    """The value of a config key: "resnet50", "(0, 0, 0.5, 0)"."""
     if isinstance(value, str):
         return value or '""'
     if isinstance(value, tuple | list):
-        return f"({', '.join(map(plain, value))})"
+        return f"({', '.join(map(format_value, value))})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def class_words(name: str) -> str:
-    """A class name in words: "001.Black_footed" is "Black footed"."""
+def readable_class_name(name: str) -> str:
+    """A class name without its number and underscores: "001.Red_bird" is "Red bird"."""
     return re.sub(r"^\d+\.", "", name).replace("_", " ").strip() or name
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal, too."""
+    """A Markdown table whose columns line up in a terminal."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
@@ -113,17 +113,20 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def breakable(name: str) -> markupsafe.Markup:
-    """A key or a path that may break after its dots, dashes and underscores."""
+    """A config key or path that may wrap after dots, slashes, dashes, underscores."""
     escaped = str(markupsafe.escape(name))
     return markupsafe.Markup(re.sub(r"([._/-])(?=\w)", r"\1<wbr>", escaped))
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a template of this package; whatever is put in is escaped.
+    """Renders a template of this package; all values are escaped.
 
     Args:
       template: "report" or "compare".
-      **values: what it names; a name that is missing is an error.
+      **values: values of the names in the template.
+
+    Raises:
+      jinja2.UndefinedError: a name in the template has no value.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
@@ -135,7 +138,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters |= {
         "percent": percent,
         "p_value": p_value,
-        "plain": plain,
+        "format_value": format_value,
         "breakable": breakable,
     }
     return environment.get_template(f"{template}.html.jinja").render(values)

@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A figure of the paper's.
+    """An accuracy in one of the paper's tables.
 
     Attributes:
-      table: where it stands.
-      data: the data set, as `data.source` calls it.
-      backbone: as `model.backbone` calls it.
-      kind: as `model.kind` calls it.
-      protocol: how it was scored.
+      table: name of the table.
+      data: the dataset, a value of `data.source`.
+      backbone: a value of `model.backbone`.
+      kind: a value of `model.kind`.
+      protocol: the evaluation protocol, "center" or "full".
       top1: accuracy as a fraction; the paper gives percent with one decimal.
     """
 
@@ -24,10 +24,10 @@ class Row(NamedTuple):
 
 
 TEST_IMAGES = {"cub": 5794, "cars": 8041}
-"""In the published test splits."""
+"""Number of images in the published test splits."""
 
 NAMES = {"cub": "CUB-200-2011", "cars": "Stanford Cars"}
-"""Of the data sets, as Table 1 has them."""
+"""Names of the datasets in Table 1."""
 
 ROWS = (
     Row("Table 1", "cub", "resnet50", "baseline", "center", 0.842),
@@ -43,22 +43,25 @@ ROWS = (
     Row("Table 3", "cars", "resnet50", "cra", "full", 0.933),
     Row("Table 3", "cars", "resnet101", "cra", "full", 0.948),
 )
-# The same images under tfds's names.
+# Names of the same datasets in TensorFlow Datasets.
 _TFDS = {"caltech_birds2011": "cub", "cars196": "cars"}
 
 
 def find(
     *, source: str, name: str, backbone: str, kind: str, protocol: str, count: int
 ) -> Row | None:
-    """The paper's figure of such a run; None where it has none.
+    """Finds the paper's accuracy for a dataset, a network and a protocol.
 
     Args:
       source: `data.source`.
-      name: `data.name`, which says more where the source is tfds.
+      name: `data.name`, which identifies the dataset if the source is "tfds".
       backbone: `model.backbone`.
       kind: `model.kind`.
       protocol: "center" or "full".
-      count: test images: a part of the set is another set.
+      count: number of evaluated images, which must be that of the whole test split.
+
+    Returns:
+      The row of the paper's table; None if the paper has no such row.
     """
     data = _TFDS.get(name, "") if source == "tfds" else source
     if TEST_IMAGES.get(data) != count:

@@ -1,4 +1,4 @@
-"""A run as a page: what came out, where it looks, what it was made with."""
+"""HTML report of a run: scores, localization, figures, config, provenance."""
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,91 +13,97 @@ from cra_jax.reports import figures, html_page, run_summary, uncertainty
 from cra_jax.runtime import files, progress, provenance, run_directory
 
 _PAGE = Path("report", "index.html")
-# Of the figures, in the order of the page.
+# Titles of the figures, in their order on the page.
 _TITLES = {
-    "curves": "Training",
-    "activation": "Class activation maps",
+    "curves": "Training curves",
+    "activation": "Predicted classes",
     "attention": "Attention and redundancy",
-    "corrected": "Wrong by the baseline, right here",
-    "confused": "The most confused classes",
+    "corrected": "Images that the baseline misclassifies",
+    "confused": "Most confused classes",
 }
 
 
-class Fact(NamedTuple):
-    """A figure at the top of the page: what it is, its value, and a word on it."""
+class KeyNumber(NamedTuple):
+    """A number at the top of the page.
 
-    what: str
+    Attributes:
+      name: of the number.
+      value: the formatted number.
+      note: further details.
+    """
+
+    name: str
     value: str
-    about: str
+    note: str
 
 
 def run(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> None:
-    """Writes `report/index.html` of a run directory, and prints where it is.
+    """Writes `report/index.html` of a run and prints its path.
 
     Args:
-      options: the run's own; figures are drawn with it.
+      options: of the run; used for the figures.
       workdir: the run directory.
-      baseline: folder of a run that its figures compare it with.
+      baseline: run directory of a baseline for the figures.
 
     Raises:
-      ValueError: the folder holds no run, or a run without numbers.
+      ValueError: `workdir` is not a run directory, or has no metrics.
     """
     print(f"report: {write(options, workdir, baseline=baseline)}")
 
 
 def write_after_training(options: RunOptions, workdir: Path) -> None:
-    """Writes the report at the end of training; whatever fails, the run goes on.
+    """Writes the report at the end of training; any error is only a warning.
 
-    The numbers are in the run directory by then: a page is not worth losing a run over.
+    A report that is newer than the metrics is not written again.
 
     Args:
-      options: the run's own.
+      options: of the run.
       workdir: the run directory.
     """
-    path, numbers = workdir / _PAGE, workdir / "metrics.jsonl"
+    path, metrics = workdir / _PAGE, workdir / "metrics.jsonl"
     try:
-        known = path.is_file() and path.stat().st_mtime > numbers.stat().st_mtime
-        progress.print_line(f"report: {path if known else write(options, workdir)}")
+        current = path.is_file() and path.stat().st_mtime > metrics.stat().st_mtime
+        progress.print_line(f"report: {path if current else write(options, workdir)}")
     except Exception as error:
         progress.print_line(
             f"warning: the report could not be written ({type(error).__name__}: "
-            f"{error}); the numbers are safe in {workdir / 'metrics.jsonl'}, and "
-            f"`--mode report --workdir {workdir}` tries again"
+            f"{error}); all metrics are saved in {metrics}: fix the error, then run "
+            f"`--mode report --workdir {workdir}`"
         )
 
 
 def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -> Path:
-    """Writes `report/index.html`, which needs nothing but itself.
+    """Writes `report/index.html`, a self-contained page.
 
     Args:
-      options: the run's own.
+      options: of the run.
       workdir: the run directory.
-      baseline: folder of a run that its figures compare it with.
+      baseline: run directory of a baseline for the figures.
 
     Returns:
-      The page.
+      Path of the page.
 
     Raises:
-      ValueError: the folder holds no run, or a run without numbers.
+      ValueError: `workdir` is not a run directory, or has no metrics.
     """
-    settings = run_directory.read_config(workdir)
+    config = run_directory.read_config(workdir)
     lines = run_directory.read_metrics(workdir)
     if not lines:
         raise ValueError(
-            f"{workdir} has no numbers yet (metrics.jsonl is missing or empty): train "
-            "first, with --mode train"
+            f"{workdir} has no metrics (metrics.jsonl is missing or empty): train the "
+            "run first, with --mode train"
         )
     (workdir / _PAGE).parent.mkdir(exist_ok=True)
-    values = _values(settings, lines, workdir)
+    values = _template_values(config, lines, workdir)
     values["images"], values["missing"], failed = _figures(options, workdir, baseline)
     values["notes"] += failed
     values["sections"] = [
-        (anchor, text)
-        for anchor, text, shown in (
+        (anchor, title)
+        for anchor, title, shown in (
             ("results", "Results", values["scores"]),
-            ("attention", "Where it looks", values["attention"]),
+            ("localization", "Localization", values["localization"]),
             ("figures", "Figures", values["images"]),
-            ("classes", "Hardest classes", values["classes"]),
+            ("classes", "Hardest classes", values["hardest"]),
             ("config", "Config", True),
             ("provenance", "Provenance", True),
         )
@@ -108,96 +114,93 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
     return path
 
 
-def _values(
-    settings: Mapping[str, Any], lines: list[dict[str, Any]], workdir: Path
+def _template_values(
+    config: Mapping[str, Any], lines: list[dict[str, Any]], workdir: Path
 ) -> dict[str, Any]:
-    """All that the template names, but for the figures."""
+    """Values of all names in `report.html.jinja` except those of the figures."""
     starts = provenance.read(workdir)
-    scored = run_summary.newest(lines)
-    scores = [_with_interval(line, settings) for line in scored]
+    latest = run_summary.latest_scores(lines)
+    scores = [_score_row(line, config) for line in latest]
     ends = [row[name] for row in scores for name in ("low", "high")]
     ends += [row["paper"].top1 for row in scores if row["paper"]]
-    flat, base = run_directory.flatten(settings), run_summary.recipe()
+    flat, recipe = run_directory.flatten(config), run_summary.paper_config()
     last = starts[-1] if starts else {}
     ended = last.get("ended")
     values = {
-        "title": run_summary.title(settings),
+        "title": run_summary.run_title(config),
         "name": workdir.resolve().name,
-        "seed": settings["seed"],
-        "finished": f"ended {_moment(ended)}" if ended else "",
+        "seed": config["seed"],
+        "ended": _format_time(ended) if ended else "",
         "commit": provenance.describe_commit(last.get("code", {})),
-        "commit_only": last.get("code", {}).get("commit", "")[:7],
+        "commit_id": last.get("code", {}).get("commit", "")[:7],
         "changed": last.get("code", {}).get("changed", []),
-        "notes": _notes(settings, lines, starts),
-        "facts": _facts(settings, lines, scores, starts),
+        "notes": _notes(config, lines, starts),
+        "key_numbers": _key_numbers(config, lines, scores, starts),
         "scores": scores,
         "axis": html_page.axis(ends),
-        "step": scored[0]["step"] if scored else None,
-        "epoch": scored[0]["epoch"] if scored else None,
-        "attention": [_attention(line) for line in scored if "pointing" in line],
-        "classes": _classes(workdir, scored),
-        "starts": [_start(start) for start in starts],
+        "step": latest[0]["step"] if latest else None,
+        "epoch": latest[0]["epoch"] if latest else None,
+        "localization": [_localization_row(x) for x in latest if "pointing" in x],
+        "hardest": _hardest_classes(workdir, latest),
+        "starts": [_start_row(start) for start in starts],
         "command": last.get("command", ""),
         "versions": last.get("versions", {}),
         "system": last.get("system", ""),
-        "differences": None
-        if base is None
-        else [
-            {"key": key, "value": value, "recipe": base.get(key, "no such setting")}
+        "differences": [
+            {"key": key, "value": value, "recipe": recipe.get(key, "missing")}
             for key, value in sorted(flat.items())
-            if base.get(key, object()) != value
+            if recipe.get(key, object()) != value
         ],
-        "config": _config(flat, base),
+        "config": _config_groups(flat, recipe),
     }
     return values
 
 
-def _with_interval(
-    line: Mapping[str, Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def _score_row(line: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table of results."""
     count = line["count"]
-    low, high = uncertainty.wilson(round(line["top1"] * count), count)
-    known = run_summary.published(run_directory.flatten(settings), line)
+    low, high = uncertainty.wilson_interval(round(line["top1"] * count), count)
+    paper = run_summary.paper_result(run_directory.flatten(config), line)
     row = {"top5": None, "mean_per_class": None, "low": low, "high": high}
-    return row | {"paper": known} | dict(line)
+    return row | {"paper": paper} | dict(line)
 
 
-def _attention(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table of attention; runs of before had fewer numbers."""
+def _localization_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of localization; older runs have fewer metrics."""
     names = ("activation_in_box", "attention_iou", "box_share")
     row: dict[str, Any] = dict.fromkeys(names) | {"box_count": line["count"]}
     row |= line
     count = row["box_count"]
-    low, high = uncertainty.wilson(round(row["pointing"] * count), count)
+    low, high = uncertainty.wilson_interval(round(row["pointing"] * count), count)
     return row | {"low": low, "high": high}
 
 
-def _facts(
-    settings: Mapping[str, Any],
+def _key_numbers(
+    config: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]],
     starts: Sequence[Mapping[str, Any]],
-) -> list[Fact]:
-    facts = [
-        Fact(
-            f"top-1 on {row['split']}, {row['protocol']}",
+) -> list[KeyNumber]:
+    numbers = [
+        KeyNumber(
+            f"top-1 accuracy, {row['split']}, {row['protocol']}",
             f"{html_page.percent(row['top1'])} %",
-            f"{html_page.percent(row['low'])} to {html_page.percent(row['high'])} %",
+            f"95 % interval: {html_page.percent(row['low'])} to "
+            f"{html_page.percent(row['high'])} %",
         )
         for row in scores[:2]
     ]
-    seconds, images = run_summary.time_trained(lines, settings["train"]["batch_size"])
+    seconds, images = run_summary.training_time(lines, config["train"]["batch_size"])
     if seconds:
-        took = [_seconds(start) for start in starts]
-        wall = sum(x for x in took if x is not None)
-        known = bool(took) and None not in took
-        about = (
-            f"{html_page.duration(wall)} with evaluation" if known else "of steps alone"
-        )
-        facts += [
-            Fact("training", html_page.duration(seconds), about),
-            Fact(
+        durations = [_duration_seconds(start) for start in starts]
+        if durations and None not in durations:
+            total = sum(x for x in durations if x is not None)
+            note = f"{html_page.duration(total)} including evaluation"
+        else:
+            note = "without evaluation"
+        numbers += [
+            KeyNumber("training time", html_page.duration(seconds), note),
+            KeyNumber(
                 "throughput",
                 f"{images / seconds:,.0f} images/s".replace(
                     ",", "\N{NARROW NO-BREAK SPACE}"
@@ -205,85 +208,88 @@ def _facts(
                 starts[-1]["devices"] if starts else "devices unknown",
             ),
         ]
-    return facts
+    return numbers
 
 
 def _notes(
-    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
     starts: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """What a reader should know before believing the numbers."""
+    """Warnings about the run, shown above its results."""
     notes = []
-    epochs, last = settings["train"]["epochs"], max(line["epoch"] for line in lines)
-    scored = max((x["epoch"] for x in lines if x.get("protocol")), default=0)
+    epochs, last = config["train"]["epochs"], max(line["epoch"] for line in lines)
+    evaluated = max((x["epoch"] for x in lines if x.get("protocol")), default=0)
     if last < epochs:
-        notes.append(f"Not finished: epoch {last} of {epochs}.")
-    if scored < last:
-        notes.append(f"The last scores are of epoch {scored}; training is at {last}.")
+        notes.append(f"Training is not finished: it is at epoch {last} of {epochs}.")
+    if evaluated < last:
+        notes.append(f"The scores are of epoch {evaluated}, not of epoch {last}.")
     training = [line for line in lines if line["split"] == "train"]
     if training and training[-1].get("gamma_saturated", 0) > 0.5:
         share = html_page.percent(training[-1]["gamma_saturated"], 0)
         notes.append(
-            f"In {share} % of the images the attention sits in a corner, where tanh "
-            "is flat: what it attends to means little."
+            f"The attention of {share} % of the training images is saturated at its "
+            "bound: do not interpret its position."
         )
     codes = {provenance.describe_commit(start["code"]) for start in starts}
     if len(codes) > 1:
-        notes.append(f"Its parts were trained with different code: {_list(codes)}.")
+        notes.append(f"The run was trained with different code: {_list(codes)}.")
     elif starts and starts[-1]["code"].get("changed"):
         notes.append(
-            "The code had changes that no commit holds: the files are named under "
-            "Provenance."
+            "The code had uncommitted changes: the section Provenance lists the files."
         )
     devices = {start["devices"] for start in starts}
     if len(devices) > 1:
-        notes.append(f"Its parts were trained on different devices: {_list(devices)}.")
+        notes.append(f"The run was trained on different devices: {_list(devices)}.")
     return notes
 
 
-def _classes(
-    workdir: Path, scored: Sequence[Mapping[str, Any]]
+def _hardest_classes(
+    workdir: Path, scores: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    found = run_summary.classes(workdir, scored)
-    if found:
-        ends = [row[end] for row in found["rows"] for end in ("low", "high")]
-        found["axis"] = html_page.axis(ends)
-    return found
+    classes = run_summary.hardest_classes(workdir, scores)
+    if classes:
+        ends = [row[end] for row in classes["rows"] for end in ("low", "high")]
+        classes["axis"] = html_page.axis(ends)
+    return classes
 
 
-def _config(
-    flat: Mapping[str, Any], base: Mapping[str, Any] | None
+def _config_groups(
+    flat: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Config keys by section; `differs` marks those that depart from the recipe."""
     groups = collections.defaultdict(list)
     for key, value in flat.items():
         group, _, name = key.rpartition(".")
-        differs = base is not None and base.get(key, object()) != value
-        groups[group or "all"].append({"key": name, "value": value, "differs": differs})
+        differs = recipe.get(key, object()) != value
+        groups[group or "top level"].append(
+            {"key": name, "value": value, "differs": differs}
+        )
     return list(groups.items())
 
 
-def _start(start: Mapping[str, Any]) -> dict[str, Any]:
-    seconds = _seconds(start)
+def _start_row(start: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of starts."""
+    seconds = _duration_seconds(start)
     return {
-        "started": _moment(start["started"]),
+        "started": _format_time(start["started"]),
         "first_step": start["first_step"],
-        "took": "unknown" if seconds is None else html_page.duration(seconds),
-        "outcome": start["outcome"] or "killed, or still running",
+        "duration": "unknown" if seconds is None else html_page.duration(seconds),
+        "outcome": start["outcome"] or "killed or running",
         "code": provenance.describe_commit(start["code"]),
         "devices": start["devices"],
     }
 
 
-def _seconds(start: Mapping[str, Any]) -> float | None:
-    """How long a start lasted; None where its end was not written."""
+def _duration_seconds(start: Mapping[str, Any]) -> float | None:
+    """Duration of training since a start; None if its end is unknown."""
     if not start["ended"]:
         return None
-    begun, ended = (datetime.fromisoformat(start[x]) for x in ("started", "ended"))
-    return (ended - begun).total_seconds()
+    started, ended = (datetime.fromisoformat(start[x]) for x in ("started", "ended"))
+    return (ended - started).total_seconds()
 
 
-def _moment(text: str) -> str:
+def _format_time(text: str) -> str:
     return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC"
 
 
@@ -294,26 +300,27 @@ def _list(texts: Iterable[str]) -> str:
 def _figures(
     options: RunOptions, workdir: Path, baseline: Path | None
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """The run's figures for the page, why others are not there, and what failed."""
+    """Figures of the page, reasons for missing figures, and errors."""
     try:
         drawn, missing = figures.draw_all(options, workdir, baseline=baseline)
     except Exception as error:
-        # Figures need the checkpoint and the images; the numbers need neither.
+        # Figures need the checkpoint and the images; the other sections do not.
         text = f"The figures could not be drawn ({type(error).__name__}): {error}"
         return [], [], [text]
     order = list(_TITLES)
-    drawn.sort(key=lambda figure: order.index(_base(figure)))
-    return [_figure(figure) for figure in drawn], missing, []
+    drawn.sort(key=lambda figure: order.index(_base_name(figure)))
+    return [_figure_values(figure) for figure in drawn], missing, []
 
 
-def _figure(figure: figures.Drawn) -> dict[str, Any]:
-    """With its size, so that the page does not jump while it loads."""
+def _figure_values(figure: figures.Drawn) -> dict[str, Any]:
+    # With the size of the image, the browser reserves its space before it loads.
     with Image.open(figure.png) as image:
         width, height = image.size
     of_the_baseline = figure.name.endswith("-baseline")
     return {
         "name": figure.name,
-        "title": _TITLES[_base(figure)] + (", baseline" if of_the_baseline else ""),
+        "title": _TITLES[_base_name(figure)]
+        + (", baseline" if of_the_baseline else ""),
         "caption": figure.caption,
         "uri": html_page.data_uri(figure.png),
         "width": width,
@@ -321,5 +328,5 @@ def _figure(figure: figures.Drawn) -> dict[str, Any]:
     }
 
 
-def _base(figure: figures.Drawn) -> str:
+def _base_name(figure: figures.Drawn) -> str:
     return figure.name.removesuffix("-baseline")

@@ -1,4 +1,4 @@
-"""What a run directory's numbers come to: scores, time, the hardest classes."""
+"""Summary of a run directory: scores, training time, hardest classes."""
 
 import collections
 import importlib
@@ -11,79 +11,85 @@ from cra_jax.reports import html_page, paper_results, uncertainty
 from cra_jax.runtime import config_files, run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 
-_HARDEST = 10
-_SUREST = 8
+_HARDEST_CLASSES = 10
+_CONFIDENT_ERRORS = 8
 
 
-def title(settings: Mapping[str, Any]) -> str:
-    """What was trained, and on what: "CRA-CNN, resnet50, CUB-200-2011"."""
-    model, data = settings["model"], settings["data"]
+def run_title(config: Mapping[str, Any]) -> str:
+    """Network, backbone and dataset of a run: "CRA-CNN, resnet50, CUB-200-2011"."""
+    model, data = config["model"], config["data"]
     source = data["name"] or data["source"]
-    kind = KINDS.get(model["kind"], model["kind"])
-    return f"{kind}, {model['backbone']}, {paper_results.NAMES.get(source, source)}"
+    network = KINDS.get(model["kind"], model["kind"])
+    return f"{network}, {model['backbone']}, {paper_results.NAMES.get(source, source)}"
 
 
-def published(
-    settings: Mapping[str, Any], line: Mapping[str, Any]
+def paper_result(
+    config: Mapping[str, Any], line: Mapping[str, Any]
 ) -> paper_results.Row | None:
-    """The paper's figure for the same data, backbone, kind and protocol, if any.
+    """The paper's result for the same dataset, backbone, kind and protocol.
 
     Args:
-      settings: a run's config, flat.
-      line: its scores of a split.
+      config: flattened config of a run.
+      line: scores of the run on a split, from `latest_scores`.
+
+    Returns:
+      The row of the paper's table; None if the paper has no such row.
     """
     return paper_results.find(
-        source=settings["data.source"],
-        name=settings["data.name"],
-        backbone=settings["model.backbone"],
-        kind=settings["model.kind"],
+        source=config["data.source"],
+        name=config["data.name"],
+        backbone=config["model.backbone"],
+        kind=config["model.kind"],
         protocol=line["protocol"],
         count=line["count"] if line["split"] == "test" else 0,
     )
 
 
-def newest(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The scores of the last checkpoint that was scored, by split and protocol.
+def latest_scores(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of the last evaluated checkpoint, one line per split and protocol.
 
     Args:
       lines: of `metrics.jsonl`.
     """
     tested = [line for line in lines if line.get("protocol")]
     last = max((line["step"] for line in tested), default=0)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    scores: dict[tuple[str, str], dict[str, Any]] = {}
     for line in tested:
         key = line["split"], line["protocol"]
         if line["step"] == last:
-            before = found.get(key, {})
-            # Evaluation by hand says the same, but for the attention.
+            before = scores.get(key, {})
+            # `--mode eval` repeats the scores of training without the attention's.
             same = all(before.get(x) == line[x] for x in ("top1", "count"))
-            found[key] = {**before, **line} if same else dict(line)
-    return [found[key] for key in sorted(found, key=order)]
+            scores[key] = {**before, **line} if same else dict(line)
+    return [scores[key] for key in sorted(scores, key=sort_key)]
 
 
-def order(key: tuple[str, str]) -> tuple:
-    """Sorts splits and protocols: test first, center first."""
+def sort_key(key: tuple[str, str]) -> tuple:
+    """Sort key of (split, protocol): "test" first, "center" first."""
     split, protocol = key
     return (split != "test", split, protocol != "center")
 
 
-def recipe() -> dict[str, Any]:
-    """The paper's recipe, flat."""
+def paper_config() -> dict[str, Any]:
+    """Flattened config of the paper's recipe, `configs/cub.py`."""
     config_files.make_importable()
     module = importlib.import_module("configs.cub")
     return run_directory.flatten(module.get_config().to_dict())
 
 
-def time_trained(
+def training_time(
     lines: Iterable[Mapping[str, Any]], batch_size: int
 ) -> tuple[float, int]:
-    """Seconds that training steps took, and images that went through them.
+    """Duration of the training steps and number of images that they processed.
 
-    Evaluation, and what a stopped run has lost, are not in them.
+    Evaluation is not included. Steps that a resumed run repeated are counted once.
 
     Args:
       lines: of `metrics.jsonl`.
       batch_size: `train.batch_size`.
+
+    Returns:
+      Seconds and number of images.
     """
     seconds, step = 0.0, 0
     for line in lines:
@@ -94,23 +100,25 @@ def time_trained(
     return seconds, step * batch_size
 
 
-def classes(
-    workdir: Path, scored: Sequence[Mapping[str, Any]]
+def hardest_classes(
+    workdir: Path, scores: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """The hardest classes, where what was said of each image is known.
+    """Classes with the lowest accuracy, and the most confident errors.
 
     Args:
       workdir: the run directory.
-      scored: of `newest`; the first one whose results are of the same checkpoint is
-        taken.
+      scores: result of `latest_scores`; the first line that has per-image results of
+        the same checkpoint is used.
 
     Returns:
-      ``split``, ``protocol``, ``count`` of classes; ``rows``, the hardest first, with
-      ``name``, ``right``, ``count``, ``share``, ``low``, ``high``, ``taken_for`` and
-      how many ``times``; ``surest``, wrong answers of the highest confidence, with
-      ``name``, ``truth``, ``said`` and ``confidence``. None where nothing is known.
+      None if no line has per-image results. Otherwise ``split``, ``protocol``,
+      ``count`` (number of classes), ``rows`` and ``errors``. Each of ``rows`` is a
+      class: ``name``, ``correct`` and ``count`` (numbers of images), ``accuracy`` with
+      its interval ``low`` to ``high``, ``confused_with`` (the most frequent wrong
+      prediction, or None) and ``confused_count`` (its number). Each of ``errors`` is an
+      image: ``name``, ``true_class``, ``predicted_class`` and ``confidence``.
     """
-    for line in scored:
+    for line in scores:
         split, protocol = line["split"], line["protocol"]
         try:
             results = run_directory.read_results(workdir, split, protocol)
@@ -122,56 +130,56 @@ def classes(
             return {
                 "split": split,
                 "protocol": protocol,
-                **_hardest(results, names),
+                **_summarize_classes(results, names),
             }
     return None
 
 
-def _hardest(
+def _summarize_classes(
     results: Sequence[run_directory.Result], names: Sequence[str]
 ) -> dict[str, Any]:
-    said = collections.defaultdict(list)
+    predictions = collections.defaultdict(list)
     for result in results:
-        said[result.label].append(result.predicted)
+        predictions[result.label].append(result.predicted)
     rows = []
-    for label, predicted in said.items():
-        right, count = predicted.count(label), len(predicted)
+    for label, predicted in predictions.items():
+        correct, count = predicted.count(label), len(predicted)
         wrong = collections.Counter(p for p in predicted if p != label)
-        other, times = wrong.most_common(1)[0] if wrong else (None, 0)
-        low, high = uncertainty.wilson(right, count)
+        other, other_count = wrong.most_common(1)[0] if wrong else (None, 0)
+        low, high = uncertainty.wilson_interval(correct, count)
         rows.append(
             {
                 "name": _class_name(names, label),
-                "right": right,
+                "correct": correct,
                 "count": count,
-                "share": right / count,
+                "accuracy": correct / count,
                 "low": low,
                 "high": high,
-                "taken_for": None if other is None else _class_name(names, other),
-                "times": times,
+                "confused_with": None if other is None else _class_name(names, other),
+                "confused_count": other_count,
             }
         )
-    rows.sort(key=lambda row: (row["share"], row["name"]))
+    rows.sort(key=lambda row: (row["accuracy"], row["name"]))
     wrong = [result for result in results if result.predicted != result.label]
     wrong.sort(key=lambda result: -result.confidence)
-    surest = [
+    errors = [
         {
             "name": result.name,
-            "truth": _class_name(names, result.label),
-            "said": _class_name(names, result.predicted),
+            "true_class": _class_name(names, result.label),
+            "predicted_class": _class_name(names, result.predicted),
             "confidence": result.confidence,
         }
-        for result in wrong[:_SUREST]
+        for result in wrong[:_CONFIDENT_ERRORS]
     ]
-    return {"count": len(rows), "rows": rows[:_HARDEST], "surest": surest}
+    return {"count": len(rows), "rows": rows[:_HARDEST_CLASSES], "errors": errors}
 
 
 def _class_names(workdir: Path, step: int) -> tuple[str, ...]:
-    """Of a checkpoint; none where it is gone."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
+    """Class names of a checkpoint; empty if the checkpoint does not exist."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
         return ()
-    with Checkpoints(folder, writable=False) as checkpoints:
+    with Checkpoints(directory, writable=False) as checkpoints:
         if step not in checkpoints.steps():
             return ()
         return tuple(checkpoints.meta(step)["class_names"])
@@ -180,4 +188,4 @@ def _class_names(workdir: Path, step: int) -> tuple[str, ...]:
 def _class_name(names: Sequence[str], label: int) -> str:
     if label >= len(names):
         return f"class {label}"
-    return html_page.class_words(names[label])
+    return html_page.readable_class_name(names[label])

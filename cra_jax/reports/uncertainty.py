@@ -1,4 +1,4 @@
-"""How sure a number is: intervals, and tests of a difference."""
+"""Confidence intervals, and tests of a difference."""
 
 import math
 from collections.abc import Sequence
@@ -8,24 +8,24 @@ import numpy as np
 import scipy  # `scipy.stats` loads on first use, because it takes a second
 
 LEVEL = 0.95
-"""Confidence of every interval that this project prints."""
+"""Confidence level of every interval in this project."""
 
 
 class Interval(NamedTuple):
-    """From `low` to `high`, in the unit of what it is an interval of."""
+    """An interval, in the unit of its quantity."""
 
     low: float
     high: float
 
 
 class Spread(NamedTuple):
-    """Numbers of several runs, in short.
+    """Summary of a number over several runs.
 
     Attributes:
-      mean: their mean.
-      sd: their standard deviation (of a sample: n - 1); None for one number.
-      count: how many.
-      interval: of the mean, by Student's t; None for one number.
+      mean: the mean.
+      sd: sample standard deviation (n - 1 degrees of freedom); None for one run.
+      count: number of runs.
+      interval: Student's t interval of the mean; None for one run.
     """
 
     mean: float
@@ -35,14 +35,14 @@ class Spread(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Two networks on the same images.
+    """Comparison of two networks on the same images.
 
     Attributes:
-      both: images that both get right.
-      only_first: that the first alone gets right.
-      only_second: that the second alone gets right.
-      neither: that both get wrong.
-      p: of the exact McNemar test, two-sided.
+      both: number of images that both networks classify correctly.
+      only_first: number of images that only the first network classifies correctly.
+      only_second: number of images that only the second network classifies correctly.
+      neither: number of images that both networks misclassify.
+      p: two-sided p-value of the exact McNemar test.
     """
 
     both: int
@@ -53,22 +53,22 @@ class Paired(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Accuracy of the second less that of the first."""
+        """Accuracy of the second network minus accuracy of the first."""
         return (self.only_second - self.only_first) / sum(self[:4])
 
 
-def wilson(successes: int, count: int) -> Interval:
-    """The score interval of a proportion, of use at 0 and at 1 as well.
+def wilson_interval(successes: int, count: int) -> Interval:
+    """Wilson's score interval of a proportion, valid at 0 and 1 too.
 
     Raises:
       ValueError: `count` is below 1, or `successes` is not between 0 and `count`.
 
     Source: Wilson (1927).
     """
-    if count < 1 or not 0 <= successes <= count:  # scipy 1.18 answers NaN
+    if count < 1 or not 0 <= successes <= count:  # SciPy 1.18 returns NaN
         raise ValueError(
-            f"{successes} of {count} is no proportion: the count must be at least 1, "
-            "and the successes between 0 and the count"
+            f"{successes} of {count} is not a proportion: the count must be at least "
+            "1, and the successes between 0 and the count"
         )
     test = scipy.stats.binomtest(successes, count)
     low, high = test.proportion_ci(LEVEL, method="wilson")
@@ -76,13 +76,13 @@ def wilson(successes: int, count: int) -> Interval:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation, and Student's interval of the mean.
+    """Mean, standard deviation, and Student's t interval of the mean.
 
     Raises:
       ValueError: there are no values.
     """
     if not values:
-        raise ValueError("no values to take the mean of")
+        raise ValueError("no values: pass at least one")
     count, mean = len(values), float(np.mean(values))
     if count == 1:
         return Spread(mean, None, 1, None)
@@ -91,25 +91,27 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean, sd, count, Interval(mean - half, mean + half))
 
 
-def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
-    """Whether two networks differ on the same images: the exact test.
+def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> Paired:
+    """Exact McNemar test of two networks on the same images.
 
-    Images that both get right, or both wrong, say nothing about a difference; among
-    the others, either is as likely to be right where there is none.
+    The test uses only the images that exactly one of the two networks classifies
+    correctly. Under the null hypothesis, each network is the correct one with
+    probability 1/2.
 
     Args:
-      first_right: ``[n]`` of bool.
-      second_right: ``[n]`` of bool, the same images in the same order.
+      first_correct: ``[n]`` of bool.
+      second_correct: ``[n]`` of bool, for the same images in the same order.
 
     Raises:
-      ValueError: the numbers of images differ, or there are none.
+      ValueError: the numbers of images differ, or there are no images.
 
-    Source: McNemar (1947), with the binomial in place of its approximation.
+    Source: McNemar (1947), with the binomial distribution instead of its approximation.
     """
-    first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
+    first, second = np.asarray(first_correct, bool), np.asarray(second_correct, bool)
     if first.shape != second.shape or first.ndim != 1 or not first.size:
         raise ValueError(
-            f"no pairs of images: {first.shape} answers and {second.shape}"
+            f"the shapes {first.shape} and {second.shape} are not those of paired "
+            "results: pass two arrays [n] with n above 0"
         )
     only_first = int((first & ~second).sum())
     only_second = int((~first & second).sum())
@@ -120,9 +122,9 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests, adjusted so that one limit holds for all of them.
+    """p-values adjusted for multiple tests by Holm's step-down method.
 
-    By hand, because scipy has no such adjustment.
+    It is implemented here, because SciPy does not have it.
 
     Source: Holm (1979): the i-th smallest of m times m - i + 1, made monotone.
     """

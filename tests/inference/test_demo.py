@@ -1,4 +1,4 @@
-"""The demo page: its server by hand, and the page in a real browser."""
+"""The web demo: its server over HTTP, and its page in a browser."""
 
 import base64
 import contextlib
@@ -26,7 +26,7 @@ from cra_jax.inference import demo, predict
 from tests.helpers import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
-KIND = {"Content-Type": "application/octet-stream"}
+CONTENT_TYPE = {"Content-Type": "application/octet-stream"}
 
 
 def _png(width=60, height=45, seed=0):
@@ -39,9 +39,9 @@ def _png(width=60, height=45, seed=0):
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    tiny_run.save(folder)
-    return predict.load(folder)
+    workdir = tmp_path_factory.mktemp("run")
+    tiny_run.save(workdir)
+    return predict.load(workdir)
 
 
 @contextlib.contextmanager
@@ -62,8 +62,8 @@ def server(predictor):
         yield server
 
 
-def _ask(server, method="POST", path="/predict", body: Any = None, **headers):
-    """Status, headers and body of one request; a header None is not sent."""
+def _request(server, method="POST", path="/predict", body: Any = None, **headers):
+    """Status, headers and body of the response; a header None is not sent."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     with contextlib.closing(connection):
         sent = {k.replace("_", "-"): v for k, v in headers.items() if v is not None}
@@ -78,34 +78,36 @@ def _ask(server, method="POST", path="/predict", body: Any = None, **headers):
 
 
 def _predict(server, body, **headers):
-    return _ask(server, body=body, **{"Content_Type": KIND["Content-Type"], **headers})
+    return _request(
+        server, body=body, **{"Content_Type": CONTENT_TYPE["Content-Type"], **headers}
+    )
 
 
-def test_an_answer_is_the_predictors(server, predictor):
+def test_the_response_equals_the_predictors_output(server, predictor):
     data = _png()
     status, _, body = _predict(server, data)
     assert status == 200
     answer = json.loads(body)
     expected = predictor(data)
     assert [c["name"] for c in answer["classes"]] == list(expected.classes)
-    shares = [c["probability"] for c in answer["classes"]]
-    assert_allclose(shares, expected.probabilities, rtol=1e-4)
+    probabilities = [c["probability"] for c in answer["classes"]]
+    assert_allclose(probabilities, expected.probabilities, rtol=1e-4)
     assert answer["size_px"] == [60, 45]
     assert answer["shown_px"] == [48, 36]
-    # Fractions of the shown image, whatever its size.
+    # Positions are fractions of the image.
     corners = expected.attention_px / [60, 45]
     assert_allclose(answer["corners"], corners, atol=1e-4)
     crop = np.divide(expected.crop_box_px, [60, 45, 60, 45])
     assert_allclose(answer["crop"], crop, atol=1e-6)
-    for key, size in (("image", (48, 36)), ("heat", (32, 32))):
+    for key, size in (("image", (48, 36)), ("cam", (32, 32))):
         head, _, text = answer[key].partition(",")
         assert head.startswith("data:image/")
         with Image.open(io.BytesIO(base64.b64decode(text))) as image:
             assert image.size == size
 
 
-def test_the_page_runs_nothing_but_its_own(server):
-    status, headers, body = _ask(server, "GET", "/")
+def test_the_page_runs_only_its_own_script(server):
+    status, headers, body = _request(server, "GET", "/")
     assert status == 200
     assert body == (ROOT / "cra_jax" / "inference" / "demo.html").read_bytes()
     policy = headers["Content-Security-Policy"]
@@ -114,12 +116,12 @@ def test_the_page_runs_nothing_but_its_own(server):
     assert "*" not in policy
     assert "frame-ancestors 'none'" in policy
     assert headers["X-Content-Type-Options"] == "nosniff"
-    assert b"http://" not in body  # nothing is loaded from anywhere
+    assert b"http://" not in body  # the page loads nothing
     assert b"https://" not in body
     assert b"innerHTML" not in body
 
 
-def test_it_listens_on_this_machine_alone(server):
+def test_server_listens_on_this_machine_only(server):
     assert server.socket.getsockname()[0] == "127.0.0.1"
 
 
@@ -127,12 +129,17 @@ def test_it_listens_on_this_machine_alone(server):
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", ""]
 )
-def test_another_name_for_this_machine_is_refused(server, path, host):
-    """A site may let its own name point to 127.0.0.1 once its page is open."""
+def test_other_host_names_are_refused(server, path, host):
+    """Another site can resolve its host name to 127.0.0.1 after its page is open."""
     method = "POST" if path == "/predict" else "GET"
     host = host.format(port=server.server_port)
-    status, _, body = _ask(
-        server, method, path, _png(), Content_Type=KIND["Content-Type"], Host=host
+    status, _, body = _request(
+        server,
+        method,
+        path,
+        _png(),
+        Content_Type=CONTENT_TYPE["Content-Type"],
+        Host=host,
     )
     assert status == 421
     assert b"auk" not in body
@@ -149,20 +156,24 @@ def test_another_name_for_this_machine_is_refused(server, path, host):
         {"Sec_Fetch_Site": "same-site"},
     ],
 )
-def test_another_sites_page_is_refused(server, headers):
+def test_requests_of_other_sites_are_refused(server, headers):
     sent = {k: v.format(port=server.server_port) for k, v in headers.items()}
     assert _predict(server, _png(), **sent)[0] == 403
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_its_own_page_is_answered(server, host):
-    at = f"{host}:{server.server_port}"
-    headers = {"Host": at, "Origin": f"http://{at}", "Sec_Fetch_Site": "same-origin"}
+def test_requests_of_the_page_are_accepted(server, host):
+    address = f"{host}:{server.server_port}"
+    headers = {
+        "Host": address,
+        "Origin": f"http://{address}",
+        "Sec_Fetch_Site": "same-origin",
+    }
     assert _predict(server, _png(), **headers)[0] == 200
 
 
-def _bomb():
-    """A PNG of 60,000 x 60,000 that says so in its first bytes, and holds no pixel."""
+def _decompression_bomb():
+    """A PNG whose header declares 60,000 x 60,000 pixels."""
     file = io.BytesIO()
     Image.new("1", (8, 8)).save(file, "PNG")
     data = bytearray(file.getvalue())
@@ -171,8 +182,8 @@ def _bomb():
     return bytes(data)
 
 
-def _vast():
-    """A sound PNG of a few kB, of more pixels than are worked on."""
+def _too_many_pixels():
+    """A valid PNG of a few kB with more pixels than the limit."""
     file = io.BytesIO()
     Image.new("1", (8_000, 6_400)).save(file, "PNG")
     return file.getvalue()
@@ -184,8 +195,8 @@ def _vast():
         (b"", {}, 422, "empty"),
         (b"GIF89a", {}, 422, "not an image"),
         (_png()[:-60], {}, 422, "damaged"),
-        (_bomb(), {}, 422, "shrink"),
-        (_vast(), {}, 422, "limit of 50,000,000"),
+        (_decompression_bomb(), {}, 422, "shrink"),
+        (_too_many_pixels(), {}, 422, "limit of 50,000,000"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 422, "not an image"),
         (_png(), {"Content_Type": "image/png"}, 415, "octet-stream"),
         (_png(), {"Content_Type": "text/plain"}, 415, "octet-stream"),
@@ -196,10 +207,10 @@ def _vast():
     ],
     ids=[
         "empty",
-        "junk",
+        "header",
         "truncated",
         "bomb",
-        "vast",
+        "pixels",
         "postscript",
         "image",
         "text",
@@ -209,10 +220,10 @@ def _vast():
         "large",
     ],
 )
-def test_what_cannot_be_used_is_said(server, body, headers, status, message):
-    found, _, text = _predict(server, body, **headers)
-    assert (found, message in json.loads(text)["error"]) == (status, True)
-    assert _predict(server, _png())[0] == 200  # and it goes on
+def test_invalid_uploads_are_refused(server, body, headers, status, message):
+    code, _, text = _predict(server, body, **headers)
+    assert (code, message in json.loads(text)["error"]) == (status, True)
+    assert _predict(server, _png())[0] == 200  # the server still works
 
 
 @pytest.mark.parametrize(
@@ -222,61 +233,64 @@ def test_what_cannot_be_used_is_said(server, body, headers, status, message):
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/demo.html", 404),
         ("POST", "/", 404),
-        ("OPTIONS", "/predict", 501),  # so that no other site gets leave to ask
+        ("OPTIONS", "/predict", 501),  # refuses the CORS preflight of other sites
         ("PUT", "/predict", 501),
     ],
 )
-def test_there_is_nothing_else(server, method, path, status):
+def test_other_paths_and_methods_are_refused(server, method, path, status):
     body = b"" if method in ("POST", "PUT") else None
-    assert _ask(server, method, path, body)[0] == status
+    assert _request(server, method, path, body)[0] == status
 
 
-def test_uploads_at_a_time_are_counted(server):
-    """The one too many is told so at once, and the others are answered in the end."""
+def test_simultaneous_uploads_are_limited(server):
+    """An upload above the limit is refused at once; the others are answered."""
     data = _png()
     head = (
         f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
-        f"Content-Type: {KIND['Content-Type']}\r\nContent-Length: {len(data)}\r\n\r\n"
+        f"Content-Type: {CONTENT_TYPE['Content-Type']}\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
     )
     with contextlib.ExitStack() as stack:
-        slow = []
+        uploads = []
         for _ in range(demo.MOST_UPLOADS):
             one = socket.create_connection(("127.0.0.1", server.server_port), 30)
-            slow.append(stack.enter_context(one))
+            uploads.append(stack.enter_context(one))
             one.sendall(head.encode())
         for _ in range(100):
             status = _predict(server, data)[0]
             if status == 503:
                 break
-            time.sleep(0.02)  # until all of them have begun
+            time.sleep(0.02)  # until all uploads have started
         assert status == 503
-        for one in slow:
+        for one in uploads:
             one.sendall(data)
-        for one in slow:
+        for one in uploads:
             assert one.recv(12) == b"HTTP/1.1 200"
     assert _predict(server, data)[0] == 200
 
 
-def test_connections_at_a_time_are_counted(predictor):
+def test_simultaneous_connections_are_limited(predictor):
     with _serving(predictor) as server, contextlib.ExitStack() as stack:
         for _ in range(demo.MOST_CONNECTIONS):
             one = socket.create_connection(("127.0.0.1", server.server_port), 30)
             stack.enter_context(one)
-        # Long before the others are dropped for saying nothing.
-        soon = demo.TIMEOUT_S / 2
-        with socket.create_connection(("127.0.0.1", server.server_port), soon) as late:
+        # Shorter than the timeout of the idle connections.
+        timeout_s = demo.TIMEOUT_S / 2
+        with socket.create_connection(
+            ("127.0.0.1", server.server_port), timeout_s
+        ) as late:
             assert late.recv(1) == b""
         stack.close()
         for _ in range(100):
             with contextlib.suppress(ConnectionError, http.client.HTTPException):
-                assert _ask(server, "GET", "/")[0] == 200
+                assert _request(server, "GET", "/")[0] == 200
                 break
             time.sleep(0.02)
         else:
-            pytest.fail("it does not serve again")
+            pytest.fail("the server does not accept connections again")
 
 
-def test_who_says_nothing_is_dropped(predictor, monkeypatch):
+def test_idle_connections_are_closed(predictor, monkeypatch):
     assert demo.Handler.timeout == demo.TIMEOUT_S
     monkeypatch.setattr(demo.Handler, "timeout", 0.2)
     with _serving(predictor) as server:
@@ -288,17 +302,17 @@ def test_who_says_nothing_is_dropped(predictor, monkeypatch):
                 b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % address[1]
             )
             assert stuck.recv(1) == b""
-        assert server.uploads.acquire(blocking=False)  # nothing is held
+        assert server.uploads.acquire(blocking=False)  # no upload is left
         server.uploads.release()
 
 
-def test_a_port_that_is_taken_is_said(server):
+def test_an_unusable_port_is_an_error(server):
     for port in (server.server_port, 70_000):
         with pytest.raises(ValueError, match=f"port {port} cannot be used"):
             demo.make_server(server.predictor, port=port)
 
 
-def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
+def test_demo_prints_its_address_and_stops_with_ctrl_c(tmp_path):
     tiny_run.save(tmp_path)
     arguments = ["--mode=demo", f"--workdir={tmp_path}", "--port=0"]
     process = subprocess.Popen(
@@ -315,16 +329,16 @@ def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
             assert line.startswith("http://127.0.0.1:")
             port = int(line.split("/")[2].split(":")[1])
             reply = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-            reply.request("POST", "/predict", _png(), KIND)
+            reply.request("POST", "/predict", _png(), CONTENT_TYPE)
             assert reply.getresponse().status == 200
             reply.close()
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0
-    assert said.endswith("stopped\n")
-    assert "Traceback" not in said
+    assert stderr.endswith("stopped\n")
+    assert "Traceback" not in stderr
 
 
 # --- in a browser -------------------------------------------------------------------
@@ -332,7 +346,7 @@ def test_it_says_its_address_and_ends_by_ctrl_c(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Debian's Chromium without a window; skips the test where there is none."""
+    """Headless Chromium; the test is skipped if it is not installed."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip(
@@ -351,10 +365,10 @@ def browser(tmp_path_factory):
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(executable_path=driver)
-    found = webdriver.Chrome(options=options, service=service)
-    found.set_page_load_timeout(60)
-    yield found
-    found.quit()
+    browser = webdriver.Chrome(options=options, service=service)
+    browser.set_page_load_timeout(60)
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture
@@ -364,7 +378,7 @@ def opened(browser, server):
     _wait(browser, lambda: "6 classes" in _text(browser, "about"))
     yield browser
     problems = [x["message"] for x in browser.get_log("browser")]
-    # A refused image is a 422, which the browser notes; nothing else may be there.
+    # The browser logs the status 422 of refused images; there is no other message.
     assert [x for x in problems if "422" not in x] == []
 
 
@@ -384,7 +398,7 @@ def _choose(browser, file):
         browser,
         lambda: (
             file.name in _text(browser, "status" if _ok(browser) else "error")
-            and "Looking" not in _text(browser, "status")
+            and "Classifying" not in _text(browser, "status")
         ),
     )
 
@@ -394,9 +408,9 @@ def _ok(browser):
 
 
 def _screenshot(browser, name):
-    """Kept where CRA_JAX_SCREENSHOTS says, for who wants to look."""
-    if folder := os.environ.get("CRA_JAX_SCREENSHOTS"):
-        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+    """Saves a screenshot if CRA_JAX_SCREENSHOTS names a directory."""
+    if directory := os.environ.get("CRA_JAX_SCREENSHOTS"):
+        browser.save_screenshot(str(Path(directory) / f"{name}.png"))
 
 
 def _rows(browser):
@@ -404,7 +418,7 @@ def _rows(browser):
     return [item.text.splitlines() for item in items]
 
 
-def test_an_image_is_answered_and_hostile_names_are_text(opened, predictor, tmp_path):
+def test_an_image_is_classified_and_hostile_names_are_text(opened, predictor, tmp_path):
     file = tmp_path / "<img src=x onerror=alert(1)>.png"
     file.write_bytes(_png(200, 120, seed=3))
     _choose(opened, file)
@@ -414,55 +428,58 @@ def test_an_image_is_answered_and_hostile_names_are_text(opened, predictor, tmp_
     assert tiny_run.HOSTILE in names
     first = f"{100 * expected.probabilities[0]:.1f} %"
     assert _rows(opened)[0][1] == first
-    said = f"{expected.classes[0]}, {first}: {file.name} (200 × 120 pixels)"
-    assert _text(opened, "status") == said
+    status = f"{expected.classes[0]}, {first}: {file.name} (200 × 120 pixels)"
+    assert _text(opened, "status") == status
     images = opened.find_elements("tag name", "img")
-    assert [one.get_attribute("id") for one in images] == ["image", "heat"]
-    assert opened.title == "What is it? - cra_jax"
+    assert [one.get_attribute("id") for one in images] == ["image", "cam"]
+    assert opened.title == "Image classification - cra_jax"
     assert opened.execute_script("return document.getElementById('image').alt") == (
         f"{file.name}: {expected.classes[0]}"
     )
     _screenshot(opened, "desktop")
 
 
-def _places(browser):
-    """Where the layers stand, in fractions of the shown image."""
+def _positions(browser):
+    """Positions of the layers, as fractions of the shown image."""
     return browser.execute_script(
         """
         const box = (id) => document.getElementById(id).getBoundingClientRect();
         const whole = box("image");
-        const share = (r) => [(r.left - whole.left) / whole.width,
+        const fractions = (r) => [(r.left - whole.left) / whole.width,
           (r.top - whole.top) / whole.height, (r.right - whole.left) / whole.width,
           (r.bottom - whole.top) / whole.height];
-        return {heat: share(box("heat")), frame: share(box("frame")),
-          attention: share(box("attention")), whole: [whole.width, whole.height],
+        return {cam: fractions(box("cam")), frame: fractions(box("frame")),
+          attention: fractions(box("attention")), whole: [whole.width, whole.height],
           page: document.documentElement.scrollWidth};
         """
     )
 
 
 @pytest.mark.parametrize("window", [(1280, 900), (500, 800)])
-def test_layers_lie_where_they_should_at_any_size(opened, predictor, tmp_path, window):
+def test_layers_have_the_correct_positions_at_any_window_size(
+    opened, predictor, tmp_path, window
+):
     opened.set_window_size(*window)
     file = tmp_path / "wide.png"
     file.write_bytes(_png(200, 120, seed=4))
     _choose(opened, file)
     answer = predictor(file.read_bytes())
     size = np.array([200, 120])
-    _wait(opened, lambda: _places(opened)["whole"][0] > 0)
-    found = _places(opened)
+    _wait(opened, lambda: _positions(opened)["whole"][0] > 0)
+    found = _positions(opened)
     crop = (np.reshape(answer.crop_box_px, (2, 2)) / size).ravel()
-    assert_allclose(found["heat"], crop, atol=0.01)
+    assert_allclose(found["cam"], crop, atol=0.01)
     assert_allclose(found["frame"], crop, atol=0.01)
     corners = answer.attention_px / size
     whole = [*corners.min(0), *corners.max(0)]
-    assert_allclose(found["attention"], whole, atol=0.015)  # and the line's width
+    # The tolerance includes the width of the line.
+    assert_allclose(found["attention"], whole, atol=0.015)
     width, height = found["whole"]
     assert width / height == pytest.approx(200 / 120, rel=0.02)
     assert found["page"] <= opened.execute_script("return innerWidth")
 
 
-def test_layers_can_be_taken_off_by_keyboard(opened, tmp_path):
+def test_layers_can_be_hidden_by_keyboard(opened, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     opened.find_element("tag name", "body").send_keys(Keys.TAB)
@@ -472,21 +489,21 @@ def test_layers_can_be_taken_off_by_keyboard(opened, tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(_png())
     _choose(opened, file)
-    for box, layer in (("show-heat", "heat"), ("show-attention", "attention")):
+    for box, layer in (("show-cam", "cam"), ("show-attention", "attention")):
         element = opened.find_element("id", layer)
         assert element.is_displayed()
         opened.find_element("id", box).send_keys(Keys.SPACE)
         assert not element.is_displayed()
 
 
-def test_a_file_that_is_no_image_is_said_and_the_next_one_works(opened, tmp_path):
+def test_a_file_that_is_no_image_is_an_error_and_the_next_one_works(opened, tmp_path):
     bad, good = tmp_path / "<img src=x>.jpg", tmp_path / "good.png"
     bad.write_text("<html>404</html>")
     good.write_bytes(_png())
     _choose(opened, bad)
-    said = _text(opened, "error")
-    assert said.startswith(f"{bad.name}: ")
-    assert "not an image" in said
+    error = _text(opened, "error")
+    assert error.startswith(f"{bad.name}: ")
+    assert "not an image" in error
     assert not opened.find_element("id", "result").is_displayed()
     _screenshot(opened, "error")
     _choose(opened, good)
@@ -501,20 +518,22 @@ def test_a_file_that_is_too_large_is_not_sent(opened, tmp_path):
     assert "larger than 20 MB" in _text(opened, "error")
 
 
-@pytest.mark.parametrize("how", ["drop", "paste"])
-def test_an_image_can_be_dropped_or_pasted(opened, how):
+@pytest.mark.parametrize("event", ["drop", "paste"])
+def test_an_image_can_be_dropped_or_pasted(opened, event):
     opened.execute_script(
         """
         const bytes = Uint8Array.from(arguments[0]);
         const data = new DataTransfer();
-        data.items.add(new File([bytes], "held.png", {type: "image/png"}));
+        data.items.add(new File([bytes], "dropped.png", {type: "image/png"}));
         const event = arguments[1] === "drop"
           ? new DragEvent("drop", {dataTransfer: data, bubbles: true})
           : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
         document.body.dispatchEvent(event);
         """,
         list(_png()),
-        how,
+        event,
     )
-    _wait(opened, lambda: _text(opened, "status").endswith("held.png (60 × 45 pixels)"))
+    _wait(
+        opened, lambda: _text(opened, "status").endswith("dropped.png (60 × 45 pixels)")
+    )
     assert len(_rows(opened)) == 5

@@ -1,4 +1,4 @@
-"""Groups, means over seeds, paired tests; the page and the table that say them."""
+"""Comparison of runs: groups, means over seeds, paired tests, Markdown and HTML."""
 
 import re
 from typing import Any
@@ -12,107 +12,107 @@ from tests.helpers.fake_runs import make, write_start
 CENTER = ("test", "center")
 
 
-def test_runs_that_differ_in_the_seed_are_a_group(tmp_path):
+def test_runs_that_differ_only_in_the_seed_form_a_group(tmp_path):
     runs = [
         make(tmp_path / "a", right=6, seed=0),
         make(tmp_path / "b", variant="baseline", right=5, seed=0),
         make(tmp_path / "c", right=9, seed=1, changes={"data.workers": 7}),
         make(tmp_path / "d", right=9, seed=2, changes={"eval.batch_size": 7}),
     ]
-    found = compare_statistics.compare(runs)
-    assert [[r.workdir.name for r in g.runs] for g in found.groups] == [
+    comparison = compare_statistics.compare(runs)
+    assert [[r.workdir.name for r in g.runs] for g in comparison.groups] == [
         ["a", "c", "d"],
         ["b"],
     ]
-    assert [g.label for g in found.groups] == [
+    assert [g.label for g in comparison.groups] == [
         "CRA-CNN, resnet50, CUB-200-2011",
         "baseline, resnet50, CUB-200-2011",
     ]
-    assert found.settings == {"model.kind": ["cra", "baseline"]}
-    three, one = found.tables[CENTER]
+    assert comparison.config_differences == {"model.kind": ["cra", "baseline"]}
+    three, one = comparison.tables[CENTER]
     assert three.by_seed == {0: 0.6, 1: 0.9, 2: 0.9}
     assert three.spread.mean == pytest.approx(0.8)
     expected = stats.t.interval(0.95, 2, loc=0.8, scale=stats.sem([0.6, 0.9, 0.9]))
     assert three.interval.low == pytest.approx(expected[0])
-    assert three.interval.high == 1  # not 1.23: no accuracy lies beyond 1
+    assert three.interval.high == 1  # clipped from 1.23
     assert one.spread.sd is None
     wilson = stats.binomtest(5, 10).proportion_ci(0.95, method="wilson")
     assert one.interval == pytest.approx((wilson.low, wilson.high))
-    assert found.notes == []
+    assert comparison.notes == []
 
 
-def test_the_same_images_are_paired(tmp_path):
+def test_runs_with_the_same_seed_and_images_are_paired(tmp_path):
     runs = [
         make(tmp_path / "a", right=3, seed=0),
         make(tmp_path / "b", right=3, seed=1),
         make(tmp_path / "c", variant="baseline", right=10, seed=0),
         make(tmp_path / "d", variant="baseline", right=9, seed=1),
     ]
-    found = compare_statistics.compare(runs)
-    names = [(x.first.workdir.name, x.second.workdir.name) for x in found.pairs]
-    assert names == [("a", "c"), ("b", "d")]  # of the same seed, of other groups
-    first, second = found.pairs
+    comparison = compare_statistics.compare(runs)
+    names = [(x.first.workdir.name, x.second.workdir.name) for x in comparison.pairs]
+    assert names == [("a", "c"), ("b", "d")]
+    first, second = comparison.pairs
     assert first.counts[:4] == (3, 0, 7, 0)
     assert first.counts.p == pytest.approx(2 / 2**7)
     assert second.counts.p == pytest.approx(2 / 2**6)
     assert first.adjusted_p == pytest.approx(2 * first.counts.p)
-    (difference,) = found.differences
+    (difference,) = comparison.differences
     assert difference.letters == ("A", "B")
     assert difference.spread.mean == pytest.approx(0.65)
     assert difference.spread.count == 2
 
 
-def test_one_run_of_each_is_paired_whatever_the_seed(tmp_path):
+def test_two_groups_of_one_run_each_are_paired_with_any_seeds(tmp_path):
     runs = [make(tmp_path / "a", seed=3), make(tmp_path / "b", variant="baseline")]
     assert len(compare_statistics.compare(runs).pairs) == 1
 
 
-def test_other_images_are_not_paired(tmp_path):
+def test_runs_with_different_images_are_not_paired(tmp_path):
     runs = [
         make(tmp_path / "a"),
         make(tmp_path / "b", variant="baseline", labels=(1, 0) * 5),
     ]
-    found = compare_statistics.compare(runs)
-    assert found.pairs == []
-    assert "a and b saw different images or labels" in found.notes[0]
+    comparison = compare_statistics.compare(runs)
+    assert comparison.pairs == []
+    assert "a and b were evaluated on different images or labels" in comparison.notes[0]
 
 
-@pytest.mark.parametrize("how", ["none", "of another checkpoint"])
-def test_what_is_not_known_of_each_image_is_said(tmp_path, how):
+@pytest.mark.parametrize("results", ["missing", "of another checkpoint"])
+def test_a_note_says_that_per_image_results_are_missing(tmp_path, results):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", variant="baseline")]
     path = runs[1] / "results" / "test-center.csv"
-    if how == "none":
+    if results == "missing":
         path.unlink()
     else:
         path.write_text(re.sub(r",20$", ",10", path.read_text(), flags=re.MULTILINE))
-    found = compare_statistics.compare(runs)
-    assert found.pairs == []
-    assert len(found.notes) == 1
-    assert "what b says of each image is not known" in found.notes[0]
+    comparison = compare_statistics.compare(runs)
+    assert comparison.pairs == []
+    assert len(comparison.notes) == 1
+    assert "b has no per-image results of its last checkpoint" in comparison.notes[0]
 
 
-def test_a_run_again_is_no_second_draw(tmp_path):
+def test_a_run_with_the_config_and_seed_of_another_is_left_out(tmp_path):
     runs = [make(tmp_path / "a"), make(tmp_path / "b", right=8)]
-    found = compare_statistics.compare([*runs, runs[0]])
-    assert [r.workdir.name for r in found.groups[0].runs] == ["a"]
-    assert found.notes == [
-        "b is left out: it is a again, seed 0 and all, and no second draw"
+    comparison = compare_statistics.compare([*runs, runs[0]])
+    assert [r.workdir.name for r in comparison.groups[0].runs] == ["a"]
+    assert comparison.notes == [
+        "b is left out, because it has the same config and the same seed 0 as a"
     ]
 
 
-def test_groups_of_one_title_say_what_sets_them_apart(tmp_path):
+def test_labels_of_groups_with_the_same_title_include_the_config_differences(tmp_path):
     runs = [
         make(tmp_path / "a"),
         make(tmp_path / "b", changes={"contrast.margin": 0.5}),
     ]
-    found = compare_statistics.compare(runs)
-    assert [g.label.rpartition(", ")[2] for g in found.groups] == [
+    comparison = compare_statistics.compare(runs)
+    assert [g.label.rpartition(", ")[2] for g in comparison.groups] == [
         "contrast.margin=0.7",
         "contrast.margin=0.5",
     ]
 
 
-def test_the_papers_row_stands_beside_the_same_and_nothing_else(tmp_path):
+def test_only_runs_on_the_whole_split_are_shown_with_the_papers_result(tmp_path):
     whole: Any = {"labels": (0, 1) * 2897, "right": 5000}
     runs = [
         make(tmp_path / "a", **whole),
@@ -120,19 +120,19 @@ def test_the_papers_row_stands_beside_the_same_and_nothing_else(tmp_path):
         make(tmp_path / "c", variant="stn", **whole),
         make(tmp_path / "part"),
     ]
-    found = compare_statistics.compare(runs[:3])
-    rows = found.tables[CENTER]
+    comparison = compare_statistics.compare(runs[:3])
+    rows = comparison.tables[CENTER]
     assert [row.paper and row.paper.top1 for row in rows] == [0.862, 0.842, None]
-    assert found.notes == [
-        f"{letter} stands beside the paper's figure and departs from its recipe: "
-        "train.epochs=2 (140)"
+    assert comparison.notes == [
+        f"{letter} is shown with the paper's result, but its config differs from the "
+        "paper's recipe: train.epochs=2 (paper: 140)"
         for letter in "AB"
     ]
     (part,) = compare_statistics.compare(runs[3:]).tables[CENTER]
     assert part.paper is None
 
 
-def test_doubts_are_said(tmp_path):
+def test_notes_warn_about_unfinished_runs_and_different_code(tmp_path):
     runs = [
         make(tmp_path / "a", seed=0, changes={"train.epochs": 9}),
         make(tmp_path / "b", seed=1, changes={"train.epochs": 9}),
@@ -141,24 +141,24 @@ def test_doubts_are_said(tmp_path):
     write_start(runs[1], code={"commit": "b" * 40, "changed": []})
     notes = compare_statistics.compare(runs).notes
     assert notes == [
-        "a was scored at epoch 2 of 9",
-        "b was scored at epoch 2 of 9",
-        "the runs of A were made with different code: aaaaaaa, bbbbbbb",
+        "a was evaluated at epoch 2 of 9",
+        "b was evaluated at epoch 2 of 9",
+        "the runs of A were trained with different code: aaaaaaa, bbbbbbb",
     ]
 
 
-def test_mistakes_end_in_a_line(tmp_path):
-    with pytest.raises(ValueError, match="no runs to compare"):
+def test_errors_for_missing_runs_and_scores(tmp_path):
+    with pytest.raises(ValueError, match="there are no runs to compare"):
         compare_statistics.compare([])
     with pytest.raises(ValueError, match="holds no run"):
         compare_statistics.compare([tmp_path])
     workdir = make(tmp_path / "a")
     (workdir / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match="has no scores yet"):
+    with pytest.raises(ValueError, match="has no scores"):
         compare_statistics.compare([workdir])
 
 
-def test_the_table_and_the_page(tmp_path, capsys):
+def test_run_writes_markdown_and_html(tmp_path, capsys):
     scores = {"pointing": 0.5, "box_count": 10}
     runs = [
         make(tmp_path / "a", right=6, seed=0, scores=scores),

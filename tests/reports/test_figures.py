@@ -1,4 +1,4 @@
-"""Figures of whole runs, and what each part of them is made from."""
+"""Figures of runs, and their parts."""
 
 import warnings
 from pathlib import Path
@@ -27,8 +27,10 @@ from cra_jax.training import build
 from tests.helpers import tiny_config
 
 
-def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: Any):
-    """A run directory as training leaves it, without training; returns its config."""
+def _save_run(
+    directory: Path, cache: Path, kind: str, *, seed: int = 0, **changes: Any
+):
+    """Writes a run directory like that of a trained network; returns its config."""
     config = tiny_config.config(cache, **{"model.kind": kind, "seed": seed, **changes})
     dataset = build.load_dataset(config)
     names = dataset.class_names
@@ -36,20 +38,20 @@ def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: An
     state = train_step.create_state(
         jax.random.key(seed), training.network, training.optimizer, crop_px=32
     )
-    folder.mkdir()
-    run_directory.keep_config(folder, config.to_dict())
+    directory.mkdir()
+    run_directory.keep_config(directory, config.to_dict())
     meta = {"class_names": names, "epoch": 2, "config": config.to_dict()}
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(12, state, meta, metric=0.5)
     numbers = {"loss_cls1": 2.0, "top1": 0.4, "images_per_second": 1, "eta_seconds": 1}
     tests = {"top1": 0.5, "protocol": "center", "count": 40, "pointing": 0.5}
-    with training_log.Log(folder, first_step=0, total_steps=12) as log:
+    with training_log.Log(directory, first_step=0, total_steps=12) as log:
         for epoch in (0, 1, 2):
             if epoch:
                 log.train(step=6 * epoch, epoch=epoch, numbers={**numbers, "loss": 3.0})
                 log.test(step=6 * epoch, epoch=epoch, split="test", numbers=tests)
             if kind != "baseline":
-                turned = [[0.4, -0.1 * epoch, 0.1], [0.1 * epoch, 0.4, 0]]
+                matrix = [[0.4, -0.1 * epoch, 0.1], [0.1 * epoch, 0.4, 0]]
                 indices = build.open_split(config, dataset, "test").first_of_each_class(
                     4
                 )
@@ -58,7 +60,7 @@ def _saved(folder: Path, cache: Path, kind: str, *, seed: int = 0, **changes: An
                     epoch=epoch,
                     split="test",
                     names={i: str(i) for i in indices},
-                    matrices=dict.fromkeys(indices, turned),
+                    matrices=dict.fromkeys(indices, matrix),
                 )
     return config
 
@@ -71,15 +73,15 @@ def _size(png: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
+def test_all_figures_of_a_run_and_its_baseline(tmp_path):
     cache = tmp_path / "cache"
-    config = _saved(tmp_path / "ours", cache, "cra")
-    _saved(tmp_path / "theirs", cache, "baseline", seed=1)
+    config = _save_run(tmp_path / "ours", cache, "cra")
+    _save_run(tmp_path / "theirs", cache, "baseline", seed=1)
     drawn, notes = figures.draw_all(
         run_options.from_config(config), tmp_path / "ours", baseline=tmp_path / "theirs"
     )
     names = [figure.name for figure in drawn]
-    # Two networks of random weights: each is right somewhere, so all can be drawn.
+    # Both networks have random weights and are correct on some images.
     assert names == ["activation", "attention", "corrected", "curves", "confused"]
     assert notes == []
     for figure in drawn:
@@ -90,29 +92,31 @@ def test_all_figures_of_a_run_beside_its_baseline(tmp_path):
     assert pyplot.get_fignums() == []
 
 
-def test_a_baseline_alone_says_what_it_cannot_draw(tmp_path, capsys):
-    config = _saved(tmp_path / "run", tmp_path / "cache", "baseline")
+def test_missing_figures_of_a_baseline_are_explained(tmp_path, capsys):
+    config = _save_run(tmp_path / "run", tmp_path / "cache", "baseline")
     figures.run(run_options.from_config(config), tmp_path / "run")
     printed = capsys.readouterr().out
     for name in ("activation", "curves", "confused"):
         assert f"report/{name}.png and .pdf: " in printed
-    assert "no figure of attention: a baseline has no attention" in printed
-    assert "no figure of corrected: there is no run to compare with" in printed
+    assert 'figure "attention" is missing: the baseline has no attention' in printed
+    assert 'figure "corrected" is missing: it needs a second run' in printed
     files = {x.name for x in (tmp_path / "run" / "report").iterdir()}
     assert files == {
-        f"{name}.{kind}"
+        f"{name}.{suffix}"
         for name in ("activation", "curves", "confused")
-        for kind in ("png", "pdf")
+        for suffix in ("png", "pdf")
     }
 
 
-def test_an_stn_and_runs_that_do_not_compare(tmp_path):
+def test_figures_of_an_stn_and_errors_of_different_data(tmp_path):
     cache = tmp_path / "cache"
-    config = _saved(tmp_path / "stn", cache, "stn")
+    config = _save_run(tmp_path / "stn", cache, "stn")
     drawn, _ = figures.draw_all(run_options.from_config(config), tmp_path / "stn")
     assert "attention" in [x.name for x in drawn]
-    _saved(tmp_path / "other", cache, "baseline", **{"data.seed": 5})
-    with pytest.raises(ValueError, match=r"was tested on other images than .*stn"):
+    _save_run(tmp_path / "other", cache, "baseline", **{"data.seed": 5})
+    with pytest.raises(
+        ValueError, match=r"test images of .*other .* differ from .*stn"
+    ):
         figures.draw_all(
             run_options.from_config(config),
             tmp_path / "stn",
@@ -128,45 +132,50 @@ def test_an_stn_and_runs_that_do_not_compare(tmp_path):
 
 
 def _results(pairs, confidence=()):
-    sure = confidence or [0.5] * len(pairs)
+    """Results with (label, predicted) pairs."""
+    confidences = confidence or [0.5] * len(pairs)
     return [
-        Result(i, f"{i}.jpg", label, predicted, sure[i], 12)
+        Result(i, f"{i}.jpg", label, predicted, confidences[i], 12)
         for i, (label, predicted) in enumerate(pairs)
     ]
 
 
-def test_pairs_are_counted_both_ways_and_shown_by_the_surest_mistake():
+def test_confusions_count_both_directions_and_show_the_most_confident_error():
     pairs = [(0, 1), (0, 1), (1, 0), (0, 0), (2, 3), (3, 3), (1, 2), (1, 1), (2, 4)]
-    found = confusions.confused_pairs(
-        _results(pairs, [0.3, 0.9, 0.5, 0.5, 0.5, 0.8, 0.5, 0.7, 0.5]), most=2
+    found = confusions.most_confused_pairs(
+        _results(pairs, [0.3, 0.9, 0.5, 0.5, 0.5, 0.8, 0.5, 0.7, 0.5]), max_pairs=2
     )
     assert found == [
-        confusions.Pair((0, 1), wrong=(2, 1), count=(3, 3), examples=(1, 2)),
-        confusions.Pair((1, 2), wrong=(1, 0), count=(3, 2), examples=(6, 4)),
+        confusions.Pair((0, 1), confused=(2, 1), counts=(3, 3), examples=(1, 2)),
+        confusions.Pair((1, 2), confused=(1, 0), counts=(3, 2), examples=(6, 4)),
     ]
-    every = confusions.confused_pairs(_results(pairs), most=9)
-    # Class 4 has no image in the split.
+    every = confusions.most_confused_pairs(_results(pairs), max_pairs=9)
+    # The pair (2, 4) is left out, because class 4 has no test image.
     assert [x.labels for x in every] == [(0, 1), (1, 2), (2, 3)]
-    assert confusions.confused_pairs(_results([(0, 0), (1, 1)]), most=9) == []
-    # Three one way and none the other are more than one each way.
+    assert confusions.most_confused_pairs(_results([(0, 0), (1, 1)]), max_pairs=9) == []
+    # Three confusions in one direction are more than one in each direction.
     one_way = _results([(0, 1), (1, 0), (3, 2), (3, 2), (3, 2), (2, 2)])
-    assert [x.labels for x in confusions.confused_pairs(one_way, most=1)] == [(2, 3)]
+    assert [x.labels for x in confusions.most_confused_pairs(one_way, max_pairs=1)] == [
+        (2, 3)
+    ]
 
 
-def test_what_was_put_right_and_other_images_of_a_class():
+def test_corrected_images_and_other_images_of_a_class():
     before = _results([(0, 1), (0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (2, 1)])
     after = _results([(0, 0), (0, 1), (1, 1), (1, 1), (0, 1), (0, 0), (2, 1)])
-    assert confusions.put_right(before, after) == [0, 2]
-    assert confusions.put_right(after, before) == [1]
-    alike = {"before": before, "after": after}
-    assert confusions.alike(1, but=2, **alike) == 3  # both get that one right
-    assert confusions.alike(0, but=0, **alike) == 5
-    assert confusions.alike(2, but=0, **alike) == 6  # none: the first other
-    assert confusions.alike(7, but=0, **alike) is None
+    assert confusions.corrected_images(before, after) == [0, 2]
+    assert confusions.corrected_images(after, before) == [1]
+    runs = {"before": before, "after": after}
+    assert confusions.another_image(1, exclude=2, **runs) == 3  # correct in both runs
+    assert confusions.another_image(0, exclude=0, **runs) == 5
+    assert (
+        confusions.another_image(2, exclude=0, **runs) == 6
+    )  # none is correct in both runs
+    assert confusions.another_image(7, exclude=0, **runs) is None
 
 
 @pytest.mark.parametrize(
-    ("first_epochs", "period_epochs", "off", "falls"),
+    ("first_epochs", "period_epochs", "off", "drops"),
     [
         (50, 45, [(50, 95)], [50, 95]),  # the paper's
         (60, 30, [(60, 90), (120, 140)], [60, 90, 120]),
@@ -175,15 +184,19 @@ def test_what_was_put_right_and_other_images_of_a_class():
         (140, 45, [], []),
     ],
 )
-def test_phases_in_epochs(first_epochs, period_epochs, off, falls):
+def test_phases_in_epochs(first_epochs, period_epochs, off, drops):
     options = {"first_epochs": first_epochs, "period_epochs": period_epochs}
-    found = training_curves.phases(140, restriction=options, rate=options, factor=0.1)
-    assert found == training_curves.Phases(140, off, falls, 0.1)
-    without = training_curves.phases(140, restriction=None, rate=options, factor=0.1)
-    assert without == training_curves.Phases(140, [], falls, 0.1)
+    found = training_curves.compute_phases(
+        140, restriction=options, rate=options, factor=0.1
+    )
+    assert found == training_curves.Phases(140, off, drops, 0.1)
+    without = training_curves.compute_phases(
+        140, restriction=None, rate=options, factor=0.1
+    )
+    assert without == training_curves.Phases(140, [], drops, 0.1)
 
 
-def test_curves_stand_at_the_epochs_that_they_were_logged_at():
+def test_training_curves_are_drawn_at_the_logged_epochs():
     lines = [
         {
             "split": "train",
@@ -199,61 +212,66 @@ def test_curves_stand_at_the_epochs_that_they_were_logged_at():
         for e, p in ((1, "center"), (2, "center"), (2, "full"))
     ]
     phases = training_curves.Phases(2, [(1, 2)], [1], 0.1)
-    figure = training_curves.draw(lines, phases)
-    accuracy, losses = figure.axes  # no boxes, no third panel
+    figure = training_curves.draw_training_curves(lines, phases)
+    accuracy, losses = figure.axes  # without boxes, there is no third panel
     train, test = accuracy.get_lines()[:2]
-    at, height = np.array(train.get_data(), float)
-    np.testing.assert_allclose(at, [4 / 6, 1, 8 / 6, 2])
-    np.testing.assert_allclose(height, [100 / 3, 50, 200 / 3, 100])
+    epochs, values = np.array(train.get_data(), float)
+    np.testing.assert_allclose(epochs, [4 / 6, 1, 8 / 6, 2])
+    np.testing.assert_allclose(values, [100 / 3, 50, 200 / 3, 100])
     np.testing.assert_allclose(np.array(test.get_data(), float), [[1, 2], [50, 50]])
     labels = [x.get_text() for x in losses.get_legend().get_texts()]  # pyright: ignore
     assert labels == ["$L_{cls1}$"]
     above = [x.get_text() for x in accuracy.texts]
-    assert above == ["rate × 0.1, no $L_{res}$"]
+    assert above == ["learning rate × 0.1, no $L_{res}$"]
 
 
-def test_names_fit_into_narrow_columns():
-    assert figure_style.tidy("001.Black_footed_Albatross") == "Black footed\nAlbatross"
+def test_class_names_wrap_into_two_lines():
+    assert (
+        figure_style.wrap_class_name("001.Black_footed_Albatross")
+        == "Black footed\nAlbatross"
+    )
     name = "Bentley Continental Supersports Conv. Convertible 2012"
-    assert figure_style.tidy(name, width=12) == "Bentley\nContinental…"
-    assert figure_style.tidy("Llanfairpwllgwyngyllgogerychwyrndrobwll") == (
+    assert figure_style.wrap_class_name(name, width=12) == "Bentley\nContinental…"
+    assert figure_style.wrap_class_name("Llanfairpwllgwyngyllgogerychwyrndrobwll") == (
         "Llanfairpwllgwyn\ngyllgogerychwyr…"
     )
-    assert figure_style.tidy("707.") == "707."
+    assert figure_style.wrap_class_name("707.") == "707."
 
 
-def test_names_are_no_formulas_and_unknown_scripts_no_warnings(tmp_path):
+def test_class_names_are_not_parsed_as_math_and_cause_no_font_warnings(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     names = ("a $x^2 bird$", "鳥 of $\\notacommand$")
     pair = figure_panels.Confusion(names, (image, image), (1, 0), (2, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = figure_panels.confusions([pair])
-        first = figure_style.save(figure, tmp_path, "names")
-        second = figure_style.save(figure, tmp_path, "again")
-    for suffix in (".png", ".pdf"):  # the same bytes each time
+        figure = figure_panels.draw_confusions([pair])
+        first = figure_style.save_figure(figure, tmp_path, "names")
+        second = figure_style.save_figure(figure, tmp_path, "again")
+    for suffix in (".png", ".pdf"):
         files = [x.with_suffix(suffix).read_bytes() for x in (first, second)]
         assert files[0] == files[1]
     shown = [text.get_text() for ax in figure.axes for text in ax.texts]
     assert "a $x^2 bird$" in shown
 
 
-def test_the_outline_is_drawn_where_the_attention_is():
+def test_the_outline_has_the_corners_of_the_attention():
     image = np.zeros((16, 16, 3), np.uint8)
     corners = art_module.corners_px(np.array([[[0.5, 0, 0], [0, 0.5, 0]]]), 16)
-    one = figure_panels.Attended(image, "auk", corners, image[None], None, None)
-    figure = figure_panels.attention_over_epochs([one], [3], title="STN")
+    history = figure_panels.AttentionHistory(
+        image, "auk", corners, image[None], None, None
+    )
+    figure = figure_panels.draw_attention_by_epoch([history], [3], title="STN")
     (outline,) = [p for p in figure.axes[0].patches if isinstance(p, Polygon)]
     np.testing.assert_allclose(outline.get_xy()[:4], corners[0])
     assert next(x.get_text() for x in figure.axes[0].texts) == "epoch 3"
     assert len(figure.axes) == 2  # no redundancy
 
 
-def test_a_map_is_clear_where_nothing_is_active_and_lighter_where_more_is():
+def test_cam_overlay_is_transparent_at_0_and_lighter_at_larger_values():
     image = np.full((4, 4, 3), 90, np.uint8)
-    activation = np.zeros((4, 4))
-    activation[0] = (-5, 1, 2, 4)
-    shown = figure_style.overlay_activation(image, activation).astype(int)
+    cam = np.zeros((4, 4))
+    cam[0] = (-5, 1, 2, 4)
+    shown = figure_style.overlay_cam(image, cam).astype(int)
     assert (shown[1:] == shown[3, 3]).all()
     assert (shown[0, 0] == shown[3, 3]).all()
     assert np.ptp(shown[3, 3]) == 0  # grey

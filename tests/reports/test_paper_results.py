@@ -1,4 +1,4 @@
-"""The paper's figures, held against the paper's text."""
+"""The paper's results, compared with the text of the paper."""
 
 import re
 from pathlib import Path
@@ -13,14 +13,14 @@ from cra_jax.reports import paper_results
 def text() -> str:
     path = Path(__file__).resolve().parents[3] / "shared" / "paper.txt"
     if not path.is_file():
-        pytest.skip(f"SKIPPED, NOT PASSED: no text of the paper at {path}")
+        pytest.skip(f"SKIPPED, NOT PASSED: the text of the paper is missing: {path}")
     return path.read_text()
 
 
-def test_table_1(text):
+def test_table_1_equals_the_text(text):
     for data, name in paper_results.NAMES.items():
         (line,) = re.findall(rf"^{name} ((?:[\d.]+% ?){{4}})$", text, re.MULTILINE)
-        # "ResNet-50 ResNet-101", under each "Baseline CRA-CNN".
+        # Columns: ResNet-50 baseline and CRA-CNN, ResNet-101 baseline and CRA-CNN.
         expected = [float(x) for x in re.findall(r"[\d.]+", line)]
         found = [
             round(100 * row.top1, 1)
@@ -33,7 +33,7 @@ def test_table_1(text):
     assert "ResNet-50 ResNet-101\nBaseline CRA-CNN Baseline CRA-CNN" in text
 
 
-def test_tables_2_and_3(text):
+def test_tables_2_and_3_equal_the_text(text):
     for table, data in (("Table 2", "cub"), ("Table 3", "cars")):
         part = text[text.index(f"{table}: Comparison results") :]
         for backbone in ("50", "101"):
@@ -48,7 +48,7 @@ def test_tables_2_and_3(text):
             assert (row.kind, row.protocol) == ("cra", "full")
 
 
-def test_every_row_is_found_and_no_other():
+def test_find_returns_only_the_row_of_the_same_evaluation():
     assert len(paper_results.ROWS) == 12
     for row in paper_results.ROWS:
         run: Any = {
@@ -60,7 +60,7 @@ def test_every_row_is_found_and_no_other():
             "count": paper_results.TEST_IMAGES[row.data],
         }
         assert paper_results.find(**run) is row
-        assert paper_results.find(**run | {"count": 145}) is None  # a part of the set
+        assert paper_results.find(**run | {"count": 145}) is None  # a part of the split
         assert paper_results.find(**run | {"source": "folder"}) is None
         assert paper_results.find(**run | {"kind": "stn"}) is None
         tfds = {"cub": "caltech_birds2011", "cars": "cars196"}[row.data]

@@ -1,4 +1,4 @@
-"""The page of a run: what is on it, that it needs nothing else, and what goes wrong."""
+"""HTML report of a run: its contents, that it is self-contained, and errors."""
 
 import base64
 import io
@@ -21,12 +21,12 @@ _VOID = {"meta", "link", "img", "line", "circle", "path", "br", "wbr"}
 
 
 class _Page(HTMLParser):
-    """Texts, tables and addresses of a page; unclosed tags are an error."""
+    """Text, table cells and links of a page; fails on unclosed tags."""
 
     def __init__(self, text: str):
         super().__init__()
         self.open: list[str] = []
-        self.addresses: list[str] = []
+        self.links: list[str] = []
         self.cells: list[list[str]] = []
         self.text = ""
         self.ids: set[str] = set()
@@ -37,7 +37,7 @@ class _Page(HTMLParser):
         if tag not in _VOID:
             self.open.append(tag)
         found = dict(attrs)
-        self.addresses += [found[x] or "" for x in ("src", "href") if x in found]
+        self.links += [found[x] or "" for x in ("src", "href") if x in found]
         self.ids |= {found["id"] or ""} if "id" in found else set()
         if tag == "tr":
             self.cells.append([])
@@ -62,20 +62,20 @@ def _read(workdir):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A whole run of the smallest size, and what it said."""
-    folder = tmp_path_factory.mktemp("report")
+    """Config and run directory of a tiny trained run."""
+    directory = tmp_path_factory.mktemp("report")
     config = tiny_config.config(
-        folder / "cache", **{"train.report": True, "train.epochs": 1}
+        directory / "cache", **{"train.report": True, "train.epochs": 1}
     )
-    train.run(config, folder / "run")
-    return config, folder / "run"
+    train.run(config, directory / "run")
+    return config, directory / "run"
 
 
-def test_a_run_leaves_a_page_that_needs_nothing_else(trained):
+def test_training_writes_a_self_contained_page(trained):
     _, workdir = trained
     found = _read(workdir)
-    anchors = [x for x in found.addresses if x.startswith("#")]
-    others = [x for x in found.addresses if not x.startswith("#")]
+    anchors = [x for x in found.links if x.startswith("#")]
+    others = [x for x in found.links if not x.startswith("#")]
     assert all(x.startswith("data:") for x in others)
     assert {x[1:] for x in anchors} <= found.ids
     assert "#figures" in anchors
@@ -88,13 +88,13 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(trained):
     assert not re.search(r"url\(|@import|<script|https?://", text)
 
 
-def test_its_numbers_are_those_of_the_run(trained):
+def test_page_shows_the_numbers_of_the_run(trained):
     config, workdir = trained
     found = _read(workdir)
-    lines = run_summary.newest(run_directory.read_metrics(workdir))
+    lines = run_summary.latest_scores(run_directory.read_metrics(workdir))
     assert [x["split"] for x in lines] == ["test", "test_shifted"]
     for line in lines:
-        low, high = uncertainty.wilson(round(line["top1"] * 40), 40)
+        low, high = uncertainty.wilson_interval(round(line["top1"] * 40), 40)
         interval = f"{html_page.percent(low)} to {html_page.percent(high)}"
         (row,) = [r for r in found.cells if r[:2] == [line["split"], "center"]]
         assert row[2] == html_page.percent(line["top1"])
@@ -117,7 +117,7 @@ def test_its_numbers_are_those_of_the_run(trained):
     assert f"seed {config.seed}" in found.text
 
 
-def test_a_run_that_had_ended_keeps_its_page(trained, capsys):
+def test_a_report_newer_than_the_metrics_is_kept(trained, capsys):
     config, workdir = trained
     path = workdir / "report" / "index.html"
     before = path.stat().st_mtime_ns
@@ -126,7 +126,7 @@ def test_a_run_that_had_ended_keeps_its_page(trained, capsys):
     assert f"report: {path}" in capsys.readouterr().err
 
 
-def test_without_the_checkpoint_the_numbers_are_there_all_the_same(tmp_path, capsys):
+def test_page_without_a_checkpoint_shows_the_numbers_but_no_figures(tmp_path, capsys):
     workdir = make(tmp_path / "a<b")
     config = get_config()
     config.data.path = str(tmp_path)
@@ -134,18 +134,18 @@ def test_without_the_checkpoint_the_numbers_are_there_all_the_same(tmp_path, cap
     assert str(workdir / "report" / "index.html") in capsys.readouterr().out
     found = _read(workdir)
     assert "The figures could not be drawn" in found.text
-    assert "#figures" not in found.addresses
+    assert "#figures" not in found.links
     (row,) = [r for r in found.cells if r[:2] == ["test", "center"]]
     assert (row[2], row[4]) == ("70.0", "39.7 to 89.2")
-    assert "a<b" in found.text  # escaped, and so it is text again
-    # Wrong are the last three, of classes 1, 0, 1: 2 of 5 and 1 of 5.
+    assert "a<b" in found.text  # escaped in the HTML
+    # The last three images, of classes 1, 0 and 1, are misclassified.
     (one,) = [r for r in found.cells if r[0] == "class 1" and len(r) == 5]
-    assert one[1:3] + one[4:] == ["3 of 5", "60", "class 0(2)"]
-    surest = [r for r in found.cells if r[0].startswith("test/")]
-    assert [r[0] for r in surest] == ["test/009.jpg", "test/008.jpg", "test/007.jpg"]
-    assert surest[0][1:] == ["class 1", "class 0", "59.0"]
-    # 20 steps of 64 images at 64 images a second.
-    assert run_summary.time_trained(run_directory.read_metrics(workdir), 64) == (
+    assert one[1:3] + one[4:] == ["3 of 5", "60", "class 0(2 images)"]
+    errors = [r for r in found.cells if r[0].startswith("test/")]
+    assert [r[0] for r in errors] == ["test/009.jpg", "test/008.jpg", "test/007.jpg"]
+    assert errors[0][1:] == ["class 1", "class 0", "59.0"]
+    # 20 steps of 64 images at 64 images per second.
+    assert run_summary.training_time(run_directory.read_metrics(workdir), 64) == (
         20,
         1280,
     )
@@ -153,7 +153,7 @@ def test_without_the_checkpoint_the_numbers_are_there_all_the_same(tmp_path, cap
     assert "64 images/s" in found.text
 
 
-def test_doubts_stand_at_the_top(tmp_path):
+def test_page_shows_warnings(tmp_path):
     workdir = make(tmp_path / "run", changes={"train.epochs": 9})
     run_directory.append_metrics(
         workdir,
@@ -165,53 +165,57 @@ def test_doubts_stand_at_the_top(tmp_path):
     report.write(run_options.from_config(get_config()), workdir)
     found = _read(workdir)
     for text in (
-        "Not finished: epoch 3 of 9.",
-        "The last scores are of epoch 2; training is at 3.",
-        "In 80 % of the images the attention sits in a corner",
+        "Training is not finished: it is at epoch 3 of 9.",
+        "The scores are of epoch 2, not of epoch 3.",
+        "The attention of 80 % of the training images is saturated at its bound",
         "different code: aaaaaaa, bbbbbbb + 1 changed file.",
         "different devices: 1 x cpu, 8 x test.",
     ):
         assert text in found.text
-    took = [row[2:4] for row in found.cells if row and row[0] == "2026-01-01 10:00 UTC"]
-    assert took == [["unknown", "killed, or still running"], ["2 h 05 min", "finished"]]
+    shown = [
+        row[2:4] for row in found.cells if row and row[0] == "2026-01-01 10:00 UTC"
+    ]
+    assert shown == [["unknown", "killed or running"], ["2 h 05 min", "finished"]]
 
 
-def test_the_papers_figure_stands_beside_the_same(tmp_path):
+def test_page_shows_the_papers_result(tmp_path):
     workdir = make(tmp_path / "run", labels=(0, 1) * 2897, right=5000)
     report.write(run_options.from_config(get_config()), workdir)
-    assert "Table 1 has 86.2 %" in _read(workdir).text
+    assert "Table 1 reports 86.2 %" in _read(workdir).text
 
 
-def test_scores_are_of_the_last_checkpoint_alone():
+def test_latest_scores_are_of_the_last_checkpoint():
     def line(step, protocol="center", **more):
         return {"step": step, "split": "test", "protocol": protocol, **more}
 
     lines = [
         line(10, "full", top1=0.9, count=4),
         line(20, top1=0.5, count=4, attention_iou=0.3),
-        line(10, top1=0.9, count=4),  # evaluated later, of an older checkpoint
-        line(20, top1=0.5, count=4),  # by hand: the same, without the attention
+        line(10, top1=0.9, count=4),  # an older checkpoint, evaluated later
+        line(20, top1=0.5, count=4),  # from `--mode eval`, without attention scores
         {"step": 20, "split": "train", "top1": 1.0},
     ]
-    assert run_summary.newest(lines) == [line(20, top1=0.5, count=4, attention_iou=0.3)]
-    # Of other data: what was known of the attention is not of it.
+    assert run_summary.latest_scores(lines) == [
+        line(20, top1=0.5, count=4, attention_iou=0.3)
+    ]
+    # Different scores mean other data: the attention scores are not merged.
     for other in (line(20, top1=0.25, count=4), line(20, top1=0.5, count=8)):
-        assert run_summary.newest([*lines, other]) == [other]
+        assert run_summary.latest_scores([*lines, other]) == [other]
 
 
-def test_a_report_that_fails_costs_nothing(tmp_path, capsys):
+def test_an_error_after_training_is_only_a_warning(tmp_path, capsys):
     workdir = make(tmp_path / "run")
-    (workdir / "report").write_text("a file where a folder should be")
+    (workdir / "report").write_text("a file instead of a directory")
     report.write_after_training(run_options.from_config(get_config()), workdir)
-    said = capsys.readouterr().err
-    assert "warning: the report could not be written (FileExistsError" in said
-    assert f"--mode report --workdir {workdir}" in said
+    stderr = capsys.readouterr().err
+    assert "warning: the report could not be written (FileExistsError" in stderr
+    assert f"--mode report --workdir {workdir}" in stderr
 
 
-def test_mistakes_end_in_a_line(tmp_path):
+def test_errors_for_missing_runs_and_metrics(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         report.run(run_options.from_config(get_config()), tmp_path)
     workdir = make(tmp_path / "run")
     (workdir / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match="has no numbers yet"):
+    with pytest.raises(ValueError, match="has no metrics"):
         report.run(run_options.from_config(get_config()), workdir)
