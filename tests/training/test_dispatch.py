@@ -20,9 +20,9 @@ def reads(monkeypatch):
     array: Any = type(jax.numpy.zeros(()))
     value = array._value
 
-    def seen(self):
-        # Names alone: looking up lines of source is slow. The frame is given, because
-        # which ones `walk_stack(None)` leaves out depends on the version of Python.
+    def record(self):
+        # Only names, because looking up source lines is slow. The frame is given,
+        # because which frames `walk_stack(None)` omits depends on the Python version.
         stack = traceback.walk_stack(sys._getframe())
         found.append([frame.f_code.co_name for frame, _ in stack])
         return value.fget(self)
@@ -34,8 +34,8 @@ def reads(monkeypatch):
 def test_read_of_an_array_is_recorded(reads):
     float(jax.numpy.ones(()) + 1)
     (stack,) = reads
-    caller = stack.index("test_a_read_is_seen")
-    assert set(stack[:caller]) <= {"seen", "__float__"}
+    caller = stack.index("test_read_of_an_array_is_recorded")
+    assert set(stack[:caller]) <= {"record", "__float__"}
 
 
 def test_training_loop_waits_for_no_step(tmp_path, reads):
