@@ -360,6 +360,6 @@ def test_supervised_keys_are_used_as_image_and_label(tmp_path):
     pair = [{"featureKey": "photo"}, {"featureKey": "breed"}]
     info["supervisedKeys"] = {"tuple": {"items": pair}}
     info_file.write_text(json.dumps(info))
-    found = tfds_read.read_set("dogs", tmp_path)
+    found = tfds_read.read_dataset("dogs", tmp_path)
     assert found.class_names == ("a", "b")
     assert {e.content() for e in found.splits["train"]} == {r["photo"] for r in both}

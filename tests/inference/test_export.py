@@ -249,7 +249,7 @@ def test_export_gives_the_scores_of_an_independent_network_on_photographs(
 
 def test_cra_cnn_has_the_parameters_and_flops_of_the_baseline(tmp_path):
     config = tiny_config.config(tmp_path)
-    rows = free_at_test_time.costs(config, tmp_path, num_classes=4)
+    rows = free_at_test_time.measure_costs(config, tmp_path, num_classes=4)
     baseline, *others = rows.values()
     backbone = run_options.from_config(config).create_backbone(4)
     params = random_like(backbone, 1, 32, 32, 3)["params"]

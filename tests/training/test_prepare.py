@@ -306,7 +306,7 @@ def test_dataset_is_built_from_manually_placed_archives(tmp_path, capsys, builde
     assert lines[0] == "data: tfds, 2 classes, there already"
     assert lines[-2].startswith("all was there already")
 
-    found = tfds_read.read_set("hand_drawn", tmp_path / "tfds")
+    found = tfds_read.read_dataset("hand_drawn", tmp_path / "tfds")
     assert found.class_names == ("wren", "tit")
     for split, examples in found.splits.items():
         contents = {e.content(): found.class_names[e.label] for e in examples}
