@@ -206,6 +206,7 @@ def template(tmp_path_factory):
     folder = base / "documentation"
     with files.locked(base / "documentation.lock", "the template", show=False):
         if not folder.exists():
+            shutil.rmtree(base / "documentation.partial", ignore_errors=True)
             save_template(base / "documentation.partial")
             (base / "documentation.partial").rename(folder)
     return folder
@@ -268,7 +269,7 @@ def start(words: list[str], *, until: str = "end") -> None:
         inner.setattr(training, "run", train_or_check)
         if until == "config":
             inner.setattr(prepare, "run", train_or_check)
-        inner.setattr(devices, "keep", lambda folder: None)
+        inner.setattr(devices, "keep_memory_and_programs", lambda folder: None)
         inner.setattr(ThreadingHTTPServer, "serve_forever", _interrupt)
         code: Any = 0
         try:
