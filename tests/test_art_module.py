@@ -188,7 +188,7 @@ def test_gradient_share_scales_gammas_gradient_to_the_classification_stream(
         params = {**params, "attention_head": {**params["attention_head"]}}
         if head_kind == "pooled":
             params["attention_head"]["kernel"] = jnp.full((3, 4), 0.3)
-        else:  # the centre alone: its gradient goes through the feature map
+        else:  # only the centre: its gradient goes through the feature map
             params["attention_head"]["kernel"] = jnp.zeros((3, 2))
             params["attention_head"]["place_conv"] = {"kernel": jnp.full((3, 1), 0.3)}
 

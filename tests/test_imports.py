@@ -86,10 +86,10 @@ NEVER = (
 )
 
 
-def test_prediction_imports_what_it_needs_alone(tmp_path):
-    """From an export, then from a checkpoint, then by the command: what is new there.
+def test_prediction_imports_only_its_own_dependencies(tmp_path):
+    """Predicts from an export, from a checkpoint and with the command.
 
-    Overlays are drawn in matplotlib's colors; without them it stays out.
+    Only overlays import matplotlib, for its colors.
     """
     config = tiny_run.save(tmp_path)
     export.run(run_options.from_config(config), tmp_path)
@@ -121,10 +121,10 @@ def test_prediction_imports_what_it_needs_alone(tmp_path):
     assert not by_run & {*NEVER, "cra_jax.training.train"}
     assert not by_command & {*NEVER, "cra_jax.training.train"}
     assert {"jax", "cra_jax.inference.predictor"} <= by_export
-    assert "orbax" in by_run  # so the assertions above see what is imported
+    assert "orbax" in by_run  # the assertions above do find imports
 
 
-def test_the_package_has_a_version_and_loads_without_jax():
+def test_package_has_a_version_and_is_imported_without_jax():
     code = (
         "import sys, cra_jax; assert 'jax' not in sys.modules\n"
         "print(cra_jax.__version__, callable(cra_jax.load))"

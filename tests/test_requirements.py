@@ -1,4 +1,4 @@
-"""Lock files against requirements.txt, and what runs the tests on each Python."""
+"""Lock files, requirements.txt, and the Python versions that run the tests."""
 
 import os
 import re
@@ -19,13 +19,13 @@ PYTHONS = [re.sub(r"py(\d)(\d+)", r"\1.\2", path.stem) for path in LOCKS]
 
 
 def read(path: Path) -> list[Requirement]:
-    """The requirements of a file, without those of the files that it names."""
+    """Returns the requirements of a file, without those of the files it includes."""
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     return [Requirement(line) for line in lines if line and not line.startswith("-r ")]
 
 
 def pins(path: Path) -> dict[str, Version]:
-    """Each name of a lock file and its version; anything but `==` is an error."""
+    """Returns the pinned versions of a lock file; all other specifiers are errors."""
     found = {}
     for requirement in read(path):
         (specifier,) = requirement.specifier
@@ -48,8 +48,8 @@ def test_each_python_has_a_lock_file():
 
 
 @pytest.mark.parametrize(("path", "python"), [*zip(LOCKS, PYTHONS, strict=True)])
-def test_a_lock_file_satisfies_the_requirements(path, python):
-    """Those of the tests, too: they are installed on top of the lock file."""
+def test_lock_file_satisfies_the_requirements(path, python):
+    """Includes requirements-dev.txt, which is installed after the lock file."""
     pinned = pins(path)
     for requirement in read(ROOT / "requirements.txt"):
         if applies(requirement, python):
@@ -62,20 +62,20 @@ def test_a_lock_file_satisfies_the_requirements(path, python):
 
 
 @pytest.mark.parametrize("path", LOCKS)
-def test_a_lock_file_names_no_host(path):
-    """Whoever installs from it chooses the index."""
+def test_lock_file_has_no_url_and_no_option(path):
+    """The package index is the choice of the user."""
     assert "://" not in path.read_text()
     assert "--" not in path.read_text()
 
 
-def test_torch_is_for_python_3_11_alone():
+def test_torch_is_required_only_on_python_3_11():
     (torch,) = (x for x in read(ROOT / "requirements-dev.txt") if x.name == "torch")
     assert [applies(torch, python) for python in PYTHONS] == [True, False, False]
 
 
 @pytest.fixture
 def locked() -> dict[str, Version]:
-    """The pins that this environment was made from (`make test-python`)."""
+    """Returns the pins of this environment (see `make test-python`)."""
     copied = Path(sys.prefix) / "lock.txt"
     if not copied.is_file():
         pytest.skip("this environment was not made from a lock file")
@@ -85,7 +85,7 @@ def locked() -> dict[str, Version]:
     return pins(lock)
 
 
-def test_an_environment_has_the_versions_of_its_lock_file(locked):
+def test_environment_has_the_versions_of_its_lock_file(locked):
     installed = {
         canonicalize_name(x.metadata["Name"]): Version(x.version)
         for x in distributions()
@@ -93,8 +93,8 @@ def test_an_environment_has_the_versions_of_its_lock_file(locked):
     assert {name: installed.get(name) for name in locked} == locked
 
 
-def test_a_lock_file_is_complete(locked):
-    """What a pinned package needs is pinned, in a version that it accepts."""
+def test_lock_file_is_complete(locked):
+    """Each dependency of a pinned package is pinned to a version that it accepts."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     for name in locked:
         for requirement in map(Requirement, requires(name) or ()):
@@ -103,7 +103,7 @@ def test_a_lock_file_is_complete(locked):
                 assert needed in requirement.specifier, (name, requirement, needed)
 
 
-def test_the_workflow_runs_ci_on_each_python():
+def test_workflow_runs_ci_on_each_python():
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {"contents": "read"}
@@ -113,7 +113,9 @@ def test_the_workflow_runs_ci_on_each_python():
     (setup,) = (x["with"] for x in job["steps"] if "setup-python" in x.get("uses", ""))
     versions = setup["python-version"].split()
     assert sorted(versions) == PYTHONS
-    assert versions[-1] == PYTHONS[0]  # the last one is `python3`, which CI tests fully
+    assert (
+        versions[-1] == PYTHONS[0]
+    )  # the last is `python3`, on which CI runs all tests
     for pattern in setup["cache-dependency-path"].split():
         assert list(ROOT.glob(pattern)), pattern
     (script,) = (step["run"] for step in job["steps"] if "run" in step)
@@ -123,6 +125,6 @@ def test_the_workflow_runs_ci_on_each_python():
 
 
 def test_ci_runs_each_locked_python():
-    """The first Python has all tests, the others the part of `make test-python`."""
+    """The first Python runs all tests; the others run `make test-python`."""
     (versions,) = re.findall(r"for version in (.+); do", (ROOT / ".ci/run").read_text())
     assert versions.split() == PYTHONS[1:]

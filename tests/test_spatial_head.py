@@ -1,4 +1,4 @@
-"""The spatial head: its equations, where it starts, and that every part can use it."""
+"""The spatial head: its equations, its initial attention and errors."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def _apply(head, params, features):
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_gamma_is_that_of_the_equations(x64, normalized):
+def test_gamma_of_the_spatial_head_equals_the_oracle(x64, normalized):
     rng = np.random.default_rng(0)
     params, features = _params(rng), rng.normal(size=(3, 3, 4, 5))
     head = _head(normalize_head=normalized)
@@ -61,11 +61,11 @@ def test_gamma_is_that_of_the_equations(x64, normalized):
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_gradients_are_those_of_finite_differences(x64, normalized):
+def test_gradients_of_the_spatial_head_are_the_finite_differences(x64, normalized):
     rng = np.random.default_rng(1)
     start = _params(rng), rng.normal(size=(2, 3, 4, 5))
     weights = rng.normal(size=(2, 2, 3))
-    # The guard and the clip change gradients on purpose.
+    # The guard and the clip are off, because they change gradients.
     head = _head(normalize_head=normalized, guard=0.0, gradient_clip=0.0)
 
     def loss(params, features):
@@ -75,20 +75,24 @@ def test_gradients_are_those_of_finite_differences(x64, normalized):
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(*start)
     value = jax.jit(loss)
     for _ in range(6):
-        way = jax.tree.map(lambda x: rng.normal(size=x.shape), start)
+        direction = jax.tree.map(lambda x: rng.normal(size=x.shape), start)
         ahead, behind = (
-            value(*jax.tree.map(lambda x, d, s=sign: x + s * 1e-6 * d, start, way))
+            value(
+                *jax.tree.map(lambda x, d, s=sign: x + s * 1e-6 * d, start, direction)
+            )
             for sign in (1, -1)
         )
         slope = sum(
-            jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, way))
+            jax.tree.leaves(
+                jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
+            )
         )
         assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-6)
     for name in PLACES:
         assert all(np.abs(x).min() > 1e-4 for x in jax.tree.leaves(gradient[0][name]))
 
 
-def test_features_that_are_all_zero_have_the_attention_of_the_bias():
+def test_gamma_of_zero_features_is_the_bias_with_a_finite_gradient():
     features = jnp.zeros((2, 3, 4, 5))
     rng = np.random.default_rng(2)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _params(rng))
@@ -121,15 +125,15 @@ def tiny_lite0(monkeypatch):
 
 @pytest.mark.usefixtures("tiny_lite0")
 @pytest.mark.parametrize("name", BACKBONES)
-def test_training_starts_at_the_expected_attention_and_can_leave_it(name):
-    """Exactly there, although the cells' own mean is off the middle of the image."""
+def test_initial_position_of_the_spatial_head_is_init_with_a_gradient(name):
+    """The position is exactly that of init, although the mean of cells is not 0."""
     init = (0.1, -0.2, 0.45, 0.3)
     config = ArtConfig(head="spatial", init=init, size_px=16, gradient_clip=0.0)
     network = model.create("cra", BACKBONES[name], config)
     images = jax.random.normal(jax.random.key(0), (3, 64, 64, 3))
     variables: Any = jax.jit(network.init)(jax.random.key(1), images)
     out: Any = jax.jit(network.apply)(variables, images)
-    # Restricted as at the start: scale and angle of images differ a little.
+    # Scale and angle differ slightly between images.
     place = config.place_bound * np.tanh(out.attention.gamma[:, :2])
     assert_allclose(place, [init[:2]] * 3, atol=1e-6)
     assert_allclose(out.attention.gamma_res, [init] * 3, atol=5e-3)
@@ -139,19 +143,19 @@ def test_training_starts_at_the_expected_attention_and_can_leave_it(name):
     middles = [x.mean() for x in art_module.cell_centres(backbone, features, images)]
     assert min(map(abs, middles)) > 0.04
 
-    def moved(head):
+    def position(head):
         params = {**variables["params"], "attention_head": head}
         out: Any = network.apply({**variables, "params": params}, images)
         return out.attention.gamma_res[0, 0]
 
-    gradient = jax.jit(jax.grad(moved))(variables["params"]["attention_head"])
+    gradient = jax.jit(jax.grad(position))(variables["params"]["attention_head"])
     assert np.abs(gradient["place_conv"]["kernel"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("alpha_p", [1.0, 0.8])
-def test_the_gain_at_the_start_is_the_same_whatever_the_bound(inside, alpha_p):
-    """Near the middle, the attention is 2.5 times as far from it as the map's mean."""
+def test_initial_gain_does_not_depend_on_the_bound(inside, alpha_p):
+    """Near the centre, the position is 2.5 times the mean position of the map."""
     head = _head(inside=inside, alpha_p=alpha_p)
     features = jax.random.normal(jax.random.key(0), (4, 3, 4, 5))
     centres = jnp.asarray(ROWS), jnp.asarray(COLUMNS)
@@ -167,7 +171,7 @@ def test_the_gain_at_the_start_is_the_same_whatever_the_bound(inside, alpha_p):
     assert_allclose(out.gamma_res[:, :2], 2.5 * mean, rtol=2e-2)
 
 
-def test_the_mean_of_a_map_goes_to_the_cell_that_has_it_all():
+def test_mean_place_of_a_single_strong_cell_is_the_cell():
     centres = jnp.asarray(ROWS), jnp.asarray(COLUMNS)
     scores = jnp.zeros((2, 3, 4)).at[0, 2, 1].set(60.0)
     middle = np.array([np.mean(COLUMNS), np.mean(ROWS)])
@@ -176,8 +180,10 @@ def test_the_mean_of_a_map_goes_to_the_cell_that_has_it_all():
     assert_allclose(found[1], [0, 0], atol=1e-7)
 
 
-def test_centres_of_cells_of_an_image_that_is_not_square():
-    backbone = resnet.create("resnet10", 5, width=8, stem="small")  # a cell each 8 px
+def test_cell_centres_of_a_non_square_image():
+    backbone = resnet.create(
+        "resnet10", 5, width=8, stem="small"
+    )  # one cell for every 8 px
     features, images = jnp.zeros((1, 4, 3, 2)), jnp.zeros((1, 33, 24, 3))
     rows, columns = art_module.cell_centres(backbone, features, images)
     assert_allclose(rows, [-1, -0.5, 0, 0.5])
@@ -187,13 +193,13 @@ def test_centres_of_cells_of_an_image_that_is_not_square():
 @pytest.mark.parametrize(
     ("kind", "reason"), [("stn", "six parameters"), ("baseline", "has no attention")]
 )
-def test_other_kinds_refuse_it_with_the_reason(kind, reason):
+def test_spatial_head_of_other_models_is_an_error(kind, reason):
     message = rf"art.head='spatial'.*model.kind='{kind}' .*{reason}.*art.head='pooled'"
     with pytest.raises(ValueError, match=message):
         make_network(kind, head="spatial")
 
 
-def test_an_unknown_head_is_named_with_the_known_ones():
+def test_unknown_head_is_an_error_that_lists_the_known_ones():
     with pytest.raises(
         ValueError, match=r"art.head 'conv'; choose from pooled, spatial"
     ):

@@ -255,7 +255,7 @@ def test_unbuilt_cars196_is_an_error_that_lists_the_archives(tmp_path):
         assert f"    {file}  {size} bytes\n        sha256 {sha256}" in message
 
 
-def test_where_to_build_is_none_for_a_built_dataset(tmp_path):
+def test_build_directory_is_none_for_a_built_dataset(tmp_path):
     assert tfds_read.build_directory("plain", tmp_path) == tmp_path
     root = plain(tmp_path)
     assert tfds_read.build_directory("plain", tmp_path) is None

@@ -23,5 +23,5 @@ class Echo(nn.Module):
 
     @nn.nowrap
     def feature_place_px(self, cells, extent_px):
-        """A cell is a pixel."""
+        """Returns the pixel of a cell: every cell is one pixel."""
         return cells + 0 * extent_px

@@ -140,7 +140,7 @@ def communicate(index, port, folder):
     print_results(
         {
             "shard": hosts.shard,
-            "told": lambda: hosts.broadcast_from_first({"text": f"é {index}"}),
+            "broadcast": lambda: hosts.broadcast_from_first({"text": f"é {index}"}),
             "arrays": lambda: hosts.broadcast_arrays(np.arange(3) + index).tolist(),
             "sum": lambda: hosts.sum_over_hosts(np.arange(3) + index).tolist(),
             "same": lambda: hosts.check_same("alike", "it"),

@@ -1,4 +1,4 @@
-"""PyTorch for parity tests: where it is not installed, a test that uses it is skipped.
+"""PyTorch for parity tests; without PyTorch, tests that use it are skipped.
 
     from tests.helpers.torch_or_skip import nn, torch
 
@@ -20,18 +20,18 @@ def _skip(*_args, **_kwargs) -> NoReturn:
 
 
 class _Base:
-    """Lets reference networks be defined; building one skips the test."""
+    """A base class of reference networks; creating an instance skips the test."""
 
     __init__ = _skip
 
 
 class _Absent:
-    """Stands for a module of PyTorch: reading an attribute of it skips the test."""
+    """Replaces a module of PyTorch; access to an attribute skips the test."""
 
     Conv2d = Module = _Base
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):  # pytest and inspect look at every object of a file
+        if name.startswith("__"):  # pytest and inspect read these of every object
             raise AttributeError(name)
         _skip()
 
@@ -44,7 +44,7 @@ else:
     try:
         import torch
     except ModuleNotFoundError as error:
-        if error.name != "torch":  # installed, and broken: an error
+        if error.name != "torch":  # a broken installation is an error
             raise
         safetensors_torch = nn = torch = _Absent()
     else:

@@ -49,10 +49,10 @@ def iou(matrix, box, crop, lattice):
 def spatial_gamma(
     features, weights, *, kernel, bias, gain, rows, columns, normalized=True
 ):
-    """Gamma of the spatial head of one image, cell by cell.
+    """Returns Gamma of the spatial head for one image, by a loop over the cells.
 
-    `features` [h, w, c]; `weights` [c] of the cells' scores; `kernel` [c, 2] of scale
-    and angle; `bias` [4]; `gain` [2]; `rows` [h] and `columns` [w], the cells' centres.
+    `features` [h, w, c]; `weights` [c] for the scores of cells; `kernel` [c, 2] for
+    scale and angle; `bias` [4]; `gain` [2]; `rows` [h], `columns` [w]: cell centres.
     """
     features = np.asarray(features, np.float64)
     height, width, channels = features.shape
@@ -79,7 +79,7 @@ def spatial_gamma(
 
 
 def contains(matrix, point_px, crop):
-    """Whether the image of [-1, 1]^2 under a matrix holds a point, by its inverse."""
+    """Returns whether a point is in the image of [-1, 1]^2 under a matrix."""
     frame = np.asarray(point_px, np.float64) * 2 / (crop - 1) - 1
     matrix = np.asarray(matrix, np.float64)
     u, v = np.linalg.solve(matrix[:, :2], frame - matrix[:, 2])

@@ -26,7 +26,7 @@ def host_results(tmp_path_factory):
 def test_all_hosts_get_the_values_of_the_first(host_results):
     for index, (results, *_) in enumerate(host_results):
         assert results["shard"] == [index, 2]
-        assert results["told"] == {"text": "é 0"}
+        assert results["broadcast"] == {"text": "é 0"}
         assert results["arrays"] == [0, 1, 2]
         assert results["sum"] == [1, 3, 5]
         assert results["devices"] == "4 x cpu on 2 hosts"
