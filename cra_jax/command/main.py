@@ -1,5 +1,6 @@
 """Runs the command: `main` is `cra-jax`, `python -m cra_jax` and `launch.py`."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def main() -> None:
     if "--" in flags_given:
         flags_given = flags_given[: flags_given.index("--")]
     if {"-h", "-help", "--help", "--helpshort"} & set(flags_given):
-        print(help_text.describe(_program()))
+        with contextlib.suppress(BrokenPipeError):  # a reader such as `head`
+            print(help_text.describe(_program()), flush=True)
     elif {"-version", "--version"} & set(flags_given):
         print(f"cra_jax {cra_jax.__version__}")
     else:
