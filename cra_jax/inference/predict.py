@@ -1,9 +1,12 @@
 """Predicts classes of a user's images, from Python or with `--mode predict`.
 
-from cra_jax import predict
+Example:
+    ```python
+    import cra_jax
 
-answer = predict.load("runs/cub")("bird.jpg")
-print(answer.classes[0], answer.probabilities[0], answer.attention_box_px)
+    answer = cra_jax.load("runs/cub")("bird.jpg")
+    print(answer.classes[0], answer.probabilities[0], answer.attention_box_px)
+    ```
 """
 
 import collections
