@@ -225,8 +225,8 @@ def _group(runs: Sequence[Run], notes: list[str]) -> list[Group]:
         by_seed = by_config.setdefault(identity, {})
         if run.seed in by_seed:
             notes.append(
-                f"{run.workdir.name} is left out, because it has the same config and "
-                f"the same seed {run.seed} as {by_seed[run.seed].workdir.name}"
+                f"Run {run.workdir.name} is left out, because it has the same config "
+                f"and seed as run {by_seed[run.seed].workdir.name}."
             )
         by_seed.setdefault(run.seed, run)
     members = [
@@ -358,9 +358,9 @@ def _pairs(
                     continue
                 if _labels(one) != _labels(other):
                     notes.append(
-                        f"{first.workdir.name} and {second.workdir.name} were "
-                        "evaluated on different images or labels "
-                        f"({', '.join(evaluation)}), so that there is no paired test"
+                        f"Runs {first.workdir.name} and {second.workdir.name} have no "
+                        f"paired test for {', '.join(evaluation)}, because their "
+                        "images or labels differ."
                     )
                     continue
                 counts = uncertainty.mcnemar(
@@ -371,8 +371,9 @@ def _pairs(
                 pairs.append(Pair(evaluation, first, second, letters, counts, counts.p))
     for name, split, protocol in sorted(missing):
         notes.append(
-            f"{name} has no per-image results of its last checkpoint for {split}, "
-            f"{protocol}, so that there is no paired test: run --mode eval on it"
+            f"Run {name} has no paired test for {split}, {protocol}, because the "
+            "per-image results of its last checkpoint are missing: write them with "
+            "--mode eval."
         )
     adjusted = uncertainty.holm([pair.counts.p for pair in pairs])
     return [
@@ -410,8 +411,8 @@ def _recipe_warnings(tables: Mapping[Evaluation, Iterable[Row]]) -> Iterable[str
         ]
         if changes:
             yield (
-                f"{group.letter} is shown with the paper's result, but its config "
-                f"differs from the paper's recipe: {', '.join(changes)}"
+                f"Group {group.letter} is shown with the paper's result, but its "
+                f"config differs from the paper's recipe: {', '.join(changes)}."
             )
 
 
@@ -423,11 +424,14 @@ def _warnings(groups: Iterable[Group]) -> Iterable[str]:
             epochs = run.config["train.epochs"]
             reached = max(line["epoch"] for line in run.scores.values())
             if reached < epochs:
-                yield f"{run.workdir.name} was evaluated at epoch {reached} of {epochs}"
+                yield (
+                    f"Run {run.workdir.name} was evaluated at epoch {reached} of "
+                    f"{epochs}."
+                )
             starts = provenance.read(run.workdir)
             codes |= {provenance.describe_commit(start["code"]) for start in starts}
         if len(codes) > 1:
             yield (
-                f"the runs of {group.letter} were trained with different code: "
-                f"{', '.join(sorted(codes))}"
+                f"The runs of group {group.letter} were trained with different code: "
+                f"{', '.join(sorted(codes))}."
             )

@@ -92,7 +92,7 @@ def draw_all(
     for name, draw in _drawings(ours, theirs):
         figure, text = draw()
         if figure is None:
-            notes.append(f'figure "{name}" is missing: {text}')
+            notes.append(f'Figure "{name}" is missing: {text}.')
         else:
             png = figure_style.save_figure(figure, directory, name)
             drawn.append(Drawn(name, png, text))
@@ -276,16 +276,15 @@ def _draw_attention(run: _Run) -> _Drawing:
     figure = figure_panels.draw_attention_by_epoch(
         histories, epochs, title=run.network_name
     )
-    second_stream = "attention"
+    inputs, removed = "attention", ""
     if histories[0].redundancy is not None:
-        second_stream = "attention and redundancy"
+        inputs, removed = "attention and redundancy", " or removed from it"
     dashed = " The dashed box is the box of the object." if boxes else ""
     return figure, (
-        f"Attention of the {run.network_name} at several epochs of training. The "
-        "orange outline on each test image is the attention; the dot marks its top "
-        f"left corner.{dashed} The rows below show the input of the second stream: "
-        f"{second_stream}. Areas of uniform colour are outside the image or removed "
-        "from it."
+        f"Attention of the {run.network_name} at several epochs. The orange outline on "
+        f"each test image is the attention; the dot marks its top left corner.{dashed} "
+        f"The rows below show the input of the second stream: {inputs}. Areas of "
+        f"uniform colour are outside the image{removed}."
     )
 
 
@@ -359,9 +358,10 @@ def _draw_corrections(ours: _Run, theirs: _Run | None) -> _Drawing:
     figure = figure_panels.draw_corrections(rows, (first, second))
     return figure, (
         f"Test images that {first} misclassifies and {second} classifies correctly: "
-        f"{len(chosen)} of {len(corrected)}. The reverse holds for {len(worsened)}. "
-        "Each test image is between examples of the two predicted classes. Each class "
-        "activation map (CAM) is that of the class that the network predicts."
+        f"{len(chosen)} of {len(corrected)}. The reverse holds for {len(worsened)} "
+        "test images. Each test image is between examples of the two predicted "
+        "classes. Each class activation map (CAM) is that of the class that the "
+        "network predicts."
     )
 
 

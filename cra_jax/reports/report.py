@@ -17,8 +17,8 @@ _PAGE = Path("report", "index.html")
 _TITLES = {
     "curves": "Training curves",
     "activation": "Predicted classes",
-    "attention": "Attention and redundancy",
-    "corrected": "Images that the baseline misclassifies",
+    "attention": "Attention during training",
+    "corrected": "Corrected images",
     "confused": "Most confused classes",
 }
 
@@ -233,14 +233,14 @@ def _notes(
         )
     codes = {provenance.describe_commit(start["code"]) for start in starts}
     if len(codes) > 1:
-        notes.append(f"The run was trained with different code: {_list(codes)}.")
+        notes.append(f"Parts of the run used different code: {_list(codes)}.")
     elif starts and starts[-1]["code"].get("changed"):
         notes.append(
             "The code had uncommitted changes: the section Provenance lists the files."
         )
     devices = {start["devices"] for start in starts}
     if len(devices) > 1:
-        notes.append(f"The run was trained on different devices: {_list(devices)}.")
+        notes.append(f"Parts of the run used different devices: {_list(devices)}.")
     return notes
 
 

@@ -74,7 +74,7 @@ def test_runs_with_different_images_are_not_paired(tmp_path):
     ]
     comparison = compare_statistics.compare(runs)
     assert comparison.pairs == []
-    assert "a and b were evaluated on different images or labels" in comparison.notes[0]
+    assert "because their images or labels differ" in comparison.notes[0]
 
 
 @pytest.mark.parametrize("results", ["missing", "of another checkpoint"])
@@ -88,7 +88,7 @@ def test_a_note_says_that_per_image_results_are_missing(tmp_path, results):
     comparison = compare_statistics.compare(runs)
     assert comparison.pairs == []
     assert len(comparison.notes) == 1
-    assert "b has no per-image results of its last checkpoint" in comparison.notes[0]
+    assert "Run b has no paired test for test, center, because" in comparison.notes[0]
 
 
 def test_a_run_with_the_config_and_seed_of_another_is_left_out(tmp_path):
@@ -96,7 +96,7 @@ def test_a_run_with_the_config_and_seed_of_another_is_left_out(tmp_path):
     comparison = compare_statistics.compare([*runs, runs[0]])
     assert [r.workdir.name for r in comparison.groups[0].runs] == ["a"]
     assert comparison.notes == [
-        "b is left out, because it has the same config and the same seed 0 as a"
+        "Run b is left out, because it has the same config and seed as run a."
     ]
 
 
@@ -124,8 +124,8 @@ def test_only_runs_on_the_whole_split_are_shown_with_the_papers_result(tmp_path)
     rows = comparison.tables[CENTER]
     assert [row.paper and row.paper.top1 for row in rows] == [0.862, 0.842, None]
     assert comparison.notes == [
-        f"{letter} is shown with the paper's result, but its config differs from the "
-        "paper's recipe: train.epochs=2 (paper: 140)"
+        f"Group {letter} is shown with the paper's result, but its config differs from "
+        "the paper's recipe: train.epochs=2 (paper: 140)."
         for letter in "AB"
     ]
     (part,) = compare_statistics.compare(runs[3:]).tables[CENTER]
@@ -141,9 +141,9 @@ def test_notes_warn_about_unfinished_runs_and_different_code(tmp_path):
     write_start(runs[1], code={"commit": "b" * 40, "changed": []})
     notes = compare_statistics.compare(runs).notes
     assert notes == [
-        "a was evaluated at epoch 2 of 9",
-        "b was evaluated at epoch 2 of 9",
-        "the runs of A were trained with different code: aaaaaaa, bbbbbbb",
+        "Run a was evaluated at epoch 2 of 9.",
+        "Run b was evaluated at epoch 2 of 9.",
+        "The runs of group A were trained with different code: aaaaaaa, bbbbbbb.",
     ]
 
 

@@ -98,8 +98,8 @@ def test_missing_figures_of_a_baseline_are_explained(tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in ("activation", "curves", "confused"):
         assert f"report/{name}.png and .pdf: " in printed
-    assert 'figure "attention" is missing: the baseline has no attention' in printed
-    assert 'figure "corrected" is missing: it needs a second run' in printed
+    assert 'Figure "attention" is missing: the baseline has no attention' in printed
+    assert 'Figure "corrected" is missing: it needs a second run' in printed
     files = {x.name for x in (tmp_path / "run" / "report").iterdir()}
     assert files == {
         f"{name}.{suffix}"
