@@ -1,8 +1,8 @@
 # make run    set up and run the main job (python launch.py, the quickstart)
 # make test   set up and run the tests (under 10 minutes on 2 cores)
 # make test-slow  the longer proofs
-# make test-python PYTHON=python3.12  a part of the tests (4 minutes on 2 cores) with that
-#   Python (3.11 to 3.13) and the versions of its lock file, requirements/py312.txt
+# make test-python PYTHON=python3.12  a part of the tests (about 5 minutes on 2 cores) on
+#   that Python (3.11 to 3.13) with the versions of its lock file, requirements/py312.txt
 # make lock   writes the lock files: all that requirements.txt installs on Linux, in its
 #   newest versions, for each Python
 # make reproduce  the paper's tables, cell by cell; ARGS="--cars DIR --only ..."
@@ -29,13 +29,14 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-# What depends most on the versions of Python and jax: one file of each subject.
+# What depends most on the versions of Python, jax and scipy, from each part of the package.
 PORTABLE_TESTS := tests/test_requirements.py tests/test_imports.py tests/test_configs.py \
 	tests/test_geometry.py tests/test_losses.py tests/test_schedule.py \
 	tests/test_train_step.py tests/test_launch.py tests/runtime/test_checkpoint.py \
 	tests/runtime/test_devices.py tests/runtime/test_provenance.py tests/datasets \
 	tests/input tests/inference/test_restore.py tests/inference/test_predict.py \
-	tests/inference/test_export.py tests/training/test_train.py
+	tests/inference/test_export.py tests/training/test_dispatch.py \
+	tests/training/test_train.py tests/reports/test_uncertainty.py
 
 # Recursive (=), so that only these targets start the interpreter to ask for its version.
 PYTHON_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
