@@ -100,7 +100,7 @@ def draw_all(
 
 
 def _baseline_options(workdir: Path, options: RunOptions) -> RunOptions:
-    """Options of the baseline run, for the same kind of checkpoint ("latest", "best").
+    """Options of the baseline run, with the same checkpoint choice ("latest", "best").
 
     If `options` selects a checkpoint by its step, the latest one of the baseline is
     selected, because the baseline may not have that step.
