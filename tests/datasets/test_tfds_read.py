@@ -241,7 +241,7 @@ def test_unbuilt_dataset_is_an_error(tmp_path):
 
 
 def test_unbuilt_cars196_is_an_error_that_lists_the_archives(tmp_path):
-    with pytest.raises(ValueError, match="dead since 2023") as caught:
+    with pytest.raises(ValueError, match="have not worked since 2023") as caught:
         tfds_read.read_dataset("cars196:2.1.0", tmp_path)
     message = str(caught.value)
     assert f"from {tmp_path / 'downloads' / 'manual'} " in message
