@@ -11,7 +11,13 @@ from numpy.testing import assert_allclose
 from cra_jax import art_module, model
 from cra_jax.art_module import ArtConfig, AttentionHead
 from cra_jax.backbones import efficientnet, resnet
-from tests.helpers import patch_backbone
+from cra_jax.inference import evaluate, run_options, trained
+from cra_jax.inference.predictor import Predictor
+from cra_jax.inference.restore import restore, restore_attention
+from cra_jax.runtime import run_directory
+from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.training import build, train
+from tests.helpers import patch_backbone, tiny_config
 from tests.helpers.echo_network import make_network
 from tests.oracles import attention
 
@@ -204,3 +210,54 @@ def test_unknown_head_is_an_error_that_lists_the_known_ones():
         ValueError, match=r"art.head 'conv'; choose from pooled, spatial"
     ):
         make_network(head="conv")
+
+
+def _last_state(workdir):
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        step = checkpoints.choose("latest")
+        return step, checkpoints.restore(step, checkpoints.shapes(step))
+
+
+def test_a_run_on_eight_devices_is_saved_resumed_scored_and_predicted_with(tmp_path):
+    assert jax.device_count() == 8
+    changes = {"art.head": "spatial", "eval.snapshots": 4, "optim.base_lr": 0.05}
+    config = tiny_config.config(tmp_path / "cache", **changes)
+    scores = train.run(config, tmp_path / "whole")
+    # One epoch, then on to the end.
+    half = tiny_config.config(tmp_path / "cache", **{**changes, "train.epochs": 1})
+    train.run(half, tmp_path / "parts")
+    train.run(config, tmp_path / "parts", allow_change=True)
+    step, whole = _last_state(tmp_path / "whole")
+    resumed_step, resumed = _last_state(tmp_path / "parts")
+    assert step == resumed_step == 12
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+    # All of the head has learnt.
+    head = whole["params"]["attention_head"]
+    start = 2.5 / run_options.art_of(config).place_bound
+    assert np.abs(head["place_conv"]["kernel"]).max() > 1e-3
+    assert (np.abs(head["place_gain"] - start) > 1e-5).all()
+
+    # What was logged, what is restored and what is predicted is one attention.
+    options = run_options.from_config(config)
+    restored = restore(options, tmp_path / "whole")
+    split = build.open_split(config, build.load_dataset(config), "test")
+    evaluator = evaluate.Evaluator(restored.backbone, options)
+    attention_head = restore_attention(options, tmp_path / "whole")
+    found = evaluator.center(restored.variables, split, head=attention_head)
+    assert found.matrices is not None
+    assert np.ptp(found.matrices[:, 0, 2]) > 1e-3  # the centre is not the same in all
+    lines = run_directory.read_snapshots(tmp_path / "whole")
+    last = [line for line in lines if line["step"] == 12]
+    assert len(last) == 4
+    for line in last:
+        assert_allclose(line["matrix"], found.matrices[line["index"]], atol=2e-6)
+    for name in ("attention_iou", "head_in_attention"):
+        measured = evaluator.scores(found, split, "center")[name]
+        assert measured == pytest.approx(scores["test"][name])
+    image = split.images[0]
+    prediction = Predictor(trained.find(tmp_path / "whole"))(image)
+    crop_px = config.data.crop_px
+    corners = art_module.corners_px(found.matrices[0], crop_px)
+    offset = (np.array(image.shape[1::-1]) - crop_px) // 2 + 0.5
+    assert_allclose(prediction.attention_px, corners + offset, atol=1e-3)

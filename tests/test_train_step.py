@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from cra_jax import losses, model, schedule, train_step
+from cra_jax import art_module, losses, model, schedule, train_step
 from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import efficientnet, resnet
 from cra_jax.input.normalize import normalize
@@ -323,9 +323,12 @@ def _image_scatters(function, *arguments):
     return [x for x in hlo.splitlines() if " scatter(" in x and pixels in x]
 
 
-def test_training_step_has_no_scatter_into_the_images():
+@pytest.mark.parametrize("head", art_module.HEADS)
+def test_training_step_has_no_scatter_into_the_images(head):
     """Images are data; the step must not compute the sampler's gradient to them."""
-    network = model.create("cra", Echo, ArtConfig(size_px=SIZE, inside=False))
+    network = model.create(
+        "cra", Echo, ArtConfig(size_px=SIZE, inside=False, head=head)
+    )
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     batch = {k: jnp.asarray(v) for k, v in _batch().items()}

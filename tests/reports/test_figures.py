@@ -75,7 +75,8 @@ def _size(png: Path) -> tuple[int, int]:
 
 def test_all_figures_of_a_run_and_its_baseline(tmp_path):
     cache = tmp_path / "cache"
-    config = _save_run(tmp_path / "ours", cache, "cra")
+    changes: Any = {"art.head": "spatial"}
+    config = _save_run(tmp_path / "ours", cache, "cra", **changes)
     _save_run(tmp_path / "theirs", cache, "baseline", seed=1)
     drawn, notes = figures.draw_all(
         run_options.from_config(config), tmp_path / "ours", baseline=tmp_path / "theirs"
