@@ -1,4 +1,4 @@
-"""The spatial head: its equations, its initial attention and errors."""
+"""The spatial head: its equations, its initial attention, errors, and a whole run."""
 
 from typing import Any
 
@@ -218,12 +218,12 @@ def _last_state(workdir):
         return step, checkpoints.restore(step, checkpoints.shapes(step))
 
 
-def test_a_run_on_eight_devices_is_saved_resumed_scored_and_predicted_with(tmp_path):
+def test_spatial_run_on_eight_devices_resumes_evaluates_and_predicts(tmp_path):
     assert jax.device_count() == 8
     changes = {"art.head": "spatial", "eval.snapshots": 4, "optim.base_lr": 0.05}
     config = tiny_config.config(tmp_path / "cache", **changes)
     scores = train.run(config, tmp_path / "whole")
-    # One epoch, then on to the end.
+    # One epoch, then resumed for the second.
     half = tiny_config.config(tmp_path / "cache", **{**changes, "train.epochs": 1})
     train.run(half, tmp_path / "parts")
     train.run(config, tmp_path / "parts", allow_change=True)
@@ -232,13 +232,13 @@ def test_a_run_on_eight_devices_is_saved_resumed_scored_and_predicted_with(tmp_p
     assert step == resumed_step == 12
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
-    # All of the head has learnt.
+    # Training changes the map and its gain.
     head = whole["params"]["attention_head"]
     start = 2.5 / run_options.art_of(config).place_bound
     assert np.abs(head["place_conv"]["kernel"]).max() > 1e-3
     assert (np.abs(head["place_gain"] - start) > 1e-5).all()
 
-    # What was logged, what is restored and what is predicted is one attention.
+    # Log, restored head and predictor have the same attention.
     options = run_options.from_config(config)
     restored = restore(options, tmp_path / "whole")
     split = build.open_split(config, build.load_dataset(config), "test")
@@ -256,7 +256,7 @@ def test_a_run_on_eight_devices_is_saved_resumed_scored_and_predicted_with(tmp_p
         measured = evaluator.scores(found, split, "center")[name]
         assert measured == pytest.approx(scores["test"][name])
     image = split.images[0]
-    prediction = Predictor(trained.find(tmp_path / "whole"))(image)
+    prediction = Predictor(trained.load_network(tmp_path / "whole"))(image)
     crop_px = config.data.crop_px
     corners = art_module.corners_px(found.matrices[0], crop_px)
     offset = (np.array(image.shape[1::-1]) - crop_px) // 2 + 0.5

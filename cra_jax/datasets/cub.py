@@ -1,4 +1,4 @@
-"""Reads CUB-200-2011 and NABirds as published: image files, classes and boxes.
+"""Reads CUB-200-2011 and NABirds as published: image files, classes, boxes and parts.
 
 Both datasets have the same text lists. No image is opened.
 """
@@ -13,6 +13,7 @@ from cra_jax.datasets.listing import (
     Splits,
     first_below,
     natural_key,
+    numbered_lines,
     read_table,
     unlisted,
 )
@@ -29,6 +30,10 @@ NABIRDS_LAYOUT = (
     " nabirds.tar.gz from https://dl.allaboutbirds.org/nabirds and unpack it"
 )
 """Expected layout on disk, and the download address; for messages."""
+
+# "beak" is CUB's, "bill" NABirds'.
+_HEAD_PARTS = ("beak", "bill", "crown", "forehead", "left eye", "right eye", "nape")
+_HEAD_PARTS += ("throat",)
 
 
 def cub(path: Path) -> Listing:
@@ -73,6 +78,7 @@ def _birds(root: Path, classes: Mapping[str, str]) -> Listing:
     is_train = read_table(root / "train_test_split.txt", files)
     has_boxes = (root / "bounding_boxes.txt").is_file()
     boxes = read_table(root / "bounding_boxes.txt", files) if has_boxes else {}
+    parts = _parts(root, files)
     position = {key: i for i, key in enumerate(sorted(classes, key=natural_key))}
 
     splits: Splits = {"train": [], "test": []}
@@ -91,6 +97,39 @@ def _birds(root: Path, classes: Mapping[str, str]) -> Listing:
                 " classes.txt, the split 0 or 1, the box four numbers; unpack the"
                 " archive again"
             ) from error
-        splits[split].append(Entry(root / "images" / file, label, corners))
+        image = root / "images" / file
+        splits[split].append(Entry(image, label, corners, parts.get(key)))
     names = tuple(classes[key] for key in position)
     return Listing(root, names, splits, unlisted(root / "images", splits))
+
+
+def _parts(
+    root: Path, images: Mapping[str, str]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Visible parts of images, by the images' ids; empty without the folder `parts`.
+
+    "head" is the mean of the visible parts of the head.
+    """
+    file = root / "parts" / "part_locs.txt"
+    if not file.is_file():
+        return {}
+    names = read_table(root / "parts" / "parts.txt")
+    found: dict[str, dict[str, tuple[float, float]]] = {key: {} for key in images}
+    for number, line in numbered_lines(file):
+        try:
+            key, part, x, y, visible = line.split()
+            name, place = names[part], (float(x), float(y))
+            if {"0": False, "1": True}[visible]:
+                found[key][name] = place
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{file}, line {number}: {line!r} is not an image of images.txt, a part"
+                " of parts.txt, x, y, and 0 or 1; unpack the archive again, or remove"
+                " parts/ to load no parts"
+            ) from error
+    for parts in found.values():
+        head = [parts[name] for name in _HEAD_PARTS if name in parts]
+        if head:
+            x, y = (sum(values) / len(head) for values in zip(*head, strict=True))
+            parts["head"] = x, y
+    return found

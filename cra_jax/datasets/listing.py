@@ -29,6 +29,9 @@ class Entry(NamedTuple):
     corners: Corners | Callable[[], Corners] | None
     """(left, top, right, bottom) in pixels of the stored image, or a picklable function
     that returns them."""
+    parts: Mapping[str, tuple[float, float]] | None = None
+    """The object's visible parts, if known: name -> (x, y) in pixels of the stored
+    image."""
 
 
 Splits = dict[str, list[Entry]]

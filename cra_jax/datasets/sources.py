@@ -30,7 +30,7 @@ from cra_jax.datasets import (
 )
 from cra_jax.datasets.listing import Corners, Listing, name_below, some
 from cra_jax.input import decoding, image_cache
-from cra_jax.input.records import Box, Dataset, Record
+from cra_jax.input.records import Box, Dataset, Point, Record
 from cra_jax.input.splits import DataOptions
 
 
@@ -160,6 +160,7 @@ def _synthetic(
                 functools.partial(_drawn_image, split, index, setting),
                 stamp,
                 functools.partial(_drawn_box, split, index, setting),
+                locate_parts=functools.partial(_drawn_parts, split, index, setting),
             )
             for index in range(size)
         )
@@ -174,11 +175,15 @@ def _drawn_box(split: str, index: int, setting: dict) -> Box:
     return synthetic.draw(split, index, size_px=32, **setting).box
 
 
+def _drawn_parts(split: str, index: int, setting: dict) -> dict[str, Point]:
+    return {"head": synthetic.draw(split, index, size_px=32, **setting).head}
+
+
 def _from_listing(name: str, listing: Listing) -> Dataset:
     root, cut_px, splits, missing = listing.root, listing.cut_bottom_px, {}, []
     for split, entries in listing.splits.items():
         records = []
-        for file, label, corners in entries:
+        for file, label, corners, parts in entries:
             if not file.is_relative_to(root) or ".." in file.relative_to(root).parts:
                 raise ValueError(
                     f"{root}: its lists contain {file}, which is outside: get the"
@@ -205,6 +210,9 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
                     stamp,
                     locate,
                     file.read_bytes,
+                    functools.partial(_fraction_parts, str(file), parts, cut_px)
+                    if parts
+                    else None,
                 )
             )
         splits[split] = tuple(records)
@@ -242,7 +250,7 @@ def _read_content(content: Callable[[], bytes], name: str, short_side_px: int):
 
 def _content_box(content: Callable[[], bytes], box: Box) -> Box:
     header = decoding.read_header(content())
-    return _upright_box(header, np.array(box[::2]), np.array(box[1::2]))
+    return _whole_box(*_upright(header, np.array(box[::2]), np.array(box[1::2])))
 
 
 def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
@@ -265,12 +273,28 @@ def _fraction_box(
     header = decoding.read_header(file)
     x = np.array(corners[::2]) / header.width_px
     y = np.array(corners[1::2]) / header.height_px
-    return _upright_box(header, x, y, cut_px)
+    return _whole_box(*_upright(header, x, y, cut_px))
 
 
-def _upright_box(
+def _fraction_parts(
+    file: str, parts: Mapping[str, Point], cut_px: int
+) -> dict[str, Point]:
+    """Converts parts in stored pixels to fractions of the image as it is read."""
+    header = decoding.read_header(file)
+    x, y = np.transpose([*parts.values()])
+    x, y = _upright(header, x / header.width_px, y / header.height_px, cut_px)
+    return dict(zip(parts, zip(x.tolist(), y.tolist(), strict=True), strict=True))
+
+
+def _whole_box(x: np.ndarray, y: np.ndarray) -> Box:
+    """The box between two corners, clipped to the image."""
+    x, y = np.clip(np.sort(x), 0, 1), np.clip(np.sort(y), 0, 1)
+    return float(x[0]), float(y[0]), float(x[1]), float(y[1])
+
+
+def _upright(
     header: decoding.Header, x: np.ndarray, y: np.ndarray, cut_px: int = 0
-) -> Box:
+) -> tuple[np.ndarray, np.ndarray]:
     """Converts fractions of the stored image to those of the image as it is read."""
     width, height = header.width_px, header.height_px
     if header.orientation in (2, 3, 7, 8):
@@ -279,11 +303,8 @@ def _upright_box(
         y = 1 - y
     if header.orientation >= 5:
         x, y, width, height = y, x, height, width
-    x, y = np.sort(x) * width, np.sort(y) * height
     left, top, right, bottom = decoding.kept_region(width, height - cut_px)
-    x = np.clip((x - left) / (right - left), 0, 1)
-    y = np.clip((y - top) / (bottom - top), 0, 1)
-    return float(x[0]), float(y[0]), float(x[1]), float(y[1])
+    return (x * width - left) / (right - left), (y * height - top) / (bottom - top)
 
 
 def _check(dataset: Dataset) -> Dataset:

@@ -50,6 +50,7 @@ class Drawing:
         image: uint8 `[size, size, 3]`, RGB.
         label: the species, an index into `class_names`.
         box: (x_min, y_min, x_max, y_max) of the bird, as fractions of the image.
+        head: (x, y) of the middle of its head, the same.
         habitat: index of the habitat; habitat k goes with species k.
         mask: uint8 `[size, size]`, how much of a pixel the bird covers, 255 for all.
     """
@@ -57,6 +58,7 @@ class Drawing:
     image: Array
     label: int
     box: tuple[float, float, float, float]
+    head: tuple[float, float]
     habitat: int
     mask: Array
 
@@ -345,6 +347,7 @@ def draw(
         image=np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0)),
         label=label,
         box=pose.box(),
+        head=pose.to_image(*_HEAD[:2]),
         habitat=habitat,
         mask=(coverage * 255 + 0.5).astype(np.uint8),
     )

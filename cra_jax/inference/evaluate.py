@@ -173,7 +173,7 @@ class Evaluator:
         return protocols[protocol](variables, split)
 
     def scores(self, found: Predictions, split: Split, protocol: str) -> dict[str, Any]:
-        """Computes accuracies of a split and, if it has boxes, localization scores.
+        """Computes accuracies of a split, and localization scores if they are known.
 
         Returns:
           The scores of `accuracy.classification_scores`, ``loss`` (Eq. 9 with the terms
@@ -183,13 +183,17 @@ class Evaluator:
           box), ``activation_in_box`` (`localization.share_inside`), ``box_share`` (the
           box's share of the crop, the value of both for an uninformative map) and, with
           matrices, ``attention_iou`` (`localization.iou`). Boxes are clipped to the
-          crop.
+          crop. With matrices and records with parts also, for each part such as the
+          head, ``head_in_attention``, the share of the ``head_count`` images that show
+          it in which it lies inside both crop and attention.
         """
         scores: dict[str, Any] = {"protocol": protocol}
         scores |= accuracy.classification_scores(found.logits, found.labels)
         scores["loss"] = scores["loss_cls1"]
         if found.activation is not None:
             scores |= self._attention_scores(found, found.activation, split)
+        if found.matrices is not None:
+            scores |= self._part_scores(found.matrices, split)
         return scores
 
     def _run(self, step, variables, batches, split) -> Predictions:
@@ -234,6 +238,22 @@ class Evaluator:
                 measured["attention_iou"].append(localization.iou(corners, box))
         means = {name: float(np.mean(values)) for name, values in measured.items()}
         return means | {"box_count": len(boxes)}
+
+    def _part_scores(self, matrices: np.ndarray, split: Split) -> dict[str, Any]:
+        crop_px, scores = self._crop_px, {}
+        for part, places in split.parts_px(crop_px).items():
+            hits = [
+                # Outside the crop the attention is padding.
+                np.abs(place - (crop_px - 1) / 2).max() <= crop_px / 2
+                and localization.contains(
+                    art_module.corners_px(matrices[i], crop_px), place
+                )
+                for i, place in places.items()
+            ]
+            name = part.replace(" ", "_")
+            scores[f"{name}_in_attention"] = float(np.mean(hits))
+            scores[f"{name}_count"] = len(hits)
+        return scores
 
 
 def results(

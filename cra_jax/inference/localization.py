@@ -1,4 +1,4 @@
-"""Localization scores of class activation maps and attentions, from object boxes.
+"""Localization scores of class activation maps and attentions, from boxes and points.
 
 Boxes are ``(x_min, y_min, x_max, y_max)`` in pixels of the crop, with pixel centres at
 integers, so that the crop extends from -0.5 to size - 0.5.
@@ -75,6 +75,23 @@ def iou(corners: np.ndarray, box: Sequence[float]) -> float:
     both = _area(shared)
     union = _area(corners) + max(0, x_max - x_min) * max(0, y_max - y_min) - both
     return both / union if union > 0 else 0.0
+
+
+def contains(corners: np.ndarray, point: Sequence[float] | np.ndarray) -> bool:
+    """Whether a point lies in a convex polygon or on its edge.
+
+    Args:
+      corners: ``[k, 2]``, in order around the polygon, in either direction.
+      point: ``[2]``, in the same coordinates.
+
+    Returns:
+      False for a polygon of area 0.
+    """
+    corners = np.asarray(corners, np.float64)
+    along, offset = np.roll(corners, -1, 0) - corners, np.asarray(point) - corners
+    # On which side of each edge the point lies.
+    side = along[:, 0] * offset[:, 1] - along[:, 1] * offset[:, 0]
+    return bool(_area(corners) > 0 and ((side >= 0).all() or (side <= 0).all()))
 
 
 def _clip(polygon: list[tuple[float, float]], axis: int, bound: float, keep: int):

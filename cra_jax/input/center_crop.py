@@ -28,6 +28,15 @@ def in_image(points_px: np.ndarray, size_px: Sequence[int], crop_px: int) -> np.
     return (points_px + 0.5 + centre_offset_px(size_px, crop_px)) / np.asarray(size_px)
 
 
+def in_crop_px(points: np.ndarray, size_px: Sequence[int], crop_px: int) -> np.ndarray:
+    """Fractions of the whole image ``[..., 2]`` in pixels of the crop.
+
+    The inverse of `in_image`; a point outside the crop lies outside -0.5 to crop - 0.5.
+    """
+    points_px = np.asarray(points, np.float64) * np.asarray(size_px)
+    return points_px - 0.5 - centre_offset_px(size_px, crop_px)
+
+
 def box_in_crop_px(
     box: Sequence[float], size_px: Sequence[int], crop_px: int
 ) -> tuple[float, float, float, float]:
@@ -41,7 +50,6 @@ def box_in_crop_px(
     Returns:
       A box inside the crop; of area 0 if they do not overlap.
     """
-    corners = np.reshape(np.asarray(box, np.float64), (2, 2)) * np.asarray(size_px)
-    corners -= 0.5 + centre_offset_px(size_px, crop_px)
+    corners = in_crop_px(np.reshape(box, (2, 2)), size_px, crop_px)
     x_min, y_min, x_max, y_max = np.clip(corners, -0.5, crop_px - 0.5).ravel().tolist()
     return x_min, y_min, x_max, y_max

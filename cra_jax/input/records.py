@@ -1,12 +1,13 @@
 """Datasets and their records: one record per image."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 Box = tuple[float, float, float, float]
+Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Record:
       stamp: identifies the image's content: it changes if the pixels do.
       locate: finds `box`; picklable. None if the source has no boxes.
       content: returns the bytes of the file; picklable. None for drawings.
+      locate_parts: finds `parts`; picklable. None if the source has no parts.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Record:
     stamp: str
     locate: Callable[[], Box] | None = None
     content: Callable[[], bytes] | None = None
+    locate_parts: Callable[[], Mapping[str, Point]] | None = None
 
     @property
     def box(self) -> Box | None:
@@ -37,6 +40,15 @@ class Record:
         Computed at each call, in 0.5 to 2 ms, from a file's header or a drawing.
         """
         return self.locate() if self.locate else None
+
+    @property
+    def parts(self) -> Mapping[str, Point]:
+        """Places of the object's visible parts by name; empty if none are known.
+
+        (x, y) as fractions of the image that `read` returns. "head" is the middle of
+        a bird's head. Computed at each call, as `box`.
+        """
+        return self.locate_parts() if self.locate_parts else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A split of a dataset, opened: its images, labels and boxes."""
+"""A split of a dataset, opened: its images, labels, boxes and parts."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cra_jax.input import center_crop, image_cache
-from cra_jax.input.records import Box, Dataset, Record
+from cra_jax.input.records import Box, Dataset, Point, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,25 @@ class Split:
             for i, box in enumerate(self.boxes)
             if box is not None and tuple(box) != (0, 0, 1, 1)
         }
+
+    @functools.cached_property
+    def parts(self) -> tuple[Mapping[str, Point], ...]:
+        """The visible parts in each image, computed at first use."""
+        return tuple(record.parts for record in self.records)
+
+    def parts_px(self, crop_px: int) -> dict[str, dict[int, np.ndarray]]:
+        """Places of parts in pixels of the centre crop; some may lie outside it.
+
+        Returns:
+          Part -> index -> ``[2]``, (x, y), for the images that show the part.
+        """
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for i, parts in enumerate(self.parts):
+            for name, place in parts.items():
+                found.setdefault(name, {})[i] = center_crop.in_crop_px(
+                    np.array(place), self._sizes_px[i], crop_px
+                )
+        return found
 
     def first_of_each_class(self, count: int) -> list[int]:
         """The first image of each of the first `count` classes, as indices."""

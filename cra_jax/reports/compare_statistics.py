@@ -40,6 +40,7 @@ METRICS = {
     "pointing": "pointing accuracy",
     "activation_in_box": "CAM share in box",
     "attention_iou": "attention IoU",
+    "head_in_attention": "head in attention",
 }
 """Metrics other than top-1 -> their printed names."""
 

@@ -141,6 +141,7 @@ def _template_values(
         "step": latest[0]["step"] if latest else None,
         "epoch": latest[0]["epoch"] if latest else None,
         "localization": [_localization_row(x) for x in latest if "pointing" in x],
+        "parts": [row for x in latest for row in _part_rows(x)],
         "hardest": _hardest_classes(workdir, latest),
         "starts": [_start_row(start) for start in starts],
         "command": last.get("command", ""),
@@ -167,12 +168,29 @@ def _score_row(line: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
 
 def _localization_row(line: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table of localization; older runs have fewer metrics."""
-    names = ("activation_in_box", "attention_iou", "box_share")
+    names = ("activation_in_box", "attention_iou", "head_in_attention", "box_share")
     row: dict[str, Any] = dict.fromkeys(names) | {"box_count": line["count"]}
     row |= line
     count = row["box_count"]
     low, high = uncertainty.wilson_interval(round(row["pointing"] * count), count)
     return row | {"low": low, "high": high}
+
+
+def _part_rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of parts for one split; none if only the head is known."""
+    suffix = "_in_attention"
+    names = [name.removesuffix(suffix) for name in line if name.endswith(suffix)]
+    if len(names) < 2:
+        return []
+    return [
+        {
+            "split": line["split"],
+            "part": name.replace("_", " "),
+            "share": line[f"{name}{suffix}"],
+            "count": line[f"{name}_count"],
+        }
+        for name in names
+    ]
 
 
 def _key_numbers(

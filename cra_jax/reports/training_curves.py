@@ -27,6 +27,7 @@ _LOCALIZATION: _Styles = {
     "pointing": ("pointing accuracy", {"color": BLUE, "marker": "o"}),
     "activation_in_box": ("CAM share in box", {"color": VERMILLION, "marker": "s"}),
     "attention_iou": ("attention IoU", {"color": GREEN, "marker": "^"}),
+    "head_in_attention": ("head in attention", {"color": PURPLE, "marker": "D"}),
     "box_share": ("box share of crop", {"color": GREY, "dashes": (1, 1)}),
 }
 # Styles of the first two test splits.

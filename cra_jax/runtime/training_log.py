@@ -145,6 +145,7 @@ def describe_scores(numbers: Mapping[str, Any]) -> str:
         "pointing": "strongest activation in the box",
         "activation_in_box": "share of activation in it",
         "attention_iou": "attention IoU",
+        "head_in_attention": "head in the attention",
     }
     parts = [
         f"{text} {100 * numbers[name]:.1f} %"

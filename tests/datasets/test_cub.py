@@ -7,6 +7,7 @@ from PIL import Image
 from cra_jax.datasets import sources
 from tests.helpers.dataset_folders import (
     CUB_FILES,
+    cub_parts,
     cub_tree,
     labels,
     nabirds_tree,
@@ -161,6 +162,82 @@ def test_boxes_of_cropped_long_images_are_cropped_and_clipped(tmp_path):
     assert corner.box == pytest.approx((0.9, 0.8, 1, 1))
     assert outside.box == pytest.approx((0, 0, 0, 0.5))
     assert edge.box == pytest.approx((0, 0, 0.15, 0.3))
+
+
+def test_parts_are_the_visible_ones_and_the_middle_of_the_head(tmp_path):
+    lines = (
+        *("1 1 20 10 1", "1 2 40 20.0 1", "1 3 100.0 50.0 1"),
+        *("2 1 0 0 0", "2 2 50 30 1", "2 3 0.0 0.0 0"),
+        *("3 1 0 0 0", "3 2 0 0 0", "3 3 10 10 1"),
+        *("4 1 0 0 0", "4 2 0 0 0", "4 3 0 0 0"),
+    )
+    dataset = sources.load("cub", cub_tree(tmp_path, **cub_parts(*lines)))
+    first, last = pickle.loads(pickle.dumps(dataset.splits["train"]))
+    second, third = dataset.splits["test"]
+    assert first.parts == {
+        "beak": pytest.approx((0.2, 0.2)),
+        "left eye": pytest.approx((0.4, 0.4)),
+        "tail": pytest.approx((1, 1)),
+        "head": pytest.approx((0.3, 0.3)),
+    }
+    assert second.parts == {
+        "left eye": pytest.approx((0.5, 0.6)),
+        "head": pytest.approx((0.5, 0.6)),
+    }
+    assert third.parts == {"tail": pytest.approx((0.1, 0.2))}
+    assert last.parts == {}
+
+
+def test_there_are_no_parts_without_their_folder(tmp_path):
+    dataset = sources.load("cub", cub_tree(tmp_path))
+    assert dataset.splits["train"][0].parts == {}
+
+
+def test_nabirds_parts_are_read(tmp_path):
+    changes = cub_parts("a-0 7 20 10 1", "a-0 8 40 30 1", parts="7 bill\n8 crown\n")
+    dataset = sources.load("nabirds", nabirds_tree(tmp_path, **changes))
+    found = dataset.splits["train"][0].parts
+    assert found["head"] == pytest.approx((0.3, 0.4))
+    assert found["bill"] == pytest.approx((0.2, 0.2))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["5 1 2 3 1", "1 4 2 3 1", "1 1 x 3 1", "1 1 2 3 2", "1 1 2 3", "1 1 2 3 1 0"],
+)
+def test_damaged_part_locations_are_an_error_with_the_line(line, tmp_path):
+    cub_tree(tmp_path, **cub_parts("1 2 3 4 0", line))
+    with pytest.raises(ValueError, match=rf"part_locs\.txt, line 2: '{line}'.*remove"):
+        sources.load("cub", tmp_path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_parts_follow_the_exif_orientation(orientation, tmp_path):
+    cub_tree(tmp_path, **cub_parts("1 1 20 12 1"))
+    pixels = np.zeros((48, 80, 3), np.uint8)
+    pixels[8:16, 16:24] = 255  # a square around (20, 12)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "images" / CUB_FILES[0]
+    Image.fromarray(pixels).save(file, exif=exif, quality=100)
+    record = sources.load("cub", tmp_path).splits["train"][0]
+    seen = record.read(48)[..., 0] > 128
+    rows, columns = np.nonzero(seen)
+    height, width = seen.shape
+    middle = (columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height
+    assert record.parts["beak"] == pytest.approx(middle)
+
+
+def test_parts_in_the_cropped_ends_of_long_images_lie_outside(tmp_path):
+    cub_tree(tmp_path, **cub_parts("1 1 950 0 1", "2 1 10 5 1"))
+    for file in CUB_FILES[:2]:
+        save_image(tmp_path / "images" / file, size=(2000, 10))
+    dataset = sources.load("cub", tmp_path)
+    box = sources.decoding.kept_region(2000, 10)
+    for split, x, y in (("train", 950, 0), ("test", 10, 0.5)):
+        expected = (x - box[0]) / (box[2] - box[0]), y
+        assert dataset.splits[split][0].parts["beak"] == pytest.approx(expected)
+    assert dataset.splits["test"][0].parts["beak"][0] < 0
 
 
 def test_nabirds_has_only_classes_with_images(tmp_path):

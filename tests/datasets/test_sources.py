@@ -110,6 +110,7 @@ def test_synthetic_records_equal_the_drawings():
         assert record.label == drawing.label
         assert np.array_equal(record.read(40), drawing.image)
         assert record.box == pytest.approx(drawing.box)
+        assert record.parts == {"head": pytest.approx(drawing.head)}
 
 
 def test_stamp_of_a_drawing_changes_with_the_code(tmp_path, monkeypatch):

@@ -124,6 +124,25 @@ def test_box_encloses_the_mask_tightly(monkeypatch):
         np.testing.assert_allclose(fringe, np.array(drawing.box) * size, atol=3.0)
 
 
+def test_head_is_next_to_the_drawn_eye():
+    """The eye is the darkest disc of a head, just before the head's middle."""
+    size, checked = 256, 0
+    rows, columns = np.mgrid[:size, :size] + 0.5
+    for index in range(96):
+        drawing = draw("train", index, size_px=size)
+        if synthetic._SPECIES[drawing.label].crown == synthetic._INK:
+            continue  # as dark as the eye
+        x, y = (size * share for share in drawing.head)
+        near = np.hypot(columns - x, rows - y) < 0.06 * size
+        brightness = drawing.image.max(-1)
+        dark = near & (drawing.mask == 255) & (brightness < 36)
+        assert dark.sum() > 8, index
+        apart = np.hypot(columns[dark].mean() - x, rows[dark].mean() - y) / size
+        assert 0.01 < apart < 0.035, index
+        checked += 1
+    assert checked > 50
+
+
 def test_another_habitat_changes_no_pixel_inside_the_mask():
     """The bird is the same in both drawings."""
     changed = 0

@@ -56,8 +56,15 @@ def cub_tree(root: Path, *, boxes: Any = True, **changes) -> Path:
         )
     for name, text in {**lists, **changes}.items():
         if text:
-            (root / f"{name}.txt").write_text(text)
+            file = root / f"{name}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
     return root
+
+
+def cub_parts(*lines: str, parts: str = "1 beak\n2 left eye\n3 tail\n") -> dict:
+    """Changes of `cub_tree` that add parts, by lines of "image part x y visible"."""
+    return {"parts/parts": parts, "parts/part_locs": "".join(x + "\n" for x in lines)}
 
 
 CARS = ("Acura TL Sedan 2012", "BMW M3 Coupe 2012", "Ram C/V Cargo Van Minivan 2012")

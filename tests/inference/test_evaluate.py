@@ -15,6 +15,7 @@ from cra_jax.inference import accuracy, evaluate, protocols, run_options
 from cra_jax.input import normalize, splits
 from cra_jax.input.batches import center_batches, full_batches
 from cra_jax.input.records import Record
+from cra_jax.runtime import training_log
 from tests.helpers import tiny_config
 from tests.helpers.echo_backbone import Echo
 from tests.oracles import equations
@@ -200,6 +201,50 @@ def test_attention_iou_of_a_known_attention(network, tmp_path):
     assert [x.predicted for x in rows] == probability.argmax(1).tolist()
     assert_allclose([x.confidence for x in rows], probability.max(1), rtol=1e-5)
     assert {x.step for x in rows} == {7}
+
+
+def test_part_scores_count_parts_inside_crop_and_attention(tmp_path):
+    """Images of 40 x 36 and 32 x 48; the attention is (8, 8) to (40, 24) of the crop.
+
+    It goes beyond the crop's right edge, where it is padding.
+    """
+    shapes = [(36, 40), (48, 32), (36, 40), (36, 40)]
+    crop_from = [(4, 2), (0, 8), (4, 2), (4, 2)]  # x, y
+
+    def place(i, x_px, y_px):
+        (height, width), (left, top) = shapes[i], crop_from[i]
+        return (x_px + 0.5 + left) / width, (y_px + 0.5 + top) / height
+
+    images = _images(shapes)
+    parts = [
+        {"head": place(0, 9, 9), "left eye": place(0, 7, 9)},
+        {"head": place(1, 30, 23)},
+        {"head": place(2, 33, 20), "left eye": place(2, 20, 16)},  # beyond the crop
+        {},
+    ]
+    records = tuple(
+        Record(str(i), 0, lambda side: images[0], "", locate_parts=lambda p=found: p)
+        for i, found in enumerate(parts)
+    )
+    split = splits.Split(images, np.zeros(4, int), records)  # pyright: ignore
+    config = tiny_config.config(tmp_path, **{"data.crop_px": CROP})
+    backbone = resnet.create("resnet10", 5, width=8, stem="small")
+    evaluator = evaluate.Evaluator(backbone, run_options.from_config(config))
+    unit = 2 / (CROP - 1)
+    matrix = [[16 * unit, 0, 24 * unit - 1], [0, 8 * unit, 16 * unit - 1]]
+    found = evaluate.Predictions(
+        logits=np.eye(4, 5), labels=np.zeros(4, int), matrices=np.array([matrix] * 4)
+    )
+    scores = evaluator.scores(found, split, "center")
+    assert scores["head_in_attention"] == pytest.approx(2 / 3)
+    assert scores["head_count"] == 3
+    assert scores["left_eye_in_attention"] == pytest.approx(1 / 2)
+    assert scores["left_eye_count"] == 2
+    assert "pointing" not in scores
+    text = training_log.describe_scores(scores)
+    assert "head in the attention 66.7 %" in text
+    plain = evaluate.Predictions(logits=np.eye(4, 5), labels=np.zeros(4, int))
+    assert "head_in_attention" not in evaluator.scores(plain, split, "center")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +163,31 @@ def test_iou_equals_values_computed_by_hand():
     assert localization.iou(point, (5, 5, 5, 5)) == 0
 
 
+points = st.tuples(st.floats(-20, 35), st.floats(-20, 35))
+
+
+@given(matrices.filter(lambda m: abs(_area(m)) > 0.02), points)
+def test_contains_equals_the_inverse_of_the_matrix(matrix, point):
+    frame = np.array(point) * 2 / 15 - 1
+    u, v = np.linalg.solve(matrix[:, :2], frame - matrix[:, 2])
+    hypothesis.assume(min(abs(abs(u) - 1), abs(abs(v) - 1)) > 1e-6)
+    corners = art_module.corners_px(matrix, 16)
+    expected = attention.contains(matrix, point, 16)
+    assert localization.contains(corners, point) == expected
+    assert localization.contains(corners[::-1], point) == expected
+
+
+def test_contains_of_known_points_and_of_area_zero():
+    diamond = np.array([[5, -5], [15, 5], [5, 15], [-5, 5]], float)
+    for point, inside in (((5, 5), True), ((-5, 5), True), ((9.9, 9.9), True)):
+        assert localization.contains(diamond, point) == inside
+    for point in ((11, 11), (-1, -1), (-6, 5), (15, 6)):  # the first two: in its box
+        assert not localization.contains(diamond, point)
+    for flat in (np.full((4, 2), 5.0), np.array([[0, 0], [9, 9], [9, 9], [0, 0.0]])):
+        for point in ((5, 5), (7, 7), (1, 2)):
+            assert not localization.contains(flat, point)
+
+
 def test_box_in_crop_px_and_in_image_are_inverse():
     # An image of 100 x 80; its crop of 64 starts at (18, 8).
     box = center_crop.box_in_crop_px((0.2, 0.2, 0.5, 0.5), (100, 80), 64)
@@ -172,3 +198,5 @@ def test_box_in_crop_px_and_in_image_are_inverse():
     assert_allclose(clipped, (-0.5, -0.5, 31.5, 63.5))
     x_min, _, x_max, _ = center_crop.box_in_crop_px((0, 0, 0.1, 1), (100, 80), 64)
     assert x_min == x_max == -0.5  # outside the crop
+    outside = center_crop.in_crop_px(np.array([0.1, 0.5]), (100, 80), 64)
+    assert_allclose(outside, [10 - 18 - 0.5, 40 - 8 - 0.5])

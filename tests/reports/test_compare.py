@@ -159,7 +159,7 @@ def test_errors_for_missing_runs_and_scores(tmp_path):
 
 
 def test_run_writes_markdown_and_html(tmp_path, capsys):
-    scores = {"pointing": 0.5, "box_count": 10}
+    scores = {"pointing": 0.5, "box_count": 10, "head_in_attention": 0.25}
     runs = [
         make(tmp_path / "a", right=6, seed=0, scores=scores),
         make(tmp_path / "b", right=9, seed=1, scores=scores),
@@ -171,8 +171,8 @@ def test_run_writes_markdown_and_html(tmp_path, capsys):
     lines = [re.sub(" +", " ", line) for line in text.splitlines()]
     assert "| A | 2 | 75.0 ± 21.2 | 0.0 to 100.0 | 60.0, 90.0 | – |" in lines
     assert "| B | 1 | 80.0 | 49.0 to 94.3 (1) | 80.0 | – |" in lines
-    assert "| A | 100.0 ± 0.0 | 75.0 ± 21.2 | 50.0 ± 0.0 |" in lines
-    assert "| B | 100.0 | 80.0 | – |" in lines
+    assert "| A | 100.0 ± 0.0 | 75.0 ± 21.2 | 50.0 ± 0.0 | 25.0 ± 0.0 |" in lines
+    assert "| B | 100.0 | 80.0 | – | – |" in lines
     html = (tmp_path / "out" / "compare.html").read_text()
     assert "75.0 ± 21.2" in html
     assert "c&lt;d" in html

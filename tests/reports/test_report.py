@@ -104,10 +104,12 @@ def test_page_shows_the_numbers_of_the_run(trained):
             html_page.percent(line["mean_per_class"]),
             "40",
         ]
-        (row,) = [r for r in found.cells if len(r) == 7 and r[0] == line["split"]]
+        rows = [r for r in found.cells if len(r) == 8 and r[0] == line["split"]]
+        (row,) = [r for r in rows if r[1] != "center"]
         assert row[1] == html_page.percent(line["pointing"])
         assert row[3] == html_page.percent(line["activation_in_box"])
         assert row[4] == html_page.percent(line["attention_iou"])
+        assert row[5] == html_page.percent(line["head_in_attention"])
     (start,) = json.loads((workdir / "provenance.json").read_text())["starts"]
     assert start["command"] in found.text
     for version in start["versions"].values():
@@ -201,6 +203,22 @@ def test_latest_scores_are_of_the_last_checkpoint():
     # Different scores mean other data: the attention scores are not merged.
     for other in (line(20, top1=0.25, count=4), line(20, top1=0.5, count=8)):
         assert run_summary.latest_scores([*lines, other]) == [other]
+
+
+def test_page_has_a_table_of_parts(tmp_path):
+    parts = {"head": (0.9, 7), "left_eye": (0.25, 8), "tail": (0.5, 4)}
+    scores: dict[str, float] = {"pointing": 0.5, "box_count": 10}
+    for name, (share, count) in parts.items():
+        scores |= {f"{name}_in_attention": share, f"{name}_count": count}
+    workdir = make(tmp_path / "run", scores=scores)
+    report.run(run_options.from_config(get_config()), workdir)
+    found = _read(workdir)
+    for row in (
+        ["head", "90.0", "7"],
+        ["left eye", "25.0", "8"],
+        ["tail", "50.0", "4"],
+    ):
+        assert ["test", *row] in found.cells
 
 
 def test_an_error_after_training_is_only_a_warning(tmp_path, capsys):

@@ -60,9 +60,13 @@ def test_run_lowers_the_loss_and_writes_metrics(finished):
         tested = [x for x in lines if x["split"] == split]
         assert [x["step"] for x in tested] == [6, 12, 18]
         assert all(x["count"] == config.data.test_size for x in tested)
-        for name in ("pointing", "activation_in_box", "attention_iou", "box_share"):
+        for name in (
+            *("pointing", "activation_in_box", "attention_iou", "box_share"),
+            "head_in_attention",
+        ):
             assert all(0 < x[name] < 1 for x in tested), name
-        assert all(x["box_count"] == config.data.test_size for x in tested)
+        for name in ("box_count", "head_count"):
+            assert all(x[name] == config.data.test_size for x in tested)
         assert scores[split] == tested[-1]
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text()) == json.loads(
