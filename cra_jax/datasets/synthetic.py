@@ -1,18 +1,18 @@
-"""The embedded data set: drawn birds whose species differ only in small parts.
+"""The embedded dataset: drawn birds whose species differ only in small parts.
 
-Eight invented species share one body plan. A species is told by small parts alone:
-crown, beak, wing bars, breast patch, eye ring, tail band. No part belongs to a single
-species, and now and then a part is worn and hardly shows, so several must be looked
-at. The colour of the body, the pose, the size, the place and the light are nuisance.
-Behind the bird lies one of as many habitats as there are species, and in training the
-habitat gives the species away in a set share of the images: a large, easy clue that
-fails on the split `test_shifted`.
+Eight invented species have the same body. They differ only in small parts: crown, beak,
+wing bars, breast patch, eye ring, tail band. Several species share each part, and some
+images show a part only faintly, so a classifier needs several parts. The color of the
+body, the pose, the size, the position and the light do not depend on the species.
+The background is one of as many habitats as there are species. In training, the habitat
+indicates the species in a given share of the images: a large, easy cue that is wrong on
+the split `test_shifted`.
 
-An image is a function of (seed, split, index) alone, the same on every machine, and a
-bird at 32 px and at 448 px is the same bird: see `datasets/synthetic_drawing.py`.
+An image is a function of (seed, split, index) alone, the same on every machine, and
+shows the same bird at 32 px and at 448 px: see `datasets/synthetic_drawing.py`.
 
-A bird is drawn in a frame of its own, about 1 long, facing +x with y down, and is then
-mirrored, turned, scaled and moved.
+A bird is drawn in its own frame, about 1 long, facing +x with y down, and is then
+mirrored, rotated, scaled and moved.
 
 `python -m cra_jax.datasets.synthetic OUT.png` saves a contact sheet.
 """
@@ -44,15 +44,15 @@ _WORN = 0.12  # share of the parts that are worn
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One image and the truth about it.
+    """One image and its annotations.
 
     Attributes:
-        image: uint8 `[size, size, 3]`, RGB.
-        label: the species, an index into `class_names`.
-        box: (x_min, y_min, x_max, y_max) of the bird, as fractions of the image.
-        head: (x, y) of the middle of its head, the same.
-        habitat: index of the habitat; habitat k goes with species k.
-        mask: uint8 `[size, size]`, how much of a pixel the bird covers, 255 for all.
+      image: uint8 `[size, size, 3]`, RGB.
+      label: the species, an index into `class_names`.
+      box: (x_min, y_min, x_max, y_max) of the bird, as fractions of the image.
+      head: (x, y) of the middle of its head, the same.
+      habitat: index of the habitat; habitat k goes with species k.
+      mask: uint8 `[size, size]`, how much of a pixel the bird covers, 255 for all.
     """
 
     image: Array
@@ -65,7 +65,7 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class _Species:
-    """The small parts that tell a species; None where the part is plain."""
+    """The small parts of a species; None for a plain part."""
 
     name: str
     crown: Colour | None
@@ -111,7 +111,7 @@ _FEET = ((0.03, 0.31), (0.12, 0.30))
 
 @dataclasses.dataclass(frozen=True)
 class _Pose:
-    """Where a bird is, and the lengths that differ from bird to bird."""
+    """The position of a bird, and the lengths that differ between birds."""
 
     species: _Species
     facing: float  # +1 to the right, -1 to the left
@@ -144,7 +144,7 @@ class _Pose:
         return ((0.35, -0.25), (0.37 + self.beak, -0.195), (0.35, -0.155))
 
     def box(self) -> tuple[float, float, float, float]:
-        """(x_min, y_min, x_max, y_max) of all that is bird, in the image's frame."""
+        """(x_min, y_min, x_max, y_max) of the whole bird, in the image's frame."""
         points = [(*p, 0.0) for p in (*self.tail_corners(), *self.beak_corners())]
         discs = [*points, _HEAD, *((*foot, 0.012) for foot in _FEET)]
         low, high = [], []
@@ -179,7 +179,7 @@ def _pose(stream: Stream, species: _Species) -> _Pose:
 
 
 def _twig(stream: Stream, c: Canvas, pose: _Pose) -> None:
-    """The twig under the bird's feet; no part of the bird."""
+    """The twig under the bird's feet, which is not part of the bird."""
     x, y = pose.to_image(0.07, 0.325)
     slope, bend = stream.uniform(-0.25, 0.25), stream.uniform(-0.3, 0.3)
     reach, toward = 0.25 * pose.scale, 1.0 if stream.below(2) else -1.0
@@ -204,7 +204,7 @@ def _bird(stream: Stream, canvas: Canvas, pose: _Pose) -> Array:
         c.paint(c.cover(distance, pose.scale) * opacity, colour)
 
     def mark(distance: Array, colour: Colour) -> None:
-        """A part that tells the species; some are worn, and then hardly show."""
+        """A part that depends on the species; some are worn, and almost invisible."""
         worn = stream.uniform() < _WORN
         opacity = stream.uniform(0.0, 0.35) if worn else stream.uniform(0.85, 1.0)
         paint(distance, stream.colour(colour, 0.05), opacity)
@@ -285,7 +285,7 @@ def class_names(num_species: int = 8) -> tuple[str, ...]:
     """Names of the species, in the order of the labels.
 
     Raises:
-        ValueError: `num_species` is not from 2 to 8.
+      ValueError: `num_species` is not from 2 to 8.
     """
     _check("num_species", num_species, 2, len(_SPECIES))
     return tuple(species.name for species in _SPECIES[:num_species])
@@ -302,24 +302,24 @@ def draw(
 ) -> Drawing:
     """Draws image `index` of a split.
 
-    The label is `index % num_species`, so any run of images is balanced. In `train`
-    and `test` the habitat goes with the species in `habitat_share` of the images and
+    The label is `index % num_species`, so consecutive images are balanced. In `train`
+    and `test` the habitat matches the species in `habitat_share` of the images and
     is otherwise one of the others, all equally likely. In `test_shifted` it is always
-    one of the others: whoever goes by the habitat is always wrong.
+    one of the others: a classifier of habitats is always wrong.
 
     Args:
-        split: one of `SPLITS`; the splits share no image.
-        index: which image, from 0 on; a split has no end.
-        seed: another seed, other images of the same species.
-        size_px: side of the image; the scene does not depend on it.
-        num_species: the first so many species (and habitats), 2 to 8.
-        habitat_share: from 0 to 1; the bird does not depend on it.
+      split: one of `SPLITS`; the splits share no image.
+      index: number of the image, from 0; a split has no end.
+      seed: other seeds give other images of the same species.
+      size_px: side of the image; the scene does not depend on it.
+      num_species: number of species, and of habitats, 2 to 8.
+      habitat_share: from 0 to 1; the bird does not depend on it.
 
     Returns:
-        A `Drawing`, the same on every machine.
+      A `Drawing`, the same on every machine.
 
     Raises:
-        ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
@@ -364,8 +364,8 @@ def contact_sheet(
     """A sheet of examples: one row a species, in the order of `class_names`.
 
     Returns:
-        uint8 `[height, width, 3]`, white between the images. The first `columns`
-        columns are of `train`, then, after a wider gap, as many of `test_shifted`.
+      uint8 `[height, width, 3]`, white between the images. The first `columns`
+      columns are of `train`, then, after a wider gap, as many of `test_shifted`.
     """
     step = size_px + gap_px
     height = num_species * step + gap_px

@@ -1,6 +1,6 @@
-"""What the embedded data set is drawn with: numbers, a canvas, shapes, habitats.
+"""The tools that draw the embedded dataset: numbers, a canvas, shapes, habitats.
 
-Everything here comes out the same on every machine. Random numbers are the raw output
+The results are the same on every machine. Random numbers are the raw output
 of a Philox bit generator, whose stream NumPy guarantees. Values that end in pixels are
 made with + - * / and square roots only, which IEEE 754 rounds in one way: no libm, no
 BLAS, no reductions. Shapes are signed distances, negative inside, and become analytic
@@ -95,7 +95,7 @@ class Canvas:
             plane[:] = a + (b - a) * t
 
     def shade(self, amount: Array) -> None:
-        """Brightens all three channels by `amount`, darkens where it is negative."""
+        """Adds `amount`, which may be negative, to all three channels."""
         self.rgb[:] += amount
 
     def ellipse(self, cx, cy, a, b, colour: Colour, opacity: float = 1.0) -> None:
@@ -263,7 +263,7 @@ def _dusk(stream: Stream, c: Canvas) -> None:
 
 
 def mist(stream: Stream, c: Canvas) -> None:
-    """Haze over the habitat, which would else outshine the bird."""
+    """Haze over the habitat, which would otherwise be brighter than the bird."""
     amount = np.float32(stream.uniform(0.40, 0.60))
     c.paint(amount, stream.colour((0.80, 0.82, 0.82), 0.08))
 
