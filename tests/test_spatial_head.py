@@ -14,6 +14,8 @@ from cra_jax.backbones import efficientnet, resnet
 from cra_jax.inference import evaluate, run_options, trained
 from cra_jax.inference.predictor import Predictor
 from cra_jax.inference.restore import restore, restore_attention
+from cra_jax.input.batches import center_batches
+from cra_jax.input.normalize import normalize
 from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, train
@@ -238,7 +240,7 @@ def test_spatial_run_on_eight_devices_resumes_evaluates_and_predicts(tmp_path):
     assert np.abs(head["place_conv"]["kernel"]).max() > 1e-3
     assert (np.abs(head["place_gain"] - start) > 1e-5).all()
 
-    # Log, restored head and predictor have the same attention.
+    # Network, log, restored head and predictor have the same attention.
     options = run_options.from_config(config)
     restored = restore(options, tmp_path / "whole")
     split = build.open_split(config, build.load_dataset(config), "test")
@@ -247,6 +249,15 @@ def test_spatial_run_on_eight_devices_resumes_evaluates_and_predicts(tmp_path):
     found = evaluator.center(restored.variables, split, head=attention_head)
     assert found.matrices is not None
     assert np.ptp(found.matrices[:, 0, 2]) > 1e-3  # the centre is not the same in all
+    data = config.data
+    batch = center_batches(
+        split.images, split.labels, batch_size=8, crop_px=data.crop_px
+    )[0]
+    images = normalize(jnp.asarray(batch["image"]), mean=data.mean, std=data.std)
+    network = build.build_network(config, 8)
+    variables = {k: whole[k] for k in ("params", "batch_stats")}
+    out: Any = jax.jit(network.apply)(variables, images)
+    assert_allclose(found.matrices[:8], out.attention.matrix, atol=1e-5)
     lines = run_directory.read_snapshots(tmp_path / "whole")
     last = [line for line in lines if line["step"] == 12]
     assert len(last) == 4
