@@ -118,7 +118,7 @@ def test_train_then_eval(cache, tmp_path):
         ),
         (["train"], "'train' is no flag; modes are given by --mode train"),
         (["cub:stn"], "'cub:stn' is no flag; configs are given by --config cub:stn"),
-        (["--mode=compare"], "error: no runs to compare"),
+        (["--mode=compare"], "error: there are no runs to compare"),
         (["--mode=predict", "--workdir=empty", "x.jpg"], "error: "),
         (["--config={root}/configs/cars.py"], "error: source 'cars' needs a path"),
         (
