@@ -213,6 +213,9 @@ class Small(nn.Module):
         pooled = features.mean((1, 2))
         return layers.Outputs(nn.Dense(5)(pooled), features, pooled)
 
+    def feature_place_px(self, cells, extent_px):
+        return cells * self.stride_px
+
 
 def test_training_lowers_the_loss_of_both_attentions():
     paper, network = (

@@ -308,7 +308,8 @@ def run_module(module: str, arguments: list[str], patch: pytest.MonkeyPatch) -> 
         raise Parsed
 
     patch.setattr(sys, "argv", [module, *arguments])
-    patch.delitem(sys.modules, module, raising=False)  # else runpy warns
+    for name in (module, f"{module}.__main__"):  # runpy warns of imported modules
+        patch.delitem(sys.modules, name, raising=False)
     if module.startswith("benchmarks.") and "--table" not in arguments:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
         try:
@@ -326,9 +327,14 @@ def run_module(module: str, arguments: list[str], patch: pytest.MonkeyPatch) -> 
 
 
 def check_install(words: list[str]) -> None:
-    """What `pip install` names is the package, or one that the package needs."""
-    for word in words:
+    """`pip install` names the package, a package that it needs, or a file in it."""
+    for option, word in zip(["", *words], words, strict=False):
+        if option == "-r":
+            assert (ROOT / word).is_file(), f"there is no {word}"
+            continue
         if word.startswith("-"):
+            if word == "-r":
+                continue
             assert word in ("-U", "--upgrade"), f"unknown option {word}"
             continue
         found = re.fullmatch(r"([\w.-]+)(?:\[([\w,-]+)\])?", word)
