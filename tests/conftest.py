@@ -80,3 +80,16 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def tiny_lite0(monkeypatch):
+    """Adds a small network with every type of block of EfficientNet-Lite0."""
+    from cra_jax.backbones import efficientnet
+
+    stages = (
+        efficientnet.Stage(1, size=3, stride=1, expansion=1, features=8),
+        efficientnet.Stage(2, size=5, stride=2, expansion=2, features=16),
+    )
+    architecture = efficientnet.Architecture(8, stages, 32)
+    monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny_lite0", architecture)

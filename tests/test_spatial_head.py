@@ -121,16 +121,6 @@ BACKBONES = {
 }
 
 
-@pytest.fixture
-def tiny_lite0(monkeypatch):
-    stages = (
-        efficientnet.Stage(1, size=3, stride=1, expansion=1, features=8),
-        efficientnet.Stage(2, size=5, stride=2, expansion=2, features=16),
-    )
-    architecture = efficientnet.Architecture(8, stages, 32)
-    monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny_lite0", architecture)
-
-
 @pytest.mark.usefixtures("tiny_lite0")
 @pytest.mark.parametrize("name", BACKBONES)
 def test_initial_position_of_the_spatial_head_is_init_with_a_gradient(name):

@@ -123,19 +123,26 @@ def test_load_opens_no_image(tmp_path):
             use()
 
 
+def read_rectangle(folder, orientation, columns):
+    """Saves a white rectangle in rows 8 to 16 as the first image of `folder`.
+
+    Returns its record, and where the image is white as it is read.
+    """
+    pixels = np.zeros((48, 80, 3), np.uint8)
+    pixels[8:16, slice(*columns)] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = folder / "images" / CUB_FILES[0]
+    Image.fromarray(pixels).save(file, exif=exif, quality=100)
+    record = sources.load("cub", folder).splits["train"][0]
+    return record, record.read(48)[..., 0] > 128
+
+
 # The stored image has a white rectangle in its top left quarter.
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_rotate_with_the_image(orientation, tmp_path):
     cub_tree(tmp_path, bounding_boxes="".join(f"{i} 8 8 24 8\n" for i in range(1, 5)))
-    pixels = np.zeros((48, 80, 3), np.uint8)
-    pixels[8:16, 8:32] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = tmp_path / "images" / CUB_FILES[0]
-    Image.fromarray(pixels).save(file, exif=exif, quality=100)
-
-    record = sources.load("cub", tmp_path).splits["train"][0]
-    seen = record.read(48)[..., 0] > 128
+    record, seen = read_rectangle(tmp_path, orientation, (8, 32))
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     height, width = seen.shape
     assert record.box == pytest.approx(
@@ -214,14 +221,8 @@ def test_damaged_part_locations_are_an_error_with_the_line(line, tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_parts_follow_the_exif_orientation(orientation, tmp_path):
     cub_tree(tmp_path, **cub_parts("1 1 20 12 1"))
-    pixels = np.zeros((48, 80, 3), np.uint8)
-    pixels[8:16, 16:24] = 255  # a square around (20, 12)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = tmp_path / "images" / CUB_FILES[0]
-    Image.fromarray(pixels).save(file, exif=exif, quality=100)
-    record = sources.load("cub", tmp_path).splits["train"][0]
-    seen = record.read(48)[..., 0] > 128
+    # A square around (20, 12).
+    record, seen = read_rectangle(tmp_path, orientation, (16, 24))
     rows, columns = np.nonzero(seen)
     height, width = seen.shape
     middle = (columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height

@@ -86,17 +86,6 @@ def backbone_scores(model, variables, images):
     return jax.jit(model.apply)(variables, normalized).logits
 
 
-@pytest.fixture
-def tiny_lite0(monkeypatch):
-    """Adds a small network with every type of block of EfficientNet-Lite0."""
-    stages = (
-        efficientnet.Stage(1, size=3, stride=1, expansion=1, features=8),
-        efficientnet.Stage(2, size=5, stride=2, expansion=2, features=16),
-    )
-    architecture = efficientnet.Architecture(8, stages, 32)
-    monkeypatch.setitem(efficientnet.ARCHITECTURES, "tiny_lite0", architecture)
-
-
 @pytest.mark.usefixtures("tiny_lite0")
 def test_exported_program_runs_without_this_package(tmp_path):
     images = random_images(5, 33)
