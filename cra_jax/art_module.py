@@ -27,7 +27,7 @@ REGULARIZATION_STREAM = "regularization_stream"
 ATTENTION_HEAD = "attention_head"
 """Keys of the parts in a tree of parameters."""
 
-REDUNDANCIES = ("hard", "soft")
+REDUNDANCIES = ("hard", "soft", "filled")
 HEADS = ("pooled", "spatial")
 
 # Width of the edges of a soft redundancy, in grid coordinates; the image is 2 wide.
@@ -82,7 +82,10 @@ class ArtConfig:
     """How Gamma is predicted: "pooled", all of it from the pooled features (Sec. 4.1),
     or "spatial", the centre from the feature map, see `AttentionHead`."""
     redundancy: str = "hard"
-    """Edges of the redundancy: "hard" (Eq. 5, no gradient) or "soft" (logistic)."""
+    """Edges of the redundancy: "hard" (Eq. 5, no gradient), "soft" (logistic), or
+    "filled", hard with the image beside the attention in place of the hole."""
+    rotate: bool = True
+    """Whether the angle is predicted; otherwise it keeps its value in `init`."""
     gradient_share: float = 1.0
     """Share, in [0, 1], of Gamma's gradient that reaches N_cls. The head itself always
     gets the full gradient."""
@@ -210,7 +213,7 @@ class AttentionHead(nn.Module):
         config, bias = self.config, self._bias()
         spatial = config.head == "spatial"
         linear = nn.Dense(
-            2 if spatial else len(bias),
+            len(bias) - 2 * spatial,
             use_bias=False,
             kernel_init=nn.initializers.normal(1e-3),
             precision="highest",  # the rounding of accelerators is too coarse here
@@ -220,7 +223,11 @@ class AttentionHead(nn.Module):
         if spatial:
             place = self._place(pooled, features, centres)
             gamma = jnp.concatenate([place, gamma], -1)
-        return gamma + self.param("bias", lambda _: jnp.array(bias, jnp.float32))
+        gamma += self.param("bias", lambda _: jnp.array(bias, jnp.float32))
+        if not config.rotate:
+            angle = jnp.full((len(gamma), 1), config.init[3], gamma.dtype)
+            gamma = jnp.concatenate([gamma, angle], -1)
+        return gamma
 
     def _place(
         self, pooled: Array, features: Array, centres: tuple[Array, Array]
@@ -246,7 +253,8 @@ class AttentionHead(nn.Module):
             cos, sin = scale * math.cos(angle_rad), scale * math.sin(angle_rad)
             return [cos, -sin, x, sin, cos, y]
         p, s = self.config.place_bound, self.config.alpha_s
-        return [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s), angle_rad]
+        bias = [math.atanh(x / p), math.atanh(y / p), math.atanh(scale / s)]
+        return [*bias, angle_rad] if self.config.rotate else bias
 
     def _clip(self, matrix: Array) -> Array:
         """Clips the gradient of matrices ``[b, 2, 3]``; returns them unchanged."""
@@ -361,9 +369,10 @@ def views(images: Array, attention: Attention, config: ArtConfig) -> Views:
 
     if attention.gamma_res is None:
         return Views(crop(attention.matrix))
-    if config.redundancy == "hard":
-        grid = geometry.redundancy_grid(attention.gamma_res, size)
-        redundancy = geometry.bilinear_sample(images, jax.lax.stop_gradient(grid))
+    if config.redundancy != "soft":
+        filled = config.redundancy == "filled"
+        grid = geometry.redundancy_grid(attention.gamma_res, size, filled=filled)
+        redundancy = geometry.bilinear_sample(images, grid)
     else:
         whole = crop(jnp.tile(jnp.eye(2, 3), (len(images), 1, 1)))
         weight = geometry.redundancy_weight(

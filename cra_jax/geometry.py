@@ -119,7 +119,9 @@ def attention_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
     return affine_grid(attention_matrix(gamma_res), size)
 
 
-def redundancy_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
+def redundancy_grid(
+    gamma_res: Array, size: tuple[int, int], *, filled: bool = False
+) -> Array:
     """Sampling grid of the redundancy: the regular grid without the attention.
 
     Points that the attention covers are moved outside the image, where they sample
@@ -129,15 +131,51 @@ def redundancy_grid(gamma_res: Array, size: tuple[int, int]) -> Array:
     Args:
       gamma_res: ``[b, 4]``, restricted attention parameters.
       size: ``(h, w)`` of the grid.
+      filled: whether covered points are moved beside the attention instead, see
+        `beside`, so that no hole shows where the attention was.
 
     Returns:
       ``[b, h, w, 2]``.
 
     Source: Eq. (5).
+
+    Differs: the paper has no `filled`.
     """
-    grid = jnp.stack(_regular_grid(size, gamma_res.dtype), -1)
-    inside = jax.lax.stop_gradient(_depth_inside(gamma_res, size)) >= 0
-    return jnp.where(inside.all(-1)[..., None], _OUTSIDE, grid)
+    gamma_res = jax.lax.stop_gradient(gamma_res)
+    grid = regular_grid(size, gamma_res.dtype)
+    covered = (depth_inside(gamma_res, size) >= 0).all(-1)[..., None]
+    return jnp.where(covered, beside(gamma_res, grid) if filled else _OUTSIDE, grid)
+
+
+def beside(gamma_res: Array, grid: Array) -> Array:
+    """Moves points into the widest strip of the image beside the attention.
+
+    The strip lies left or right of the attention, or above or below it, over the whole
+    width or height of the image. Points are moved along one axis, by mirroring at both
+    edges of the strip, so that neighbours stay neighbours.
+
+    Args:
+      gamma_res: ``[b, 4]``, restricted attention parameters.
+      grid: ``[b, h, w, 2]``, points in the image.
+
+    Returns:
+      ``[b, h, w, 2]``. An attention that leaves no strip moves points to the edge of
+      the image.
+    """
+    centre, scale, angle_rad = gamma_res[:, :2], gamma_res[:, 2:3], gamma_res[:, 3:]
+    half = jnp.abs(scale) * (jnp.abs(jnp.cos(angle_rad)) + jnp.abs(jnp.sin(angle_rad)))
+    # Towards the centre of the image there is more room: the other side is mirrored.
+    side = jnp.where(centre > 0, -1.0, 1.0)
+    start = side * centre + half
+    width = jnp.maximum(1 - start, 0)
+    is_widest = width == width.max(-1, keepdims=True)
+    is_widest &= jnp.cumsum(is_widest, -1) == 1
+    side, start, width, is_widest = (
+        x[:, None, None] for x in (side, start, width, is_widest)
+    )
+    offset = jnp.mod(side * grid - start, jnp.maximum(2 * width, 1e-6))
+    moved = side * (start + jnp.minimum(offset, 2 * width - offset))
+    return jnp.where(is_widest, jnp.clip(moved, -1, 1), grid)
 
 
 def redundancy_weight(
@@ -158,11 +196,11 @@ def redundancy_weight(
 
     Differs: Eq. (5) is the limit ``softness -> 0``.
     """
-    inside = jax.nn.sigmoid(_depth_inside(gamma_res, size) / softness)
+    inside = jax.nn.sigmoid(depth_inside(gamma_res, size) / softness)
     return 1 - inside.prod(-1)
 
 
-def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
+def depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
     """Signed distance of each point of G to the attention's edges: ``[b, h, w, 2]``.
 
     ``(u, v)`` is the offset of a point from the centre along the rotated axes of the
@@ -176,6 +214,11 @@ def _depth_inside(gamma_res: Array, size: tuple[int, int]) -> Array:
     right, down = grid_x - x, grid_y - y
     u, v = cos * right + sin * down, cos * down - sin * right
     return jnp.abs(scale)[..., None] - jnp.abs(jnp.stack([u, v], -1))
+
+
+def regular_grid(size: tuple[int, int], dtype=jnp.float32) -> Array:
+    """The regular grid G, which samples the whole image: ``[h, w, 2]``."""
+    return jnp.stack(_regular_grid(size, dtype), -1)
 
 
 def _regular_grid(size: tuple[int, int], dtype) -> tuple[Array, Array]:

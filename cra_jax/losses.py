@@ -14,6 +14,7 @@ from jax import Array
 
 DISTANCES = ("euclidean", "squared")
 PAIRS = ("random", "all")
+FEATURES = ("scores", "pooled")
 
 
 def cross_entropy(logits: Array, labels: Array, *, smoothing: float = 0.0) -> Array:
@@ -141,6 +142,15 @@ def contrastive_loss(
     hinge_m = between - measure(redundancy_m, attention_m) + margin
     hinge_n = between - measure(redundancy_n, attention_n) + margin
     return jnp.maximum(hinge_m, 0) + jnp.maximum(hinge_n, 0)
+
+
+def uniform_loss(logits: Array) -> Array:
+    """L_uniform: cross-entropy with the uniform distribution, ``[b, k] -> [b]``.
+
+    The redundancy should not reveal the class. The loss is smallest, log k, if all
+    classes are equally probable. The paper has no such term.
+    """
+    return -jax.nn.log_softmax(logits).mean(-1)
 
 
 def l2_normalize(features: Array) -> Array:

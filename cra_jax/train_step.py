@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from cra_jax import art_module, losses, model
+from cra_jax import art_module, losses, model, swap
 from cra_jax.art_module import ATTENTION_HEAD, CLASSIFICATION_STREAM, Attention
 from cra_jax.losses import MixedLabels
 
@@ -116,11 +116,14 @@ class LossOptions:
       cls2_weight: weight of L_cls2 in Eq. (9). All three weights are 1 in the paper.
       res_weight: weight of L_res.
       cntr_weight: weight of L_cntr; 0: L_cntr is not computed.
+      uniform_weight: weight of L_uniform.
+      swap_weight: weight of L_swap.
       expectation: E of Eq. (7).
       threshold: T of Eq. (7).
       margin: margin of Eq. (8).
       distance: distance of Eq. (8), one of `losses.DISTANCES`.
-      normalize_features: whether N_ar's outputs are scaled to length 1 for Eq. (8).
+      features: features of N_ar in Eq. (8), one of `losses.FEATURES`.
+      normalize_features: whether they are scaled to length 1.
       pairs: which images Eq. (8) contrasts, one of `losses.PAIRS`.
       label_smoothing: smoothing of both cross-entropies, see `losses.cross_entropy`.
 
@@ -131,10 +134,13 @@ class LossOptions:
     cls2_weight: float
     res_weight: float
     cntr_weight: float
+    uniform_weight: float
+    swap_weight: float
     expectation: tuple[float, ...]
     threshold: tuple[float, ...]
     margin: float
     distance: str
+    features: str
     normalize_features: bool
     pairs: str
     label_smoothing: float
@@ -149,6 +155,11 @@ class LossOptions:
             raise ValueError(
                 f"unknown contrast.distance {self.distance!r}; choose from "
                 f"{', '.join(losses.DISTANCES)}"
+            )
+        if self.features not in losses.FEATURES:
+            raise ValueError(
+                f"unknown contrast.features {self.features!r}; choose from "
+                f"{', '.join(losses.FEATURES)}"
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -178,11 +189,12 @@ def make_loss(
       over the batch (over pairs for L_cntr). Terms that the kind lacks are missing.
     """
 
-    def loss_function(params, batch_stats, images, labels, step):
+    def loss_function(params, batch_stats, images, labels, step, boxes=None):
         out, updated = network.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
             True,
+            boxes,
             mutable=["batch_stats"],
         )
         assert isinstance(out, model.Outputs)
@@ -193,6 +205,11 @@ def make_loss(
             terms |= _describe_gamma(out.attention, network)
         if out.redundancy_logits is not None and options.cntr_weight:
             terms |= contrastive_terms(out, options)
+        if out.redundancy_logits is not None and options.uniform_weight:
+            even = losses.uniform_loss(out.redundancy_logits)
+            terms["loss_uniform"] = even.mean()
+        if out.swap_logits is not None:
+            terms |= swap_terms(out.swap_logits, labels, options, network.swap)
         terms["loss"] = total_loss(terms, options)
         return terms["loss"], (updated["batch_stats"], terms)
 
@@ -207,6 +224,8 @@ def total_loss(terms: Terms, options: LossOptions) -> Array:
         + w.cls2_weight * term["loss_cls2"]
         + w.res_weight * term["restriction_weight"] * term["loss_res"]
         + w.cntr_weight * term["loss_cntr"]
+        + w.uniform_weight * term["loss_uniform"]
+        + w.swap_weight * term["loss_swap"]
     )
 
 
@@ -248,6 +267,8 @@ def restriction_terms(gamma_res: Array, options: LossOptions) -> Terms:
 def contrastive_terms(out: model.Outputs, options: LossOptions) -> Terms:
     """L_cntr of Eq. (8), the share of pairs with loss 0, and the mean distance."""
     attention, redundancy = out.attention_logits, out.redundancy_logits
+    if options.features == "pooled":
+        attention, redundancy = out.attention_pooled, out.redundancy_pooled
     assert attention is not None
     assert redundancy is not None
     if options.normalize_features:
@@ -272,6 +293,18 @@ def contrastive_terms(out: model.Outputs, options: LossOptions) -> Terms:
     }
 
 
+def swap_terms(
+    logits: Array, labels: Array, options: LossOptions, config: swap.SwapConfig
+) -> Terms:
+    """L_swap, the cross-entropy of swapped images, and their accuracy."""
+    _, source = swap.neighbours(len(labels), config.every)
+    each = losses.cross_entropy(
+        logits, labels[source], smoothing=options.label_smoothing
+    )
+    right = logits.argmax(-1) == labels[source]
+    return {"loss_swap": each.mean(), "swap_top1": right.mean()}
+
+
 def make_train_step(
     loss_function: Callable[..., tuple[Array, tuple[Any, Terms]]],
     optimizer: optax.GradientTransformation,
@@ -281,6 +314,7 @@ def make_train_step(
     all_mean: Callable[[Any], Any] = lambda tree: tree,
     accumulate: int = 1,
     mix: Callable[[TrainState, Array, Batch], tuple[Array, MixedLabels]] | None = None,
+    draw_boxes: Callable[[Array, Array], Array] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Terms]]:
     """Creates the function that makes one update.
 
@@ -297,11 +331,12 @@ def make_train_step(
         do in BatchNorm, unless its groups divide a micro-batch, and in Eq. (8) over all
         pairs.
       mix: function of `mixing` on normalised images; None: images are not mixed.
+      draw_boxes: ``(step, index) -> [b, 4]``, boxes for the swap; None: the attention.
 
     Returns:
       ``(state, batch) -> (state, terms)``. A batch has ``image`` uint8
-      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``; with `mix` also
-      ``index`` int ``[b]``, the positions of the images in the split.
+      ``[b, h, w, 3]``, ``flip`` bool ``[b]`` and ``label`` int ``[b]``; with `mix` or
+      `draw_boxes` also ``index`` int ``[b]``, the positions of the images in the split.
     """
 
     def differentiate(state: TrainState, batch: Batch) -> tuple[Any, tuple[Any, Terms]]:
@@ -312,8 +347,9 @@ def make_train_step(
         images, labels = normalize(images), batch["label"]
         if mix:
             images, labels = mix(state, images, batch)
+        boxes = draw_boxes(state.step, batch["index"]) if draw_boxes else None
         return jax.grad(loss_function, has_aux=True)(
-            state.params, state.batch_stats, images, labels, state.step
+            state.params, state.batch_stats, images, labels, state.step, boxes
         )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:

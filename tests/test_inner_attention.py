@@ -269,7 +269,7 @@ def test_config_turns_on_the_inner_attention(tmp_path):
         ({"art.inner_scale": 1.0}, r"art.inner_scale=1.0 must be in \[0, 1\)"),
         ({"art.inner_scale": -0.5}, r"art.inner_scale=-0.5 must be in \[0, 1\)"),
         *(
-            ({"art.inner_scale": 0.5, "model.kind": kind}, f"kind='{kind}' has none")
+            ({"art.inner_scale": 0.5, "model.kind": kind}, f"CRA-CNN.*kind='{kind}'")
             for kind in ("baseline", "stn")
         ),
     ],

@@ -18,7 +18,7 @@ from cra_jax.input.batches import center_batches
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
-from cra_jax.training import build, train
+from cra_jax.training import build, check_config, train
 from tests.helpers import patch_backbone, tiny_config
 from tests.helpers.echo_network import make_network
 from tests.oracles import attention
@@ -191,10 +191,12 @@ def test_cell_centres_of_a_non_square_image():
 @pytest.mark.parametrize(
     ("kind", "reason"), [("stn", "six parameters"), ("baseline", "has no attention")]
 )
-def test_spatial_head_of_other_models_is_an_error(kind, reason):
+def test_spatial_head_of_other_models_is_an_error(kind, reason, tmp_path):
     message = rf"art.head='spatial'.*model.kind='{kind}' .*{reason}.*art.head='pooled'"
     with pytest.raises(ValueError, match=message):
-        make_network(kind, head="spatial")
+        check_config.check(
+            tiny_config.config(tmp_path, **{"model.kind": kind, "art.head": "spatial"})
+        )
 
 
 def test_unknown_head_is_an_error_that_lists_the_known_ones():

@@ -75,6 +75,11 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
             check_config.check_normalization(subject)
         takes_options = given or is_run
         subject = run_options.from_config(subject) if takes_options else None
+    elif mode in ("train", "weights"):
+        from cra_jax.training import check_config
+
+        chosen = config_flags.get_override_values(values["config"])
+        check_config.turn_off_cra_options(subject, chosen)
     more = {
         "train": {"allow_change": values.allow_config_change},
         **{look: {"what": look} for look in ("data", "weights")},

@@ -13,7 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from cra_jax import art_module, model, schedule, train_step
+from cra_jax import art_module, model, schedule, swap, train_step
 from cra_jax.backbones import families
 from cra_jax.datasets import sources
 from cra_jax.inference import run_options
@@ -21,6 +21,7 @@ from cra_jax.input import splits
 from cra_jax.input.normalize import normalize
 from cra_jax.input.records import Dataset
 from cra_jax.runtime import devices, progress, run_directory
+from cra_jax.swap import SwapConfig
 from cra_jax.training import mixing, step_wrappers
 from cra_jax.training.optimizer import make_optimizer
 
@@ -59,6 +60,12 @@ class LoopOptions:
     mix: str = _key("mix.kind")
     ema_decay: float = _key("optim.ema_decay")
     pretrained: str = _key("model.pretrained")
+    swap_boxes: str = _key("swap.boxes")
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether the step draws numbers by the positions of images in the split."""
+        return bool(self.mix) or self.swap_boxes == "random"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -178,6 +185,8 @@ def build_network(config: Config, num_classes: int) -> model.CRACNN:
         config.model.kind,
         partial(build_backbone, config, num_classes),
         run_options.art_of(config),
+        swap=SwapConfig(**config.swap),
+        shared=config.model.shared_weights,
     )
 
 
@@ -188,10 +197,13 @@ def build_loss(config: Config, network: nn.Module, *, steps_per_epoch: int):
         cls2_weight=loss.cls2,
         res_weight=loss.res,
         cntr_weight=loss.cntr,
+        uniform_weight=loss.uniform,
+        swap_weight=config.swap.weight,
         expectation=restriction.expectation,
         threshold=restriction.threshold,
         margin=contrast.margin,
         distance=contrast.distance,
+        features=contrast.features,
         normalize_features=contrast.normalize,
         pairs=contrast.pairs,
         label_smoothing=loss.label_smoothing,
@@ -229,6 +241,7 @@ def build_training(
         all_mean=devices.all_mean,
         accumulate=config.train.accumulate,
         mix=build_mix(config, num_classes),
+        draw_boxes=build_boxes(config),
     )
     if options.freeze_period_epochs:
         step = step_wrappers.freeze_alternately(
@@ -277,6 +290,13 @@ def build_mix(config: Config, num_classes: int) -> mixing.Mix | None:
         alpha=config.mix.alpha,
         seed=config.seed,
     )
+
+
+def build_boxes(config: Config) -> Callable | None:
+    """Creates the function that draws boxes for the swap; None: the attention."""
+    if not config.swap.weight or config.swap.boxes == "attention":
+        return None
+    return partial(swap.draw_boxes, config.seed, tuple(config.art.init))
 
 
 def trained_head(

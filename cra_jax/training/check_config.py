@@ -3,11 +3,26 @@
 Most options are checked when they are built. This module checks combinations.
 """
 
+from collections.abc import Container
+from typing import Any
+
 from cra_jax import schedule
 from cra_jax.datasets import tfds_archives
 from cra_jax.inference import run_options
-from cra_jax.runtime import devices
+from cra_jax.runtime import devices, progress, run_directory
 from cra_jax.training import build, pretrained
+
+CRA_OPTIONS = {
+    "art.head": "pooled",
+    "art.rotate": True,
+    "art.redundancy": "hard",
+    "art.inner_scale": 0.0,
+    "contrast.features": "scores",
+    "loss.uniform": 0.0,
+    "model.shared_weights": False,
+    "swap.weight": 0.0,
+}
+"""Options that only CRA-CNN has, and the values that turn them off."""
 
 
 def check(config: build.Config) -> None:
@@ -24,6 +39,7 @@ def check(config: build.Config) -> None:
     _check_batch(config)
     _check_data(config)
     _check_optim(config)
+    _check_kind(config)
     build.build_training(config, 1, steps_per_epoch=1)
     check_normalization(config)
 
@@ -88,11 +104,58 @@ def _check_optim(config: build.Config) -> None:
             "model.kind='baseline': set both optim.freeze_first_epochs and "
             "optim.freeze_period_epochs to 0"
         )
+    if period and config.model.shared_weights:
+        raise ValueError(
+            f"optim.freeze_period_epochs={period} freezes N_cls while N_ar trains, but "
+            "model.shared_weights=True gives both the same weights: set "
+            "model.shared_weights=False, or both optim.freeze_first_epochs and "
+            "optim.freeze_period_epochs to 0"
+        )
     if not 0 <= options.ema_decay < 1:
         raise ValueError(
             f"optim.ema_decay={options.ema_decay} must be in [0, 1): 0.999 is usual, 0 "
             "takes no average"
         )
+
+
+def _check_kind(config: build.Config) -> None:
+    """Refuses options that only CRA-CNN has."""
+    kind = config.model.kind
+    reason = "has no attention"
+    if kind == "stn":
+        reason = "learns the six parameters of Eq. (2) and has no redundancy"
+    for key, value in _cra_options(config).items():
+        raise ValueError(
+            f"{key}={value!r} changes CRA-CNN, and model.kind={kind!r} {reason}: set "
+            f"{key}={CRA_OPTIONS[key]!r}"
+        )
+
+
+def turn_off_cra_options(config: build.Config, chosen: Container[str]) -> None:
+    """Turns off what a recipe adds to CRA-CNN, if the config has another kind.
+
+    A recipe such as the quickstart's can then be trained as another kind. What a user
+    chose stays, for `check` to refuse.
+
+    Args:
+      config: a config of `configs/`, which is changed.
+      chosen: keys that the user has set.
+    """
+    off = [key for key in _cra_options(config) if key not in chosen]
+    config.update_from_flattened_dict({key: CRA_OPTIONS[key] for key in off})
+    if off:
+        progress.print_line(
+            f"model.kind={config.model.kind}: options of CRA-CNN are off: "
+            f"{', '.join(off)}"
+        )
+
+
+def _cra_options(config: build.Config) -> dict[str, Any]:
+    """The keys of `CRA_OPTIONS` that are on in a config of another kind."""
+    if config.model.kind == "cra":
+        return {}
+    flat = run_directory.flatten(config.to_dict())
+    return {key: flat[key] for key, off in CRA_OPTIONS.items() if flat[key] != off}
 
 
 def check_normalization(config: build.Config) -> None:

@@ -267,4 +267,6 @@ def _plan(
         f"{len(left) - len(named)} counters (num_batches_tracked)",
         f"fresh: {', '.join(heads) or 'nothing'}",
     ]
-    return {(c, s, *k): x for s in streams for (c, *k), x in found.items()}, lines
+    # With shared weights, N_ar has statistics, but no parameters.
+    filled = {(c, s, *k): x for s in STREAMS for (c, *k), x in found.items()}
+    return {key: x for key, x in filled.items() if key in tree}, lines

@@ -369,7 +369,7 @@ class Run:
                 clock.restart()
 
     def _device_batch(self, step: int) -> dict[str, Any]:
-        return self._data.device_batch(step, indexed=bool(self._loop.mix))
+        return self._data.device_batch(step, indexed=self._loop.needs_index)
 
     def _log_window(
         self, log: training_log.Log, step: int, clock: progress.Clock

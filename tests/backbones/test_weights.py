@@ -642,6 +642,21 @@ def test_both_streams_start_from_a_weights_file_without_its_classifier(tmp_path)
         assert part in report
 
 
+def test_shared_weights_start_with_the_statistics_of_both_streams(tmp_path):
+    model = network(classes=1000)
+    path = save(model.state_dict(), tmp_path, "safetensors")
+    params, stats = training_state()
+    del params["regularization_stream"]
+    new_params, new_stats, _ = pretrained.start_from(
+        params, stats, pretrained=str(path), arch="resnet10"
+    )
+    assert set(new_params) == {"classification_stream", "attention_head"}
+    for stream in pretrained.STREAMS:
+        np.testing.assert_array_equal(
+            new_stats[stream]["bn1"]["mean"], model.bn1.running_mean
+        )
+
+
 def test_baseline_starts_from_a_published_name(client, tmp_path, monkeypatch):
     model = network()
     path = save(model.state_dict(), tmp_path, "safetensors")

@@ -9,7 +9,7 @@ from cra_jax.runtime.run_directory import flatten
 
 def config(cache_dir: Path, **changes: Any) -> Any:
     """Returns a config that trains in seconds; `changes` as {"train.epochs": 3}."""
-    tiny = get_config()
+    tiny = get_config("cra")
     tiny.update_from_flattened_dict(
         {
             "data.short_side_px": 36,
