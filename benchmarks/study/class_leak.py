@@ -70,7 +70,7 @@ def measure(workdir: Path, split: str = "test") -> dict[str, float]:
         state = checkpoints.restore(
             step, {name: shapes[name] for name in ("params", "batch_stats")}
         )
-    if REGULARIZATION_STREAM not in state["params"]:
+    if REGULARIZATION_STREAM not in state["batch_stats"]:
         raise ValueError(
             f"{workdir} is a {config.model.kind}, which has no N_ar: give a run of "
             "kind cra or stn"
@@ -95,7 +95,8 @@ class _Streams:
         head: Any = build.trained_head(config, params)
         first = restore.classification_variables(params, batch_stats)
         second = {
-            "params": params[REGULARIZATION_STREAM],
+            # N_ar may share the weights of N_cls.
+            "params": params.get(REGULARIZATION_STREAM, first["params"]),
             "batch_stats": batch_stats[REGULARIZATION_STREAM],
         }
 

@@ -50,6 +50,7 @@ class Row(NamedTuple):
 
 
 GROUPS = {
+    "gain": "Drawn birds: 64 images of a species, every row with the same compute",
     "main": "Drawn birds: main comparison",
     "ablations": "Drawn birds: one part of CRA-CNN changed",
     "robust": "Drawn birds: guards of Gamma and learning rates",
@@ -90,7 +91,7 @@ def _drawn(train_size: int, *phases: int, **more: Any) -> Settings:
     """Settings of drawn birds; `data__habitat_share` sets `data.habitat_share`."""
     dotted = {key.replace("__", "."): value for key, value in more.items()}
     sizes = {"data.train_size": train_size, "data.test_size": 1024}
-    return {**sizes, **_phases(*phases), **dotted}
+    return {**sizes, "train.batch_size": 64, **_phases(*phases), **dotted}
 
 
 # The drawn-bird task. docs/study.md, "Choice of the drawn-bird task", gives the reason.
@@ -120,7 +121,7 @@ def _change(name: str, title: str, question: str, **changes: Any) -> Row:
     """A row of CRA-CNN with changed settings; `loss__res` sets `loss.res`."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     group = "robust" if any(k.startswith("art.") for k in dotted) else "ablations"
-    more = (*("quickstart", "", {**BIRDS, **dotted}, 3), ("baseline", "cra"))
+    more = (*("quickstart", "cra", {**BIRDS, **dotted}, 3), ("baseline", "cra"))
     return Row(name, group, title, question, *more)
 
 
@@ -138,20 +139,93 @@ def _modern(name: str, word: str, seeds: int = 3, **changes: Any) -> list[Row]:
         )
         for kind, variant, title in (
             ("baseline", "baseline", "baseline"),
-            ("cra", "", "CRA-CNN"),
+            ("cra", "cra", "CRA-CNN"),
         )
     ]
 
 
+# Passes over the training images for every row of the group "gain".
+_PASSES = 160
+_SPATIAL: Settings = {"art.head": "spatial", "art.rotate": False}
+_SWAP: Settings = {**_SPATIAL, "swap.weight": 1.0}
+_BEST: Settings = {
+    **_SWAP,
+    "art.redundancy": "filled",
+    "loss.uniform": 1.0,
+    "loss.cntr": 0.0,
+    "model.shared_weights": True,
+}
+
+
+def _gain(
+    name: str, title: str, variant: str, passes: float, changes: Settings | None = None
+) -> Row:
+    """A row of the group "gain"; `passes` counts those of an epoch, see quickstart."""
+    epochs = round(_PASSES / passes)
+    phases = (epochs, round(0.7 * epochs), round(0.2 * epochs))
+    is_first = name == "baseline"
+    return Row(
+        f"gain-{name}",
+        "gain",
+        title,
+        "Which training is the most accurate for its compute?",
+        *("quickstart", variant),
+        {**_drawn(512, *phases, train__batch_size=32), **(changes or {})},
+        5,
+        () if is_first else ("gain-baseline",),
+    )
+
+
+_GAIN = (
+    _gain("baseline", "baseline", "baseline", 1),
+    _gain("cra", "CRA-CNN", "cra", 1.5),
+    _gain("spatial", "spatial head", "cra", 1.5, _SPATIAL),
+    _gain(
+        "no-gradient",
+        "spatial head, none of Gamma's gradient to N_cls",
+        *("cra", 1.5, {**_SPATIAL, "art.gradient_share": 0.0}),
+    ),
+    _gain(
+        "contrast",
+        "spatial head, filled redundancy",
+        *("cra", 1.5, {**_SPATIAL, "art.redundancy": "filled"}),
+    ),
+    _gain(
+        "shared",
+        "spatial head, shared weights",
+        *("cra", 1.5, {**_SPATIAL, "model.shared_weights": True}),
+    ),
+    _gain(
+        "uniform",
+        "the same, filled redundancy, L_uniform for L_cntr",
+        *("cra", 1.5, {**_BEST, "swap.weight": 0.0}),
+    ),
+    _gain("swap", "spatial head, swap", "cra", 2, _SWAP),
+    _gain("best", "all of these", "cra", 2, _BEST),
+    _gain(
+        "random",
+        "all of these, swap of random boxes",
+        *("cra", 2, {**_BEST, "swap.boxes": "random"}),
+    ),
+    _gain("cutmix", "baseline, CutMix", "baseline", 1, {"mix.kind": "cutmix"}),
+    _gain(
+        "snapmix",
+        "baseline, SnapMix",
+        *("baseline", 4 / 3, {"mix.kind": "snapmix", "mix.alpha": 5.0}),
+    ),
+    _gain("baseline-plus", "baseline, smoothing and averages", "baseline,plus", 1),
+    _gain("plus", "all of these, smoothing and averages (`plus`)", "plus", 2),
+)
+
+
 def _rate(kind: str, word: str, rate: float) -> Row:
-    variant = "" if kind == "cra" else kind
     name = "CRA-CNN" if kind == "cra" else kind
     return Row(
         f"{kind}-rate-{word}",
         "robust",
         f"{name}, learning rate {rate:g}",
         "Does the result depend on the learning rate?",
-        *("quickstart", variant, {**BIRDS, "optim.base_lr": rate}, 3),
+        *("quickstart", kind, {**BIRDS, "optim.base_lr": rate}, 3),
         (kind,) if kind == "baseline" else (f"baseline-rate-{word}", kind),
     )
 
@@ -282,6 +356,7 @@ def _changed_photographs(
 
 
 ROWS = (
+    *_GAIN,
     _main("baseline", "baseline", "How accurate is a plain ResNet?", "baseline"),
     _main(
         "baseline-long",
@@ -295,14 +370,14 @@ ROWS = (
         "cra",
         "CRA-CNN",
         "Does contrastive reinforcement raise accuracy?",
-        "",
+        "cra",
         references=("baseline", "baseline-long"),
     ),
     _main(
         "cra-soft",
         "CRA-CNN, soft redundancy",
         "Does a redundancy with differentiable edges raise accuracy?",
-        "",
+        "cra",
         changes={**BIRDS, "art.redundancy": "soft"},
         references=("baseline", "baseline-long", "cra"),
     ),
@@ -442,7 +517,7 @@ ROWS = (
         "modern",
         "CRA-CNN, attention at two scales",
         "Does a second, smaller attention raise accuracy?",
-        *("quickstart", "", {**BIRDS, "art.inner_scale": 0.5}, 3),
+        *("quickstart", "cra", {**BIRDS, "art.inner_scale": 0.5}, 3),
         ("baseline", "cra"),
     ),
     *_photographs("cub", "tuned"),
@@ -538,13 +613,23 @@ _IRRELEVANT = (
 )
 # Settings that only a network with attention reads.
 _OF_ATTENTION = ("art.", "restriction.", "contrast.", "model.ar_passes", "loss.cls2")
-_OF_ATTENTION += ("loss.res", "loss.cntr", "optim.attention_lr_scale")
+_OF_ATTENTION += ("loss.res", "loss.cntr", "loss.uniform", "optim.attention_lr_scale")
+_OF_ATTENTION += ("model.shared_weights", "swap.")
 # Settings that were added after the first results, with the value that reproduces the
 # earlier behaviour. A result from before such a setting keeps its fingerprint.
 _ADDED_LATER: Settings = {
     "art.gradient_share": 1.0,
     "art.head": "pooled",
     "art.inner_scale": 0.0,
+    "art.rotate": True,
+    "contrast.features": "scores",
+    "loss.uniform": 0.0,
+    "model.shared_weights": False,
+    "swap.boxes": "attention",
+    "swap.edge": 0.0,
+    "swap.every": 2,
+    "swap.place": "neighbour",
+    "swap.weight": 0.0,
     "loss.label_smoothing": 0.0,
     "optim.freeze_first_epochs": 0,
     "optim.freeze_period_epochs": 0,
