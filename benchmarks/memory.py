@@ -154,6 +154,7 @@ def main() -> None:
         "--topology", default="", help="TPU topology, such as v5p:1x1x1"
     )
     parser.add_argument("--backbones", nargs="+", default=["resnet50", "resnet101"])
+    parser.add_argument("--variant", default="cra", help="such as plus or baseline")
     parser.add_argument("--batches", nargs="+", type=int, default=[64])
     parser.add_argument("--accumulate", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--crop_px", type=int, default=448)
     options = parser.parse_args()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host
-    print(f"\nCRA-CNN at {options.crop_px} px, on one device; GB (1e9 bytes)")
+    print(f"\n{options.variant} at {options.crop_px} px, on one device; GB (1e9 bytes)")
     columns = ["backbone", "batch", "accumulate", "dtype", "remat"]
     columns += ["state", "activations", "sum"]
     device = find_device(options.topology) if options.compile else None
@@ -179,7 +180,7 @@ def main() -> None:
         options.remat,
     ):
         backbone, batch, accumulate, dtype, remat = case
-        config = get_config(backbone)
+        config = get_config(f"{backbone},{options.variant}")
         config.model.pretrained = ""
         config.data.crop_px = options.crop_px
         config.art.size_px = options.crop_px // 2

@@ -6,7 +6,7 @@
 
 A step starts with uint8 images on the host and ends with the updated weights. Both
 sides have the same images, ResNet, losses and optimizer. On a GPU both compute in
-bfloat16.
+bfloat16. The variant `plus` has no peer in PyTorch.
 
 "utilization" is the model's FLOP, as XLA counts them before optimization, divided by
 the FLOP of the device at its peak. "sampler and losses" is a step of CRA-CNN whose
@@ -38,6 +38,7 @@ from cra_jax.runtime import devices
 from cra_jax.training import build
 
 KINDS = ("baseline", "cra")
+PLUS = "plus"
 ALONE = "sampler and losses, here"
 
 
@@ -65,6 +66,7 @@ def main() -> None:
         for compiled in (False, True)[: 1 + options.compile]:
             name = f"{kind}, PyTorch" + ", compiled" * compiled
             actions[name] = _peer(kind, options, images, labels, compiled=compiled)
+    actions[f"{PLUS}, here"], flops[PLUS] = _ours(PLUS, options, images, labels)
     actions[ALONE], flops[ALONE.partition(",")[0]] = _ours(
         "cra", options, images, labels, streams=False
     )
@@ -77,6 +79,7 @@ def main() -> None:
         kind, _, side = name.partition(", ")
         middle = statistics.median(taken)
         peer = times.get(f"{kind}, PyTorch")
+        counts = side == "here" and name != ALONE
         baseline = times[f"baseline, {side}"]
         used = flops[kind] / (middle / 1000) / (peak * jax.device_count())
         rows.append(
@@ -86,7 +89,7 @@ def main() -> None:
                 f"{1000 * options.batch / middle:.2f}",
                 f"{timing.ratio(peer, taken):.2f}" if peer else "",
                 f"{timing.ratio(taken, baseline):.2f}",
-                f"{100 * used:.1f} %" if side == "here" and peer else "",
+                f"{100 * used:.1f} %" if counts else "",
             ]
         )
     header = ["step", "ms", "images/s", "speed relative to PyTorch"]
@@ -135,7 +138,7 @@ def _ours(kind: str, options: argparse.Namespace, images, labels, *, streams=Tru
     """The step that the training loop runs, and its FLOP.
 
     Args:
-      kind: a key of `model.KINDS`.
+      kind: a variant of `configs/cub.py`.
       options: options of the command line.
       images: uint8 ``[b, h, w, 3]``.
       labels: ``[b]``.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import efficientnet, resnet
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime import devices
+from cra_jax.swap import SwapConfig
 from cra_jax.training import step_wrappers
 from cra_jax.training.optimizer import make_optimizer
 from tests.helpers.echo_backbone import Echo
@@ -323,12 +325,16 @@ def _image_scatters(function, *arguments):
     return [x for x in hlo.splitlines() if " scatter(" in x and pixels in x]
 
 
+@pytest.mark.parametrize("extended", [False, True])
 @pytest.mark.parametrize("head", art_module.HEADS)
-def test_training_step_has_no_scatter_into_the_images(head):
+def test_training_step_has_no_scatter_into_the_images(head, extended):
     """Images are data; the step must not compute the sampler's gradient to them."""
-    network = model.create(
-        "cra", Echo, ArtConfig(size_px=SIZE, inside=False, head=head)
-    )
+    art = ArtConfig(size_px=SIZE, inside=False, head=head)
+    more: dict[str, Any] = {}
+    if extended:
+        art = dataclasses.replace(art, redundancy="filled", rotate=False)
+        more = {"swap": SwapConfig(weight=1.0), "shared": True}
+    network = model.create("cra", Echo, art, **more)
     step, optimizer = _step(network)
     state = train_step.create_state(jax.random.key(0), network, optimizer, crop_px=SIZE)
     batch = {k: jnp.asarray(v) for k, v in _batch().items()}

@@ -129,8 +129,15 @@ class Monitor:
             "contrast_inactive": (
                 numbers.get("contrast_inactive", 0) > 0.95,
                 f"{numbers.get('contrast_inactive', 0):.0%} of the pairs of Eq. (8) "
-                "exceed the margin and have no gradient: raise contrast.margin (now "
-                f"{setting['contrast.margin']})",
+                "exceed the margin and have no gradient: "
+                + (
+                    "set art.redundancy=filled (now "
+                    f"{setting['art.redundancy']}), because N_ar recognizes the "
+                    "redundancy by its hole, and start again"
+                    if setting["art.redundancy"] != "filled"
+                    else "set loss.uniform=1.0 and loss.cntr=0.0, a loss of the "
+                    "redundancy that keeps its gradient, and start again"
+                ),
             ),
             "contrast_distance": (
                 begun

@@ -141,7 +141,7 @@ def test_a_skipped_update_changes_only_the_step_counter(cache_dir):
 
 PROBLEMS = {
     "gamma_saturated": (0.6, 0.4, "set art.guard (now 0.95) to 0.9"),
-    "contrast_inactive": (1.0, 0.9, "raise contrast.margin (now 0.7)"),
+    "contrast_inactive": (1.0, 0.9, "set art.redundancy=filled (now hard)"),
     "contrast_distance": (0.001, 0.2, "lower optim.base_lr (now 0.05) or loss.cntr"),
 }
 
@@ -163,6 +163,14 @@ def test_a_warning_is_printed_once_and_names_the_option(tmp_path, capsys, name, 
         "saturated Gamma, inactive pairs in L_cntr, or collapsed features",
         "a warning that names the option to change",
     )
+
+
+def test_an_inactive_contrast_of_a_filled_redundancy_has_other_advice(tmp_path, capsys):
+    config = tiny_config.config(tmp_path, **{"art.redundancy": "filled"})
+    settings = run_directory.flatten(config.to_dict())
+    watched = monitor.Monitor(tmp_path, settings, first_step=0, images=lambda step: {})
+    watched.warn(10, {"contrast_inactive": 0.99}, begun=True)
+    assert "set loss.uniform=1.0 and loss.cntr=0.0" in capsys.readouterr().err
 
 
 def test_bad_steps_after_the_resumed_step_are_removed(tmp_path):
