@@ -20,7 +20,9 @@ BIN := $(VENV)/bin
 .PHONY: run test test-slow test-python lock check format reproduce study scale faults \
 	soak docs docs-serve clean
 
+# The baseline first, so that the report of the second run shows both.
 run: $(VENV)/.runtime
+	$(BIN)/python launch.py --config configs/quickstart.py:baseline
 	$(BIN)/python launch.py
 
 test: $(VENV)/.dev

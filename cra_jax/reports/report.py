@@ -78,7 +78,8 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
     Args:
       options: of the run.
       workdir: the run directory.
-      baseline: run directory of a baseline for the figures.
+      baseline: run directory of a baseline for the scores and figures; None: the
+        directory with the same name and the ending `-baseline`, if there is one.
 
     Returns:
       Path of the page.
@@ -93,8 +94,10 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
             f"{workdir} has no metrics (metrics.jsonl is missing or empty): train the "
             "run first, with --mode train"
         )
+    baseline = baseline or _baseline_beside(workdir)
     (workdir / _PAGE).parent.mkdir(exist_ok=True)
     values = _template_values(config, lines, workdir)
+    values["baseline"] = _baseline_values(baseline, values["scores"])
     values["images"], values["missing"], failed = _figures(options, workdir, baseline)
     values["notes"] += failed
     values["sections"] = [
@@ -164,6 +167,32 @@ def _score_row(line: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
     paper = run_summary.paper_result(run_directory.flatten(config), line)
     row = {"top5": None, "mean_per_class": None, "low": low, "high": high}
     return row | {"paper": paper} | dict(line)
+
+
+def _baseline_beside(workdir: Path) -> Path | None:
+    """The run `NAME-baseline` beside the run `NAME`; None if it has no scores."""
+    path = workdir.with_name(f"{workdir.resolve().name}-baseline")
+    if not (path / "config.json").is_file():
+        return None
+    return path if run_summary.latest_scores(run_directory.read_metrics(path)) else None
+
+
+def _baseline_values(
+    baseline: Path | None, scores: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Scores of the baseline by split and protocol, its name and its epochs."""
+    if baseline is None:
+        return {}
+    config = run_directory.read_config(baseline)
+    lines = run_summary.latest_scores(run_directory.read_metrics(baseline))
+    found = {(line["split"], line["protocol"]): line for line in lines}
+    keys = [(row["split"], row["protocol"]) for row in scores]
+    return {
+        "name": baseline.name,
+        "title": run_summary.run_title(config),
+        "epochs": config["train"]["epochs"],
+        "top1": {key: found[key]["top1"] for key in keys if key in found},
+    }
 
 
 def _localization_row(line: Mapping[str, Any]) -> dict[str, Any]:

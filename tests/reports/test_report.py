@@ -186,6 +186,24 @@ def test_page_shows_the_papers_result(tmp_path):
     assert "Table 1 reports 86.2 %" in _read(workdir).text
 
 
+def test_page_shows_the_baseline_that_was_trained_beside_the_run(tmp_path):
+    workdir = make(tmp_path / "run")
+    options = run_options.from_config(get_config())
+    report.write(options, workdir)
+    assert "baseline, top-1 (%)" not in _read(workdir).text
+    make(tmp_path / "run-baseline", variant="baseline", right=6)
+    make(tmp_path / "other", variant="baseline", right=5)
+    for baseline, score in ((None, "60.0"), (tmp_path / "other", "50.0")):
+        report.write(options, workdir, baseline=baseline)
+        (row,) = [r for r in _read(workdir).cells if r[:2] == ["test", "center"]]
+        assert (row[2], row[-2], row[-1]) == ("70.0", score, "10")
+    assert "The baseline is the run other" in _read(workdir).text
+    # A directory without scores is not a baseline.
+    (tmp_path / "run-baseline" / "metrics.jsonl").write_text("")
+    report.write(options, workdir)
+    assert "baseline, top-1 (%)" not in _read(workdir).text
+
+
 def test_latest_scores_are_of_the_last_checkpoint():
     def line(step, protocol="center", **more):
         return {"step": step, "split": "test", "protocol": protocol, **more}
