@@ -103,7 +103,8 @@ def _user(config: Any) -> None:
     data.name = ""  # tfds: of the dataset, such as caltech_birds2011
     data.manual_dir = ""  # tfds, --mode prepare: archives got by hand; see its messages
     data.seed = 0  # of drawn images, and of test splits that the folder does not have
-    data.test_share = 0.2  # folder, csv: without a test split, share of each class
+    data.test_share = 0.2  # folder, csv, tfds: without a test split, of each class
+    data.val_share = 0.0  # of each class's training images, as a split `val`; 0: none
     data.mean = (0.485, 0.456, 0.406)  # of ImageNet's channels, images in 0..1
     data.std = (0.229, 0.224, 0.225)
     data.prepare = True  # decode once into the image cache; False: at each use
@@ -132,7 +133,7 @@ def _user(config: Any) -> None:
     train.report = True  # write report/index.html at the end
     checkpoint.every_epochs = 1
     checkpoint.every_steps = 0  # also in mid-epoch; 0: at the end of epochs alone
-    checkpoint.keep_latest = 2  # the best on `test` is kept as well
+    checkpoint.keep_latest = 2  # the best on `val`, else on `test`, is kept as well
     evaluation.protocol = "both"  # center (Sec. 4.2), full (Sec. 4.3), or both
     evaluation.batch_size = 32  # images; the scores do not depend on it
     evaluation.bucket_px = 64  # full: sizes are rounded up to multiples; 0: exact

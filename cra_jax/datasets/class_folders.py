@@ -1,17 +1,16 @@
 """Reads folders of images: image files, classes and splits.
 
-Without a test split, a random share of each class is used for testing. No image is
-opened, and no order depends on the file system.
+Without splits, a random share of each class is used for testing. No image is opened,
+and no order depends on the file system.
 """
 
 import collections
-import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cra_jax.datasets import listing
-from cra_jax.datasets.listing import Entry, Listing, Splits
+from cra_jax.datasets.listing import Entry, Listing, Skipped, Splits, some
 
 LAYOUT = (
     "expected train/ and test/ (or val/), each with one folder of images per class; or"
@@ -19,69 +18,73 @@ LAYOUT = (
 )
 """Expected layout on disk; for messages."""
 
-_TRAIN, _TEST = ("train",), ("test", "val", "valid")
+# Words in names of folders that do not hold the images of a class.
+_ANNOTATIONS = frozenset(
+    {"annotation", "annotations", "labels", "trimaps", "xmls", "bboxes", "groundtruth"}
+    | {"imagesets", "segmentations", "segmentationclass", "segmentationobject"}
+)
+# These may also be classes, unless a folder such as images/ is beside them.
+_MAY_ANNOTATE = frozenset(
+    {"label", "mask", "masks", "segmentation", "gt", "xml", "json", "meta"}
+)
+
+_Classes = dict[str, list[Path]]
 
 
 def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
-    """Lists class folders in `train/` and `test/`, or class folders without splits.
+    """Lists class folders in `train/`, `test/` and `val/`, or class folders alone.
 
-    Without splits, a random share of each class is used for testing: at least one image
-    of a class that has two, the same for the same seed and file names.
+    Other usual names of the splits are known, see `listing.split_of`; each class folder
+    may have the splits inside instead. Without splits, a random share of each class is
+    used for testing: at least one image of a class that has two, the same for the same
+    seed and file names.
+
+    Returns:
+      The splits that are there: "train", "test" and "val" (which is "test" if there is
+      no other).
 
     Raises:
-      ValueError: no such folders, no images, or a test class without a training folder.
+      ValueError: no such folders, no images, a class of another split without a
+        training folder, or folders that do not look like classes.
     """
     root = path
     for _ in range(2):  # archives often have one extra outer folder
         only = listing.sub_folders(root)
-        if len(only) == 1 and not _split_folder(root, _TRAIN + _TEST):
+        if len(only) == 1 and not _split_folders(root):
             root = only[0]
-    skipped = collections.Counter()
-    train = _split_folder(root, _TRAIN)
-    test = _split_folder(root, _TEST)
-    notes = []
-    if train and test:
-        groups = {"train": _classes(train, skipped), "test": _classes(test, skipped)}
-        names = list(groups["train"])
-        unknown = [name for name in groups["test"] if name not in names]
-        if unknown:
-            raise ValueError(
-                f"{test}: classes without a folder in {train}: {listing.some(unknown)};"
-                " rename them or add training images"
-            )
-        splits = {
-            split: [
-                Entry(file, names.index(name), None)
-                for name, files in classes.items()
-                for file in files
-            ]
-            for split, classes in groups.items()
-        }
-        unused = [f.name for f in listing.sub_folders(root) if f not in (train, test)]
-        if unused:
-            notes.append(f"folders of {root} that are ignored: {listing.some(unused)}")
-    elif train or test:
+    skipped, notes = Skipped(), []
+    folders = _split_folders(root)
+    if set(folders) == {"train"}:
         raise ValueError(
-            f"{root}: only {(train or test or root).name}/ is here;"
-            f" {LAYOUT} (then set the path to that folder)"
+            f"{root}: only {folders['train'].name}/ is here; {LAYOUT} (then set the"
+            " path to that folder)"
         )
+    if folders:
+        inner = {split: _inner(folder) for split, folder in folders.items()}
+        groups = {split: _classes(f, skipped) for split, f in inner.items()}
+        notes += _merged(inner, groups)
+        here = listing.sub_folders(root, skipped)
+        unused = [f.name for f in here if f not in folders.values()]
+        if unused:
+            notes.append(f"folders of {root} that are ignored: {some(unused)}")
+    else:
+        groups = _splits_in_classes(root, skipped)
+    if groups:
+        groups, renamed = listing.test_split(groups, str(root))
+        notes += renamed
+        names, splits = _labelled(groups, root)
     else:
         classes = _classes(root, skipped)
-        names = list(classes)
-        entries = [
-            Entry(file, label, None)
-            for label, files in enumerate(classes.values())
-            for file in files
-        ]
+        notes += _merged({"train": root}, {"train": classes})
+        names, whole = _labelled({"train": classes}, root)
+        entries = whole["train"]
         splits = draw_test(root, entries, seed=seed, test_share=test_share)
         notes.append(
             f"no train/ and test/ in {root}: {len(splits['test'])} of {len(entries)}"
-            " images were drawn for testing"
+            " images were drawn for testing (with data.test_share=1, --mode eval"
+            " scores all of them)"
         )
-    if skipped:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
-        notes.append(f"{skipped.total()} files skipped: {kinds}")
-    return Listing(root, tuple(names), splits, tuple(notes))
+    return Listing(root, tuple(names), splits, (*notes, *skipped.notes()))
 
 
 def draw_test(
@@ -89,53 +92,217 @@ def draw_test(
 ) -> Splits:
     """Draws a share of each class for testing; both splits keep the order of `entries`.
 
-    A class that has two images gets at least one in each split. The result depends only
-    on the seed and the names relative to `root`.
+    See `listing.draw_share`. If the share is 1, there is no training split.
 
     Raises:
-      ValueError: the share is not between 0 and 1.
+      ValueError: the share is not above 0 and at most 1.
     """
-    if not 0 < test_share < 1:
-        raise ValueError(f"test_share is {test_share}: set it between 0 and 1")
-    classes: dict[int, list[Path]] = {}
+    names = {entry.file: listing.name_below(entry.file, root) for entry in entries}
+    drawn = listing.draw_share(
+        ((names[entry.file], entry.label) for entry in entries),
+        share=test_share,
+        seed=seed,
+        key="data.test_share",
+    )
+    splits: Splits = {"train": [], "test": []}
     for entry in entries:
-        classes.setdefault(entry.label, []).append(entry.file)
-    drawn = set()
-    for files in classes.values():
-        lot = {
-            file: hashlib.sha256(
-                f"{seed} {listing.name_below(file, root)}".encode()
-            ).digest()
+        splits["test" if names[entry.file] in drawn else "train"].append(entry)
+    if test_share == 1:
+        del splits["train"]
+    return splits
+
+
+def _labelled(
+    groups: Mapping[str, _Classes], root: Path
+) -> tuple[list[str], dict[str, list[Entry]]]:
+    """Class names, and the entries of each split; training has every class."""
+    first = "train" if "train" in groups else "test"
+    names = list(groups[first])
+    for split, classes in groups.items():
+        unknown = [name for name in classes if name not in groups[first]]
+        if unknown:
+            raise ValueError(
+                f"{root}: classes of the split {split!r} without a folder in that of"
+                f" {first!r}: {some(unknown)}; rename them or add images"
+            )
+    number = {name: label for label, name in enumerate(names)}
+    return names, {
+        split: [
+            Entry(file, number[name], None)
+            for name, files in classes.items()
             for file in files
-        }
-        count = min(max(round(len(files) * test_share), 1), len(files) - 1)
-        drawn.update(sorted(files, key=lot.__getitem__)[:count])
-    return {
-        "train": [entry for entry in entries if entry.file not in drawn],
-        "test": [entry for entry in entries if entry.file in drawn],
+        ]
+        for split, classes in groups.items()
     }
 
 
-def _classes(folder: Path, skipped: collections.Counter) -> dict[str, list[Path]]:
-    classes = {}
-    for class_folder in listing.sub_folders(folder):
+def _classes(folder: Path, skipped: Skipped) -> _Classes:
+    """The images of each class folder."""
+    found = {}
+    class_folders = listing.sub_folders(folder, skipped)
+    _check_names(folder, class_folders)
+    for class_folder in class_folders:
         name = unicodedata.normalize("NFC", class_folder.name)
-        if name in classes:
+        found[name] = listing.image_files(class_folder, skipped)
+    for file in folder.iterdir():
+        if file.is_file():
+            skipped.files["outside the class folders"] += 1
+    if not any(found.values()):
+        raise ValueError(f"{folder}: no images in folders; {LAYOUT}")
+    return found
+
+
+def _check_names(folder: Path, class_folders: Sequence[Path]) -> None:
+    """Checks that the names of folders are different, and can be those of classes."""
+    names = [unicodedata.normalize("NFC", f.name) for f in class_folders]
+    for name, count in collections.Counter(names).items():
+        if count > 1:
             raise ValueError(
                 f"{folder}: two folders have the name {name!r} in different Unicode"
                 " forms; merge them"
             )
-        classes[name] = listing.image_files(class_folder, skipped)
-    for file in folder.iterdir():
-        if file.is_file():
-            skipped["outside the class folders"] += 1
-    if not any(classes.values()):
-        raise ValueError(f"{folder}: no images in folders; {LAYOUT}")
-    return classes
+    listing.check_differ(names, str(folder))
+    split = {name: listing.split_of(name)[0] for name in names}
+    rest = {name: set(listing.split_of(name)[1].split()) for name in names}
+    of_images = [n for n in names if not (rest[n] or split[n]) and _has_letters(n)]
+    suspected = _ANNOTATIONS | (_MAY_ANNOTATE if of_images else frozenset())
+    odd = [n for n, words in rest.items() if words and words <= suspected]
+    if odd:
+        hint = ""
+        if of_images:
+            hint = f" (if {of_images[0]}/ holds them, set the path to it)"
+        raise ValueError(
+            f"{folder}: {some(odd)} is not the name of a class; the images of each"
+            f" class belong into a folder with the name of the class{hint}, or list"
+            " images and classes in a CSV file, and read that with data.source=csv"
+        )
 
 
-def _split_folder(root: Path, names: Iterable[str]) -> Path | None:
-    """The first sub-folder with one of the names and with sub-folders of its own."""
-    by_name = {folder.name.lower(): folder for folder in listing.sub_folders(root)}
-    found = [by_name[name] for name in names if name in by_name]
-    return next((folder for folder in found if listing.sub_folders(folder)), None)
+def _merged(folders: Mapping[str, Path], groups: Mapping[str, _Classes]) -> list[str]:
+    """A note on folders in class folders, whose images belong to the class around them.
+
+    Raises:
+      ValueError: the class folders have the same folders inside, so that either may be
+        the classes.
+    """
+    split = "train" if "train" in groups else next(iter(groups))
+    inside: dict[str, set[str]] = {}
+    mixed = set()
+    for name, files in groups[split].items():
+        depth = len(folders[split].parts) + 1
+        parts = [file.parts[depth:] for file in files]
+        inside[name] = {part[0] for part in parts if len(part) > 1}
+        if any(len(part) == 1 for part in parts):
+            mixed.add(name)
+    deep = {n: found for n, found in inside.items() if len(found) > 1}
+    apart = [found for name, found in deep.items() if name not in mixed]
+    times = collections.Counter(part for found in apart for part in found)
+    shared = sorted(
+        (part for part, count in times.items() if count > 1), key=listing.natural_key
+    )
+    if (
+        2 * len(apart) >= max(len(inside), 4)
+        and len(shared) > 1
+        and 2 * len(shared) >= len(times)
+    ):
+        raise ValueError(
+            f"{folders[split]}: the folders {some(list(inside))} have the same folders"
+            f" inside ({some(shared)}), so that either may be the classes; keep one"
+            " level of folders, or list images and classes in a CSV file, and read"
+            " that with data.source=csv"
+        )
+    merged = [
+        f"{name}/{part}"
+        for name, found in inside.items()
+        if len(found) > 1 or name in mixed
+        for part in sorted(found, key=listing.natural_key)
+    ]
+    if not merged:
+        return []
+    return [
+        f"{len(merged)} folders within class folders count as the class around them:"
+        f" {some(merged)}"
+    ]
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits: those with such names and with folders inside.
+
+    Folders such as `birds_train` are splits only together with `birds_test`.
+    """
+    named: dict[str, dict[str, list[Path]]] = {}
+    for folder in listing.sub_folders(root):
+        split, rest = listing.split_of(folder.name)
+        if split and listing.sub_folders(folder):
+            named.setdefault(rest, {}).setdefault(split, []).append(folder)
+    groups = [
+        group
+        for rest, group in named.items()
+        if not rest or (len(group) > 1 and "train" in group)
+    ]
+    found: dict[str, list[Path]] = {}
+    for group in [named[""]] if "" in named else groups:
+        for split, folders in group.items():
+            found.setdefault(split, []).extend(folders)
+    for split, folders in found.items():
+        if len(folders) > 1:
+            names = some([folder.name for folder in folders])
+            raise ValueError(
+                f"{root}: several folders have the name of the split {split!r}:"
+                f" {names}; keep one, or merge them"
+            )
+    return {
+        split: found[split][0] for split in ("train", "test", "val") if split in found
+    }
+
+
+def _inner(folder: Path) -> Path:
+    """The folder of the class folders, such as `train/images` for `train`."""
+    only = listing.sub_folders(folder)
+    if len(only) != 1 or not listing.sub_folders(only[0]):
+        return folder
+    split, rest = listing.split_of(only[0].name)
+    same = only[0].name.casefold() == folder.name.casefold()
+    filler = not rest and split in (None, listing.split_of(folder.name)[0])
+    return only[0] if same or (filler and _has_letters(only[0].name)) else folder
+
+
+def _splits_in_classes(root: Path, skipped: Skipped) -> dict[str, _Classes]:
+    """The images of each split, if each class folder has the splits inside."""
+    inside: dict[Path, dict[str, Path]] = {}
+    for folder in listing.sub_folders(root):
+        inside[folder] = found = {}
+        for child in listing.sub_folders(folder):
+            split, rest = listing.split_of(child.name)
+            if split and not rest:
+                found.setdefault(split, child)
+    divided = [f for f, found in inside.items() if "train" in found and len(found) > 1]
+    if not divided:
+        return {}
+    others = [f.name for f, found in inside.items() if "train" not in found]
+    if others:
+        raise ValueError(
+            f"{root}: {divided[0].name}/ has the splits inside, but not"
+            f" {some(others)}; give each class folder train/ and test/, or none"
+        )
+    _check_names(root, list(inside))
+    groups: dict[str, _Classes] = {}
+    for folder, found in inside.items():
+        name = unicodedata.normalize("NFC", folder.name)
+        for split in ("train", "test", "val"):
+            if split in found:
+                files = listing.image_files(found[split], skipped)
+                groups.setdefault(split, {})[name] = files
+        inner = set(found.values())
+        outside = [
+            file
+            for file in listing.image_files(folder, Skipped())
+            if inner.isdisjoint(file.parents)
+        ]
+        if outside:
+            skipped.files["outside the splits of the classes"] += len(outside)
+    return groups
+
+
+def _has_letters(name: str) -> bool:
+    return any(character.isalpha() for character in name)

@@ -10,12 +10,13 @@ the box, in pixels of the image, are optional; a box may be empty. No image is o
 
 import csv
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from cra_jax.datasets import class_folders
+from cra_jax.datasets import class_folders, listing
 from cra_jax.datasets.listing import Corners, Entry, Listing, Splits, natural_key, some
 
 LAYOUT = (
@@ -24,10 +25,16 @@ LAYOUT = (
 )
 """Expected file; for messages."""
 
-_SPLITS = {"train": "train", "test": "test", "val": "val"}
-_SPLITS |= {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
+# What spreadsheets and pandas write for a missing value, in lower case.
+_MISSING = frozenset(
+    {"nan", "<na>", "nat", "null", "#n/a", "n/a", "#ref!", "#value!", "#name?"}
+    | {"#div/0!", "#null!", "#num!"}
+)
+_LONGEST_LABEL = 255
 _SIDES = ("x_min", "y_min", "x_max", "y_max")
 _COLUMNS = ("path", "label", "split", *_SIDES)
+
+_NUMBER = re.compile(r"\d+(\.0*)?")
 
 _Row = dict[str, str]
 
@@ -37,7 +44,7 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
 
     Paths are relative to the folder of the CSV, and inside it; links are followed.
     Labels are names or numbers. Without a split column, a random share of each class is
-    used for testing, as for class folders. Rows of "val" are used if none is "test".
+    used for testing, as for class folders. Rows of "val" are "test" if none is "test".
 
     Args:
       file: with commas, semicolons or tabs between the columns, in UTF-8.
@@ -60,7 +67,7 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
         if image in seen:
             raise fail(f"{row['path']!r} is also on line {seen[image]}; remove one")
         seen[image] = line
-        if not image.is_file():
+        if not _is_file(image):
             missing.append(f"line {line}: {row['path']}")
         labels.append(_label(row["label"], fail))
         splits.append(_split(row["split"], fail) if "split" in row else "")
@@ -70,8 +77,11 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
             f"{file}: {len(missing)} of {len(rows)} images do not exist:"
             f" {some(missing)}; give paths relative to {root}"
         )
-    if all(label.isdecimal() for label in labels):
-        labels = [str(int(label)) for label in labels]  # 01 and 1 are one class
+    if all(_NUMBER.fullmatch(label) for label in labels):
+        labels = [  # 01, 1 and 1.0 are one class
+            listing.plain_number(label.partition(".")[0]) for label in labels
+        ]
+    listing.check_differ(labels, str(file))
     names = sorted(set(labels), key=natural_key)
     position = {name: i for i, name in enumerate(names)}
     entries = [
@@ -79,14 +89,15 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
         for entry, label in zip(entries, labels, strict=True)
     ]
     if any(splits):
-        divided, notes = _divide(entries, splits)
+        divided, notes = _divide(file, entries, splits)
     else:
         divided = class_folders.draw_test(
             root, entries, seed=seed, test_share=test_share
         )
         notes = [
             f"no split column in {file}: {len(divided['test'])} of {len(entries)}"
-            " images were drawn for testing"
+            " images were drawn for testing (with data.test_share=1, --mode eval scores"
+            " all of them)"
         ]
     unused = [column for column in rows[0][1] if column not in _COLUMNS]
     if unused:
@@ -94,13 +105,21 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
     return Listing(root, tuple(names), divided, tuple(notes))
 
 
-def _divide(entries: list[Entry], splits: list[str]) -> tuple[Splits, list[str]]:
-    groups: Splits = {"train": [], "val": [], "test": []}
+def _divide(
+    file: Path, entries: list[Entry], splits: list[str]
+) -> tuple[Splits, list[str]]:
+    groups: Splits = {"train": [], "test": [], "val": []}
     for entry, split in zip(entries, splits, strict=True):
         groups[split].append(entry)
-    val, test = groups["val"], groups["test"]
-    notes = [f"{len(val)} rows of the split 'val' are ignored"] if val and test else []
-    return {"train": groups["train"], "test": test or val}, notes
+    there = {split: found for split, found in groups.items() if found}
+    return listing.test_split(there, str(file))
+
+
+def _is_file(image: Path) -> bool:
+    try:
+        return image.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _failure(file: Path, line: int) -> Callable[[str], ValueError]:
@@ -166,13 +185,23 @@ def _relative(text: str, fail: Callable[[str], ValueError]) -> PurePosixPath:
 def _label(text: str, fail: Callable[[str], ValueError]) -> str:
     if not text:
         raise fail("the label is empty; give the class")
+    if text.casefold() in _MISSING:
+        raise fail(
+            f"the label is {text!r}, which stands for a missing value; give the class,"
+            " or remove the row"
+        )
+    if len(text) > _LONGEST_LABEL:
+        raise fail(
+            f"the label has {len(text):,} characters ({text[:20]}...); give a class of"
+            f" at most {_LONGEST_LABEL} characters"
+        )
     return unicodedata.normalize("NFC", text)
 
 
 def _split(text: str, fail: Callable[[str], ValueError]) -> str:
-    if text.lower() not in _SPLITS:
-        raise fail(f"the split is {text!r}; use train, test or val")
-    return _SPLITS[text.lower()]
+    if text.casefold() not in listing.SPLIT_WORDS:
+        raise fail(f"the split is {text[:20]!r}; use train, test or val")
+    return listing.SPLIT_WORDS[text.casefold()]
 
 
 def _corners(row: _Row, fail: Callable[[str], ValueError]) -> Corners | None:

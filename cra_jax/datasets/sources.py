@@ -7,10 +7,11 @@ the file system. Missing files, duplicate names and labels out of range are erro
 """
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,13 @@ from cra_jax.datasets import (
     synthetic_drawing,
     tfds_read,
 )
-from cra_jax.datasets.listing import Corners, Listing, name_below, some
+from cra_jax.datasets.listing import (
+    Corners,
+    Listing,
+    draw_share,
+    name_below,
+    some,
+)
 from cra_jax.input import decoding, image_cache
 from cra_jax.input.records import Box, Dataset, Point, Record
 from cra_jax.input.splits import DataOptions
@@ -64,7 +71,7 @@ READERS = {
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "synthetic": ("num_species", "habitat_share", "train_size", "test_size"),
     **{name: reader.options for name, reader in READERS.items()},
-    "tfds": ("name",),
+    "tfds": ("name", "test_share"),
 }
 """The options of `load` that each source reads."""
 
@@ -76,6 +83,7 @@ def load(
     path: str | os.PathLike[str] | None = None,
     *,
     seed: int = 0,
+    needs_train: bool = True,
     **options: Any,
 ) -> Dataset:
     """Lists the records of a dataset.
@@ -85,15 +93,16 @@ def load(
       path: the dataset's folder, or the CSV file; empty or None for "synthetic".
         For "tfds" the directory of its datasets; empty or None for its own default.
       seed: of the drawings, or of the random test split.
+      needs_train: False allows a dataset without training images, for evaluation.
       **options: those of the source in `OPTIONS`.
         num_species (8), habitat_share (0.7), train_size (4096), test_size (1024):
         of the drawn birds.
-        test_share (0.2): of each class, if folders or CSV have no test split.
+        test_share (0.2): of each class, if folders, CSV or tfds have no test split.
         name (""): of the dataset in tfds, built there as array_record.
 
     Returns:
       A dataset whose every class has a training image. A class may be missing from
-      a test split.
+      a test split; a note names it.
 
     Raises:
       ValueError: the source or an option is unknown, files are missing or damaged,
@@ -115,7 +124,7 @@ def load(
             )
         return _check(_synthetic(seed, **options))
     if source == "tfds":
-        return _check(_from_tfds(path, **options))
+        return _check(_from_tfds(path, seed, **options), needs_train=needs_train)
     reader = READERS[source]
     if not path:
         raise ValueError(f"source {source!r} needs a path: {reader.layout}")
@@ -126,7 +135,8 @@ def load(
     if reader.options:
         options["seed"] = seed
     try:
-        return _check(_from_listing(source, reader.read(root, **options)))
+        dataset = _from_listing(source, reader.read(root, **options))
+        return _check(dataset, needs_train=needs_train, layout=f"; {reader.layout}")
     except OSError as error:
         raise ValueError(
             f"{error.filename}: {error.strerror}; make it readable, or remove it"
@@ -181,7 +191,9 @@ def _drawn_parts(split: str, index: int, setting: dict) -> dict[str, Point]:
 
 def _from_listing(name: str, listing: Listing) -> Dataset:
     root, cut_px, splits, missing = listing.root, listing.cut_bottom_px, {}, []
+    identities: dict[str, dict[tuple[int, int], str]] = {}
     for split, entries in listing.splits.items():
+        identities[split] = {}
         records = []
         for file, label, corners, parts in entries:
             if not file.is_relative_to(root) or ".." in file.relative_to(root).parts:
@@ -194,6 +206,9 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
             except FileNotFoundError:
                 missing.append(str(file))
                 continue
+            if status.st_ino:
+                identity = status.st_dev, status.st_ino
+                identities[split][identity] = name_below(file, root)
             stamp = f"{status.st_size} bytes, mtime {status.st_mtime_ns // 10**6} ms"
             read = functools.partial(decoding.read, str(file))
             if cut_px:
@@ -221,10 +236,50 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
             f"{root}: {len(missing)} listed images are missing: {some(missing)};"
             " unpack the archive again"
         )
-    return Dataset(name, listing.class_names, splits, root, listing.notes)
+    notes = *listing.notes, *_linked(root, identities)
+    return Dataset(name, listing.class_names, splits, root, notes)
 
 
-def _from_tfds(path: str | os.PathLike[str] | None, *, name: str = "") -> Dataset:
+def _linked(
+    root: Path, identities: Mapping[str, Mapping[tuple[int, int], str]]
+) -> list[str]:
+    """Notes on files that are in the training split and in another, by links.
+
+    Args:
+      root: of the dataset, for messages.
+      identities: split -> device and inode of a file -> its name.
+
+    Raises:
+      ValueError: all files of a split are training images.
+    """
+    trained, notes = identities.get("train", {}), []
+    for split, files in identities.items():
+        both = [
+            f"{name} = {trained[key]}"
+            for key, name in files.items()
+            if trained.get(key, name) != name  # a name in both is an error of its own
+        ]
+        if split == "train" or not both:
+            continue
+        if len(both) == len(files):
+            raise ValueError(
+                f"{root}: all {len(both)} images of {split!r} are links to training"
+                f" images ({some(both)}); give it images of its own"
+            )
+        notes.append(
+            f"warning: {len(both)} of {len(files)} images of {split!r} are links to"
+            f" training images ({some(both)}); remove them from one of the splits"
+        )
+    return notes
+
+
+def _from_tfds(
+    path: str | os.PathLike[str] | None,
+    seed: int,
+    *,
+    name: str = "",
+    test_share: float = 0.2,
+) -> Dataset:
     found = tfds_read.read_dataset(name, path)
     splits = {
         split: tuple(
@@ -241,7 +296,32 @@ def _from_tfds(path: str | os.PathLike[str] | None, *, name: str = "") -> Datase
         )
         for split, examples in found.splits.items()
     }
-    return Dataset("tfds", found.class_names, splits, found.root, found.notes)
+    dataset = Dataset("tfds", found.class_names, splits, found.root, found.notes)
+    if set(splits) != {"train"}:
+        return dataset
+    dataset = _hold_out(dataset, "test", test_share, seed, "data.test_share")
+    note = (
+        f"{name} has only the split 'train': {len(dataset.splits['test'])} of"
+        f" {len(splits['train'])} images were drawn for testing"
+    )
+    return dataclasses.replace(dataset, notes=(*dataset.notes, note))
+
+
+def _hold_out(
+    dataset: Dataset, split: str, share: float, seed: int | str, key: str
+) -> Dataset:
+    """Moves a share of the training images of each class into a new split."""
+    train = dataset.splits["train"]
+    drawn = draw_share(
+        ((record.name, record.label) for record in train),
+        share=share,
+        seed=seed,
+        key=key,
+    )
+    kept = tuple(record for record in train if record.name not in drawn)
+    held_out = tuple(record for record in train if record.name in drawn)
+    splits = {**dataset.splits, "train": kept, split: held_out}
+    return dataclasses.replace(dataset, splits=splits)
 
 
 def _read_content(content: Callable[[], bytes], name: str, short_side_px: int):
@@ -307,19 +387,24 @@ def _upright(
     return (x * width - left) / (right - left), (y * height - top) / (bottom - top)
 
 
-def _check(dataset: Dataset) -> Dataset:
+def _check(dataset: Dataset, *, needs_train: bool = True, layout: str = "") -> Dataset:
     where = dataset.root or dataset.name
-    if len(dataset.class_names) < 2:
+    if needs_train and "train" not in dataset.splits:
+        raise ValueError(
+            f"{where}: only {', '.join(dataset.splits)} is here, and no training"
+            f" split{layout}"
+        )
+    if len(dataset.class_names) < 2 and needs_train:
         raise ValueError(
             f"{where}: only the class {some(dataset.class_names)}; two are needed: set"
             " the path to the folder that has the class folders"
         )
     for split, records in dataset.splits.items():
-        if not records:
+        if not records and (needs_train or split != "train"):
             raise ValueError(f"{where}: the split {split!r} has no images; add some")
-    trained = {record.label for record in dataset.splits["train"]}
+    trained = {record.label for record in dataset.splits.get("train", ())}
     idle = [name for i, name in enumerate(dataset.class_names) if i not in trained]
-    if idle:
+    if idle and needs_train:
         raise ValueError(
             f"{where}: {len(idle)} classes have no training image: {some(idle)}; add"
             " some, or remove the classes"
@@ -334,18 +419,81 @@ def _check(dataset: Dataset) -> Dataset:
                 f"{where}: {what} listed more than once: {some(doubled)}; rename or"
                 " remove them"
             )
-    return dataset
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *_absent(dataset)))
 
 
-def load_dataset(options: DataOptions) -> Dataset:
+def _absent(dataset: Dataset) -> list[str]:
+    """Notes on classes without an image in a split that is scored."""
+    notes = []
+    for split, records in dataset.splits.items():
+        there = {record.label for record in records}
+        absent = [n for i, n in enumerate(dataset.class_names) if i not in there]
+        if absent and split != "train":
+            notes.append(
+                f"{split!r} has no images of {len(absent)} of the"
+                f" {len(dataset.class_names)} classes, which its scores leave out:"
+                f" {some(absent)}"
+            )
+    return notes
+
+
+def load_dataset(options: DataOptions, *, needs_train: bool = True) -> Dataset:
     """Lists the records of a dataset; opens no image.
 
-    CUB-200-2011 is downloaded if no path is given; other datasets cannot be.
+    CUB-200-2011 is downloaded if no path is given; other datasets cannot be. If
+    `options.val_share` is above 0, that share of the training images is the split
+    "val".
+
+    Args:
+      options: of the config.
+      needs_train: False allows a dataset without training images, for evaluation.
 
     Raises:
-      ValueError: as `load`.
+      ValueError: as `load`; or a share is held out, and the dataset has a split "val".
     """
-    path = options.path
+    path, share = options.path, options.val_share
     if options.source == "cub" and not path:
         path = archives.cub_200_2011(image_cache.default_cache_dir(None) / "datasets")
-    return load(options.source, path, seed=options.seed, **options.source_options)
+    dataset = load(
+        options.source,
+        path,
+        seed=options.seed,
+        needs_train=needs_train,
+        **options.source_options,
+    )
+    if not share or (not needs_train and not dataset.splits.get("train")):
+        return dataset
+    if "val" in dataset.splits:
+        raise ValueError(
+            f"data.val_share is {share}, but {dataset.root} has a validation split:"
+            " set data.val_share=0"
+        )
+    if not 0 < share < 1:
+        raise ValueError(f"data.val_share is {share}: set it to 0, or between 0 and 1")
+    seed = f"val {options.seed}"
+    return _hold_out(dataset, "val", share, seed, "data.val_share")
+
+
+def with_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """The dataset with the classes of a checkpoint, if its own are some of those.
+
+    Otherwise the dataset is returned unchanged.
+
+    Args:
+      dataset: the dataset.
+      class_names: in the order of the checkpoint's scores.
+    """
+    if dataset.class_names == tuple(class_names):
+        return dataset
+    number = {name: label for label, name in enumerate(class_names)}
+    if not set(dataset.class_names) <= number.keys():
+        return dataset
+    labels = [number[name] for name in dataset.class_names]
+    splits = {
+        split: tuple(dataclasses.replace(r, label=labels[r.label]) for r in records)
+        for split, records in dataset.splits.items()
+    }
+    found = dataclasses.replace(dataset, class_names=tuple(class_names), splits=splits)
+    before = _absent(dataset)
+    notes = [note for note in dataset.notes if note not in before]
+    return dataclasses.replace(found, notes=(*notes, *_absent(found)))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cra_jax.datasets import tfds_archives
+from cra_jax.datasets.listing import test_split
 from cra_jax.input import decoding
 from cra_jax.runtime.progress import Progress
 
@@ -47,7 +48,7 @@ class BuiltDataset(NamedTuple):
     """The folder of its files."""
     class_names: tuple[str, ...]
     splits: dict[str, tuple[Example, ...]]
-    """"train" and "test", in the order in which the dataset was built."""
+    """"train", "test" and "val", those that are there, in the order of the dataset."""
     notes: tuple[str, ...]
 
 
@@ -75,7 +76,8 @@ def read_dataset(
       progress: report on standard error.
 
     Returns:
-      The splits "train" and "test"; "validation" is used if there is no "test".
+      The splits "train", "test" and "val" that are there; "validation" is "test" if
+      there is no other.
 
     Raises:
       ValueError: the dataset does not exist, is not built, has another format, is
@@ -192,19 +194,16 @@ def _choose_splits(
     name: str, stored: list[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Split -> split of the dataset, and notes on the others."""
-    test = "test" if "test" in stored else "validation"
-    if "train" not in stored or test not in stored:
+    known = {"train": "train", "test": "test", "validation": "val"}
+    chosen = {known[s]: s for s in ("train", "test", "validation") if s in stored}
+    if not chosen:
         raise ValueError(
-            f"{name}: its splits are {', '.join(sorted(stored)) or 'none'}; train is"
-            " needed, and test or validation: choose another dataset"
+            f"{name}: its splits are {', '.join(sorted(stored)) or 'none'}; train,"
+            " test or validation is needed: choose another dataset"
         )
-    notes = []
-    if test == "validation":
-        notes.append(f"{name} has no split 'test': 'validation' is used instead")
-    notes += [
-        f"the split {s!r} is not used" for s in stored if s not in ("train", test)
-    ]
-    return {"train": "train", "test": test}, tuple(notes)
+    chosen, notes = test_split(chosen, name)
+    notes += [f"the split {s!r} is not used" for s in stored if s not in known]
+    return chosen, tuple(notes)
 
 
 def _keys(name: str, info: Any) -> _Keys:

@@ -156,11 +156,10 @@ def find_images(images: Sequence[str]) -> list[str]:
             listed = sys.stdin.buffer.read().splitlines()
             some, what = [os.fsdecode(x) for x in listed if x], "standard input"
         elif path.is_dir():
-            skipped: collections.Counter[str] = collections.Counter()
+            skipped = listing.Skipped()
             some, what = map(str, listing.image_files(path, skipped)), "directory"
-            if skipped:
-                kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
-                print_line(f"{name}: {skipped.total()} other files skipped ({kinds})")
+            for note in skipped.notes():
+                print_line(f"{name}: {note}")
         elif not path.exists() and glob.has_magic(name):
             matched = glob.glob(str(path), recursive=True)
             some = [x for x in matched if os.path.isfile(x)]

@@ -53,7 +53,9 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset with splits "train", "test" and, for the drawn birds, "test_shifted".
+    """A dataset with splits "train", "test" and perhaps "val".
+
+    The drawn birds also have "test_shifted". For evaluation, "train" may be missing.
 
     Attributes:
       name: the source's name.

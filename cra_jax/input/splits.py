@@ -23,7 +23,8 @@ class DataOptions:
     Attributes:
       source: one of `sources.SOURCES`.
       path: of the dataset; empty if none is needed, or if it is downloaded.
-      seed: of drawn images, and of a randomly chosen test split.
+      seed: of drawn images, and of randomly chosen splits.
+      val_share: share of each class's training images that is the split "val"; 0: none.
       source_options: the options of `sources.load` that the source reads.
       short_side_px: what an image's shorter side is resized to.
       crop_px: height and width of the crop.
@@ -41,6 +42,7 @@ class DataOptions:
     source: str
     path: str
     seed: int
+    val_share: float
     source_options: Mapping[str, Any]
     short_side_px: int
     crop_px: int

@@ -40,6 +40,46 @@ class Result(NamedTuple):
     step: int
 
 
+_MARKS = {"config.json", "lock", "provenance.json", "data.png"}
+_WRITTEN = frozenset(_MARKS) | {
+    *(METRICS, SNAPSHOTS, "bad_steps.jsonl", "predictions.jsonl", "overlays"),
+    *("checkpoints", "damaged_checkpoints", "tensorboard", "results", "report"),
+    *("figures", "export"),
+}
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is a run directory, or has nothing but run directories."""
+    names, children = set(), []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                names.add(entry.name)
+                if entry.name in _WRITTEN:
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    config = os.path.join(folder, "config.json")
+                    checkpoints = os.path.join(folder, "checkpoints")
+                    return os.path.isfile(config) and os.path.isdir(checkpoints)
+                children.append(entry.path)
+    except OSError:
+        return False
+    if {"config.json", "checkpoints"} <= names or (_MARKS & names and not children):
+        return True
+    return len(children) == len(names) > 0 and all(map(is_run, children))
+
+
+def written_names(folder: str | Path) -> frozenset[str]:
+    """Names of what a run writes, if the folder is a run directory; else empty.
+
+    A run directory may also hold the user's images.
+    """
+    marks = (os.path.join(folder, name) for name in ("config.json", METRICS))
+    return _WRITTEN if all(map(os.path.isfile, marks)) else frozenset()
+
+
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Locks the run directory; the lock ends with the process, however that ends.
@@ -129,6 +169,7 @@ _BEFORE_THE_KEY = {
     "art.normalize_head": False,
     "data.name": "",
     "data.skip_unreadable": False,
+    "data.val_share": 0.0,
     "optim.ema_decay": 0.0,
 }
 # Removed keys, and the value with which they had no effect.

@@ -15,7 +15,7 @@ def test_aircraft_images_are_read_without_their_banner(tmp_path):
         assert names(dataset, "train") == ["images/0000001.jpg", "images/0000002.jpg"]
         assert labels(dataset, "train") == [1, 0]
         assert labels(dataset, "test") == [1]
-        (note,) = dataset.notes
+        note, _ = dataset.notes
         assert note.startswith("the lowest 20 rows")
     record = pickle.loads(pickle.dumps(dataset.splits["train"][0]))
     image = record.read(50)

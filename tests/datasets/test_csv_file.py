@@ -24,12 +24,16 @@ def test_csv_with_splits_and_boxes_is_read(tmp_path):
     ]  # CSV's order
     assert labels(dataset, "train") == [1, 0]
     assert names(dataset, "test") == ["photos/3.png"]
+    assert names(dataset, "val") == ["photos/4.png"]
     assert dataset.splits["train"][0].box == pytest.approx((0.1, 0.1, 0.6, 0.5))
     assert dataset.splits["train"][1].box is None
     assert dataset.splits["train"][0].read(25).shape == (25, 50, 3)
     assert dataset.notes == (
-        "1 rows of the split 'val' are ignored",
         f"columns of {file} that are ignored: photographer",
+        "'test' has no images of 1 of the 2 classes, which its scores leave out:"
+        " Tit, great",
+        "'val' has no images of 1 of the 2 classes, which its scores leave out:"
+        " Tit, great",
     )
 
 
@@ -59,6 +63,21 @@ def test_csv_without_splits_draws_a_test_split(tmp_path):
     assert names(again, "test") == names(dataset, "test")
     others = [sources.load("csv", file, seed=s, test_share=0.5) for s in (2, 3, 4)]
     assert any(names(other, "test") != names(dataset, "test") for other in others)
+
+
+def test_numbers_that_pandas_made_fractions_are_one_class(tmp_path):
+    text = "path,label\n" + "".join(
+        f"photos/{i}.png,{label}\n" for i, label in enumerate(("1.0", "2", "01", 2.0), 1)
+    )
+    dataset = sources.load("csv", csv_tree(tmp_path, text))
+    assert dataset.class_names == ("1", "2")
+
+
+def test_val_alone_is_the_test_split_and_a_note_says_so(tmp_path):
+    text = f"path,label,split\n{ROW}photos/2.png,b,train\nphotos/3.png,a,validation\n"
+    dataset = sources.load("csv", csv_tree(tmp_path, text))
+    assert names(dataset, "test") == ["photos/3.png"]
+    assert "has no test split: its validation split is used" in dataset.notes[0]
 
 
 ROW = "photos/1.png,a,train\n"
@@ -100,8 +119,20 @@ WRONG_TEXTS = {
     "one class": ("path,label\nphotos/1.png,a\nphotos/2.png,a\n", "only the class a"),
     "no training": (
         "path,label,split\nphotos/1.png,a,test\nphotos/2.png,b,test\n",
-        "split 'train' has no images",
+        "only test is here, and no training split; expected a CSV",
     ),
+    "other case": (
+        "path,label\nphotos/1.png,Wren\nphotos/2.png,wren\n",
+        r"list\.csv: the classes 'Wren' and 'wren' differ only in case; write",
+    ),
+    "missing label": ("path,label\nphotos/1.png,nan\n", "line 2: the label is 'nan', w"),
+    "missing, of pandas": ("path,label\nphotos/1.png,<NA>\n", "'<NA>', which stands"),
+    "missing, of Excel": ("path,label\nphotos/1.png,#N/A\n", "'#N/A', which stands"),
+    "long number": (
+        f"path,label\nphotos/1.png,{'9' * 5000}\nphotos/2.png,1\n",
+        r"line 2: the label has 5,000 characters \(9{20}\.\.\.\); give a class of",
+    ),
+    "long path": (f"path,label\n{'9' * 5000}.png,a\n", "1 of 1 images do not exist"),
 }
 
 

@@ -35,7 +35,8 @@ def test_cars_with_devkit_is_read(layout, tmp_path):
         assert labels(dataset, "test") == [1, 2]
         folder = "cars_test/cars_test" if layout.get("nested") else "cars_test"
         assert names(dataset, "test") == [f"{folder}/00001.jpg", f"{folder}/00002.jpg"]
-        assert dataset.notes == ()
+        (note,) = dataset.notes
+        assert note.startswith("'test' has no images of 1 of the 3 classes")
     record = dataset.splits["train"][0]
     assert record.box == pytest.approx((0.1, 0, 0.6, 0.5))
     assert record.read(25).shape == (25, 50, 3)
@@ -85,7 +86,7 @@ def test_cars_label_out_of_range_is_an_error(tmp_path):
 def test_unlisted_images_are_noted_and_missing_images_are_an_error(tmp_path):
     devkit_tree(tmp_path)
     save_image(tmp_path / "cars_test" / "00009.jpg")
-    (note,) = sources.load("cars", tmp_path).notes
+    note, _ = sources.load("cars", tmp_path).notes
     assert note.startswith("1 images not listed: ")
     (tmp_path / "cars_test" / "00002.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 listed images are missing: .*00002\.jpg"):

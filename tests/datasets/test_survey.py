@@ -69,7 +69,7 @@ def test_survey_of_a_dataset_without_special_cases(tmp_path):
 def test_survey_of_a_dataset_with_all_special_cases(mixed, workers):
     dataset = sources.load("folder", mixed)
     lines = lines_of(dataset, workers=workers)
-    assert lines[:9] == [
+    assert lines[:10] == [
         f"folder: 3 classes in {mixed}",
         "train: 9 images of 3 classes; of a class 2 to 4, median 3",
         "  fewest, 2: Tit",
@@ -78,9 +78,11 @@ def test_survey_of_a_dataset_with_all_special_cases(mixed, workers):
         "  fewest, 1: Tit",
         "  most, 2: Wren",
         "  classes without an image: 1: Owl",
+        "note: 'test' has no images of 1 of the 3 classes, which its scores leave out:"
+        " Owl",
         "sizes: median 60 x 40 pixels; shorter side 20 to 40, median 40",
     ]
-    assert lines[9:] == [
+    assert lines[10:] == [
         "  smallest train/Owl/grey.png (30 x 20),"
         " largest train/Owl/long.png (500 x 20)",
         "  longer than 8 to 1, ends are cropped: 1: train/Owl/long.png",
@@ -143,9 +145,9 @@ def test_survey_of_only_unreadable_images(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").write_bytes(b"")
     lines = lines_of(sources.load("folder", tmp_path), sheet=tmp_path / "sheet.png")
-    assert lines[4] == "unreadable: 3"
-    assert all("the file is empty" in line for line in lines[5:8])
-    assert lines[8] == f"contact sheet of 0 of 2 classes: {tmp_path / 'sheet.png'}"
+    assert lines[5] == "unreadable: 3"
+    assert all("the file is empty" in line for line in lines[6:9])
+    assert lines[9] == f"contact sheet of 0 of 2 classes: {tmp_path / 'sheet.png'}"
 
 
 def test_missing_file_is_listed_as_unreadable(mixed):

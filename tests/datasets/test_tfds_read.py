@@ -210,22 +210,42 @@ def test_validation_is_the_test_split_if_there_is_no_test(tmp_path):
     dataset = sources.load("tfds", tmp_path, name="plain")
     assert set(dataset.splits) == {"train", "test"}
     assert len(dataset.splits["test"]) == 4
-    assert "'validation' is used" in dataset.notes[0]
+    assert "its validation split is used" in dataset.notes[0]
     assert dataset.notes[1:] == ("the split 'extra' is not used",)
 
 
-def test_test_is_preferred_to_validation(tmp_path):
+def test_validation_beside_test_is_a_split(tmp_path):
     plain(tmp_path, train=rows(2), validation=rows(4, 10), test=rows(2, 20))
     found = tfds_read.read_dataset("plain", tmp_path)
-    assert len(found.splits["test"]) == 2
-    assert found.notes == ("the split 'validation' is not used",)
+    assert {split: len(x) for split, x in found.splits.items()} == {
+        **{"train": 2, "test": 2, "val": 4}
+    }
+    assert found.notes == ()
 
 
-@pytest.mark.parametrize("only", ["train", "test"])
-def test_single_split_is_an_error(tmp_path, only):
-    plain(tmp_path, **{only: rows(2)})
-    with pytest.raises(ValueError, match=f"its splits are {only}; train is needed"):
-        tfds_read.read_dataset("plain", tmp_path)
+def test_test_split_is_drawn_if_there_is_only_train(tmp_path):
+    plain(tmp_path, train=rows(20))
+    dataset = sources.load("tfds", tmp_path, name="plain", seed=1)
+    assert {split: len(x) for split, x in dataset.splits.items()} == {
+        **{"train": 16, "test": 4}
+    }
+    assert dataset.notes == (
+        "plain has only the split 'train': 4 of 20 images were drawn for testing",
+    )
+    half = sources.load("tfds", tmp_path, name="plain", seed=1, test_share=0.5)
+    drawn = {record.name for record in half.splits["test"]}
+    assert len(drawn) == 10
+    assert drawn >= {record.name for record in dataset.splits["test"]}
+
+
+def test_only_a_test_split_is_an_error_for_training(tmp_path):
+    plain(tmp_path, test=rows(2))
+    with pytest.raises(ValueError, match="only test is here, and no training split"):
+        sources.load("tfds", tmp_path, name="plain")
+    sources.load("tfds", tmp_path, name="plain", needs_train=False)
+    plain(tmp_path / "odd", other=rows(2))
+    with pytest.raises(ValueError, match="its splits are other; train, test or valid"):
+        tfds_read.read_dataset("plain", tmp_path / "odd")
 
 
 # --- errors -------------------------------------------------------------------------

@@ -311,7 +311,7 @@ def test_directory_is_predicted_and_unreadable_images_are_reported(
     assert "not an image" in lines[1]["error"]
     assert set(lines[1]) == {"path", "error"}
     assert "2 predicted, 1 unreadable" in printed.err
-    assert "1 other files skipped (1 .txt)" in printed.err
+    assert "1 files skipped: 1 .txt" in printed.err
     for line in lines[::2]:
         answer = predictor(line["path"])
         assert [top["class"] for top in line["top"]] == list(answer.classes)
