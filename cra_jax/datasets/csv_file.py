@@ -25,11 +25,12 @@ LAYOUT = (
 )
 """Expected file; for messages."""
 
-# What spreadsheets and pandas write for a missing value, in lower case.
-_MISSING = frozenset(
+MISSING = frozenset(
     {"nan", "<na>", "nat", "null", "#n/a", "n/a", "#ref!", "#value!", "#name?"}
     | {"#div/0!", "#null!", "#num!"}
 )
+"""What spreadsheets and pandas write for a missing value, in lower case."""
+
 _LONGEST_LABEL = 255
 _SIDES = ("x_min", "y_min", "x_max", "y_max")
 _COLUMNS = ("path", "label", "split", *_SIDES)
@@ -185,7 +186,7 @@ def _relative(text: str, fail: Callable[[str], ValueError]) -> PurePosixPath:
 def _label(text: str, fail: Callable[[str], ValueError]) -> str:
     if not text:
         raise fail("the label is empty; give the class")
-    if text.casefold() in _MISSING:
+    if text.casefold() in MISSING:
         raise fail(
             f"the label is {text!r}, which stands for a missing value; give the class,"
             " or remove the row"

@@ -255,10 +255,10 @@ def test_share_of_the_training_images_is_held_out(tmp_path):
     )
     assert names(load(0.3, needs_train=False), "val") == val
     assert names(load(0.3, seed=1), "val") != val
-    with pytest.raises(ValueError, match="data.val_share is 1.5: set it to 0, or be"):
+    with pytest.raises(ValueError, match=r"data\.val_share is 1\.5: set it to 0, or"):
         load(1.5)
     tree(tmp_path, *(f"val/{c}/1.png" for c in "abc"))
-    with pytest.raises(ValueError, match="0.3, but .* has a validation split: set"):
+    with pytest.raises(ValueError, match=r"0\.3, but .* has a validation split: s"):
         load(0.3)
 
 
@@ -331,7 +331,11 @@ WRONG_FILES = {
     ),
     "masks": (["Images/1.png", "Masks/1.png"], "Masks is not the name of a class"),
     "YOLO": (
-        [f"{s}/{f}" for s in ("train", "val") for f in ("images/1.png", "labels/1.txt")],
+        [
+            f"{s}/{f}"
+            for s in ("train", "val")
+            for f in ("images/1.png", "labels/1.txt")
+        ],
         "labels is not the name of a class",
     ),
     "parts": (
