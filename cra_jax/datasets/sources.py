@@ -475,15 +475,15 @@ def load_dataset(options: DataOptions, *, needs_train: bool = True) -> Dataset:
 
 
 def with_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
-    """The dataset with the classes of a checkpoint, if its own are some of those.
+    """A dataset without training images, with the classes of a checkpoint.
 
-    Otherwise the dataset is returned unchanged.
+    It is returned unchanged if it has training images, or a class of its own.
 
     Args:
       dataset: the dataset.
       class_names: in the order of the checkpoint's scores.
     """
-    if dataset.class_names == tuple(class_names):
+    if dataset.splits.get("train") or dataset.class_names == tuple(class_names):
         return dataset
     number = {name: label for label, name in enumerate(class_names)}
     if not set(dataset.class_names) <= number.keys():

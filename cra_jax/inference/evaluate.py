@@ -21,11 +21,13 @@ from cra_jax import art_module
 from cra_jax.art_module import TrainedHead
 from cra_jax.backbones import class_activation
 from cra_jax.datasets import sources
-from cra_jax.inference import accuracy, localization
+from cra_jax.inference import accuracy, localization, run_options
 from cra_jax.inference.protocols import make_center_step, make_full_step
 from cra_jax.inference.restore import restore
 from cra_jax.inference.run_options import RunOptions
+from cra_jax.input import splits
 from cra_jax.input.batches import Batches, center_batches, full_batches
+from cra_jax.input.records import Dataset
 from cra_jax.input.splits import Split, describe_data, open_split
 from cra_jax.runtime import devices, hosts, prefetch, run_directory, training_log
 
@@ -257,7 +259,7 @@ class Evaluator:
 
 
 def results(
-    found: Predictions, split: Split, *, step: int
+    found: Predictions, split: Split, *, class_names: Sequence[str], step: int
 ) -> list[run_directory.Result]:
     """The prediction of each image, for `run_directory.write_results`."""
     confidence = softmax(found.logits, axis=1).max(1)
@@ -270,6 +272,8 @@ def results(
             predicted=int(predicted[i]),
             confidence=float(confidence[i]),
             step=step,
+            class_name=class_names[int(found.labels[i])],
+            predicted_class=class_names[int(predicted[i])],
         )
         for i, record in enumerate(split.records)
     ]
@@ -292,7 +296,8 @@ def run(options: RunOptions, workdir: Path) -> None:
     hosts.start(**options.hosts)
     with hosts.all_or_none():
         restored = restore(options, workdir)
-        dataset = sources.load_dataset(options.data)
+        dataset = sources.load_dataset(options.data, needs_train=False)
+        dataset = sources.with_classes(dataset, restored.class_names)
         check_classes(dataset.class_names, restored.class_names, workdir)
         test_splits = {
             name: open_split(options.data, dataset, name)
@@ -304,22 +309,59 @@ def run(options: RunOptions, workdir: Path) -> None:
     chosen = options.evaluation.protocol
     step, epoch = restored.step, restored.epoch
     if hosts.is_first():
-        print(f"checkpoint {step} (epoch {epoch}) of {workdir}")
+        chosen_on = restored.metric_split
+        is_best = options.evaluation.checkpoint == "best"
+        best = f", the best on {chosen_on!r}" if is_best else ""
+        print(f"checkpoint {step} (epoch {epoch}{best}) of {workdir}")
+        if is_best and chosen_on in test_splits:
+            print(
+                f"note: the score of {chosen_on!r} is too high, since it chose the"
+                " checkpoint"
+            )
+        for note in dataset.notes:
+            print(note if note.startswith("warning: ") else f"note: {note}")
+        trained = _find_training_split(options.data, dataset, workdir)
+        if trained:
+            for warning in splits.warn_of_duplicates(trained, test_splits):
+                print(warning)
     for name, split in test_splits.items():
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
             found = evaluator.predict(restored.variables, split, protocol)
             if not hosts.is_first():
                 continue
             scores = evaluator.scores(found, split, protocol)
-            run_directory.write_results(
-                workdir, name, protocol, results(found, split, step=step)
-            )
+            rows = results(found, split, class_names=restored.class_names, step=step)
+            run_directory.write_results(workdir, name, protocol, rows)
             print(f"{name}, {protocol}: {training_log.describe_scores(scores)}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
             # A line of the training may have these numbers and the attention's.
             known = run_directory.read_metrics(workdir)
             if not any(line.items() <= other.items() for other in known):
                 run_directory.append_metrics(workdir, line)
+
+
+def _find_training_split(
+    data: splits.DataOptions, dataset: Dataset, workdir: Path
+) -> splits.Split | None:
+    """The images that a run was trained on; None if they are not there any more.
+
+    Args:
+      data: options of the evaluated dataset.
+      dataset: the evaluated dataset.
+      workdir: the run directory.
+    """
+    own = run_options.from_config(run_directory.read_config(workdir)).data
+    names = "source", "path", "seed", "val_share", "source_options"
+    if any(getattr(own, name) != getattr(data, name) for name in names):
+        if not own.path:  # it may be large, or have to be downloaded
+            return None
+        try:
+            dataset = sources.load_dataset(own)
+        except ValueError:
+            return None
+    if not dataset.splits.get("train"):
+        return None
+    return splits.find_split(own, dataset, "train")
 
 
 def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> None:

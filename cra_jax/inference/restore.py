@@ -28,6 +28,7 @@ class Restored:
       step: step of the checkpoint.
       epoch: epoch of the checkpoint.
       class_names: class names in the order of the scores.
+      metric_split: the split on which "best" is chosen.
     """
 
     backbone: nn.Module
@@ -35,6 +36,7 @@ class Restored:
     step: int
     epoch: int
     class_names: tuple[str, ...]
+    metric_split: str = "test"
 
 
 def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
@@ -108,7 +110,8 @@ def restore(options: RunOptions, workdir: Path) -> Restored:
         }
         found = restore_part(checkpoints, step, part, averaged=options.averaged)
     variables = classification_variables(found["params"], found["batch_stats"])
-    return Restored(backbone, variables, step, meta["epoch"], class_names)
+    metric_split = meta.get("metric_split", "test")  # absent in older runs
+    return Restored(backbone, variables, step, meta["epoch"], class_names, metric_split)
 
 
 def restore_attention(options: RunOptions, workdir: Path) -> TrainedHead | None:

@@ -74,6 +74,11 @@ class ImageCache:
     def __len__(self) -> int:
         return len(self.records)
 
+    def fingerprints(self) -> list[tuple[int, ...]]:
+        """Height, width and checksum of every image: the same for equal pixels."""
+        shapes = self.shapes.tolist()
+        return [(*s, c) for s, c in zip(shapes, self._checksums, strict=True)]
+
     def __getitem__(self, index: int) -> np.ndarray:
         height, width = self.shapes[index].tolist()
         end = self._ends[index]
@@ -219,6 +224,15 @@ def prepare(
     if cache.skipped:
         log(f"{name}: {_unreadable(cache.skipped, len(records))}; they are omitted")
     return cache
+
+
+def find(
+    records: Sequence[Record], *, short_side_px: int, cache_dir: Path, name: str
+) -> ImageCache | None:
+    """Opens the image cache of these records if it exists; see `prepare`."""
+    key = _key(records, _check_side(short_side_px))
+    stem = Path(cache_dir) / f"{name}-{key[:16]}"
+    return _open(stem, key, records, short_side_px, _mute)
 
 
 def _key(records: Sequence[Record], short_side_px: int) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,47 @@ def describe_data(splits: Mapping[str, Split]) -> str:
     return ", ".join(texts)
 
 
+def metric_split(splits: Iterable[str]) -> str:
+    """The split whose top-1 accuracy chooses the best checkpoint."""
+    return "val" if "val" in splits else "test"
+
+
+def warn_of_duplicates(train: Split, others: Mapping[str, Split]) -> list[str]:
+    """Warnings about images of other splits that are also training images.
+
+    Images are compared as they are in the image cache; without one, nothing is.
+    """
+    if not isinstance(train.images, image_cache.ImageCache):
+        return []
+    trained: dict[tuple[int, ...], list[int]] = {}
+    for i, key in enumerate(train.images.fingerprints()):
+        trained.setdefault(key, []).append(i)
+    warnings = []
+    for name, split in others.items():
+        if not isinstance(split.images, image_cache.ImageCache):
+            continue
+        both = [
+            f"{split.records[i].name} = {train.records[same[0]].name}"
+            for i, key in enumerate(split.images.fingerprints())
+            if key in trained
+            and (
+                same := [
+                    j
+                    for j in trained[key]
+                    if np.array_equal(train.images[j], split.images[i])
+                ]
+            )
+        ]
+        if both:
+            shown = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
+            warnings.append(
+                f"warning: {len(both)} of {len(split.labels)} images of {name!r} are"
+                f" duplicates of training images ({shown}), which makes its scores too"
+                " high; remove them from one of the splits (--mode data lists them)"
+            )
+    return warnings
+
+
 def check_fills_batch(dataset: Dataset, batch_size: int) -> None:
     """Checks that the training images fill a batch, before any is decoded.
 
@@ -170,14 +211,31 @@ def open_split(options: DataOptions, dataset: Dataset, name: str) -> Split:
     if options.prepare:
         images = image_cache.prepare(
             records,
-            short_side_px=options.short_side_px,
-            cache_dir=Path(options.cache_dir).expanduser()
-            if options.cache_dir
-            else image_cache.default_cache_dir(dataset.root),
-            name=f"{dataset.name}-{name}",
+            **_cache_of(options, dataset, name),
             skip_unreadable=options.skip_unreadable,
         )
     else:
         images = image_cache.StreamedImages(records, options.short_side_px)
+    return _split(images)
+
+
+def find_split(options: DataOptions, dataset: Dataset, name: str) -> Split | None:
+    """Opens a split if its image cache exists; decodes no image."""
+    records = dataset.splits[name]
+    images = image_cache.find(records, **_cache_of(options, dataset, name))
+    return _split(images) if images else None
+
+
+def _cache_of(options: DataOptions, dataset: Dataset, name: str) -> dict[str, Any]:
+    return {
+        "short_side_px": options.short_side_px,
+        "cache_dir": Path(options.cache_dir).expanduser()
+        if options.cache_dir
+        else image_cache.default_cache_dir(dataset.root),
+        "name": f"{dataset.name}-{name}",
+    }
+
+
+def _split(images: image_cache.ImageCache | image_cache.StreamedImages) -> Split:
     labels = np.array([record.label for record in images.records], np.int32)
     return Split(images, labels, images.records)

@@ -122,8 +122,9 @@ class _Run:
         self.crop_px: int = options.data.crop_px
         self.lines = run_directory.read_metrics(workdir)
         self.network_name = KINDS[options.kind]
-        dataset = sources.load_dataset(options.data)
         names = self.restored.class_names
+        dataset = sources.load_dataset(options.data, needs_train=False)
+        dataset = sources.with_classes(dataset, names)
         evaluate.check_classes(dataset.class_names, names, workdir)
         self.split = splits.open_split(options.data, dataset, "test")
         self.class_names = dataset.class_names
@@ -195,7 +196,9 @@ class _Run:
         if [x.name for x in saved] == names and saved[0].step == step:
             return saved
         outputs = self._evaluator.center(self.restored.variables, self.split)
-        return evaluate.results(outputs, self.split, step=step)
+        return evaluate.results(
+            outputs, self.split, class_names=self.class_names, step=step
+        )
 
     def snapshots(self) -> dict[int, dict[int, np.ndarray]]:
         """Epoch -> index of a test image -> matrix of its attention."""

@@ -137,7 +137,7 @@ def _template_values(
         "commit": provenance.describe_commit(last.get("code", {})),
         "commit_id": last.get("code", {}).get("commit", "")[:7],
         "changed": last.get("code", {}).get("changed", []),
-        "notes": _notes(config, lines, starts),
+        "notes": _notes(config, lines, starts) + run_summary.notes_on_best(workdir),
         "key_numbers": _key_numbers(config, lines, scores, starts),
         "scores": scores,
         "axis": html_page.axis(ends),
@@ -271,12 +271,20 @@ def _notes(
         notes.append(f"Training is not finished: it is at epoch {last} of {epochs}.")
     if evaluated < last:
         notes.append(f"The scores are of epoch {evaluated}, not of epoch {last}.")
+    latest = run_summary.latest_scores(lines)
     training = [line for line in lines if line["split"] == "train"]
     if training and training[-1].get("gamma_saturated", 0) > 0.5:
         share = html_page.percent(training[-1]["gamma_saturated"], 0)
         notes.append(
             f"The attention of {share} % of the training images is saturated at its "
             "bound: do not interpret its position."
+        )
+    notes += starts[-1].get("notes", []) if starts else []
+    tied = max((line.get("tied_count", 0) for line in latest), default=0)
+    if tied:
+        notes.append(
+            f"Of {tied} images, several classes have the highest score: the network may"
+            " not have learned anything."
         )
     codes = {provenance.describe_commit(start["code"]) for start in starts}
     if len(codes) > 1:

@@ -185,6 +185,26 @@ def _class_names(workdir: Path, step: int) -> tuple[str, ...]:
         return tuple(checkpoints.meta(step)["class_names"])
 
 
+def notes_on_best(workdir: Path) -> list[str]:
+    """A sentence on the checkpoint `best` and the split that chose it."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        return []
+    with Checkpoints(directory, writable=False) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            return []
+        meta = checkpoints.meta(step)
+    split = meta.get("metric_split", "test")
+    text = f"The checkpoint `best` is epoch {meta['epoch']}, chosen by top-1 on {split}"
+    if split == "val":
+        return [f"{text}; the test images chose nothing."]
+    return [
+        f"{text}, so its score there is too high. Give a validation split, or hold out "
+        "training images with data.val_share, to choose it on other images."
+    ]
+
+
 def _class_name(names: Sequence[str], label: int) -> str:
     if label >= len(names):
         return f"class {label}"

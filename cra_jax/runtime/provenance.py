@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -30,7 +30,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def recorded(
-    workdir: Path, *, devices: str, first_step: int, total_steps: int
+    workdir: Path,
+    *,
+    devices: str,
+    first_step: int,
+    total_steps: int,
+    notes: Sequence[str] = (),
 ) -> Iterator[None]:
     """Adds this start of a run to `provenance.json`, and its outcome at the end.
 
@@ -42,6 +47,7 @@ def recorded(
       devices: in words, such as "8 x TPU v5e".
       first_step: the step that training resumes from.
       total_steps: of the whole run.
+      notes: on the data, for the report.
     """
     if first_step >= total_steps:
         yield
@@ -56,6 +62,7 @@ def recorded(
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": devices,
+        "notes": list(notes),
     }
     # Steps after the checkpoint that training resumes from are repeated. Starts whose
     # steps are all repeated stay in the record.

@@ -30,6 +30,8 @@ class Result(NamedTuple):
       predicted: number of the class with the highest score.
       confidence: softmax of that score, in 0..1.
       step: of the checkpoint.
+      class_name: of `label`; empty in files of older versions.
+      predicted_class: name of the class `predicted`; empty in those files.
     """
 
     index: int
@@ -38,6 +40,8 @@ class Result(NamedTuple):
     predicted: int
     confidence: float
     step: int
+    class_name: str = ""
+    predicted_class: str = ""
 
 
 _MARKS = {"config.json", "lock", "provenance.json", "data.png"}
@@ -291,7 +295,13 @@ def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [
-                Result(**{name: types[name](row[name]) for name in Result._fields})
+                Result(
+                    **{
+                        name: types[name](row[name])
+                        for name in Result._fields
+                        if name in row or name not in Result._field_defaults
+                    }
+                )
                 for row in csv.DictReader(file)
             ]
     except (ValueError, TypeError, KeyError, csv.Error) as error:

@@ -152,7 +152,10 @@ def describe_scores(numbers: Mapping[str, Any]) -> str:
         for name, text in names.items()
         if name in numbers
     ]
-    return f"{', '.join(parts)} of {numbers['count']} images"
+    text = f"{', '.join(parts)} of {numbers['count']} images"
+    if tied := numbers.get("tied_count"):
+        text += f" (warning: of {tied} images, several classes have the highest score)"
+    return text
 
 
 def _duration(seconds: float) -> str:

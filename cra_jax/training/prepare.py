@@ -52,8 +52,12 @@ def run(config: build.Config, workdir: Path) -> None:
     splits.check_fills_batch(dataset, loop.batch_size)
     if loop.pretrained:
         preview.weight_lines(config, dataset.class_names)  # raises if they do not fit
+    opened = {}
     for name in dataset.splits:
-        made.append(_open(build.open_split(config, dataset, name), name, begun_s))
+        opened[name] = build.open_split(config, dataset, name)
+        made.append(_open(opened[name], name, begun_s))
+    for line in splits.warn_of_duplicates(opened.pop("train"), opened):
+        _print(line)
     took_s = time.time() - begun_s
     if any(made):
         _print(f"all is ready, after {took_s:.0f} s")

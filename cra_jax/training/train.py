@@ -74,10 +74,12 @@ def run(
         with hosts.all_or_none():
             training = Run(config, workdir, dataset, checkpoints, first_step)
         scores = training.train()
+        best = training.describe_best()
     if hosts.is_first():
         if loop.report:
             report.write_after_training(run_options.from_config(config), workdir)
-        print("\n".join(_summary(scores, workdir)))
+        summary = _summary(scores, workdir, best=best, warnings=training.warnings)
+        print("\n".join(summary))
     hosts.wait_for_all()
     return scores
 
@@ -232,6 +234,7 @@ class Run:
             crop_px=options.data.crop_px,
             averaged=self._loop.ema_decay > 0,
         )
+        self._metric_split = splits.metric_split(self._data.tests)
         # Each evaluation records the attention of these images, because old checkpoints
         # are deleted.
         self._snapshot_indices = self._data.tests["test"].first_of_each_class(
@@ -239,7 +242,13 @@ class Run:
         )
         self._window = Mean()
         self._window_before = []
-        self._notes = [*dataset.notes, *_describe(config, dataset, self._data)]
+        found = splits.warn_of_duplicates(self._data.train, self._data.tests)
+        self._data_notes = [*dataset.notes, *found]
+        self.warnings = [x for x in self._data_notes if x.startswith("warning: ")]
+        self._notes = [
+            *self._data_notes,
+            *_describe(config, dataset, self._data),
+        ]
         self._monitor = monitor.Monitor(
             workdir,
             run_directory.flatten(config.to_dict()),
@@ -287,7 +296,12 @@ class Run:
         with contextlib.ExitStack() as stack:
             if hosts.is_first():
                 stack.enter_context(
-                    provenance.recorded(self._workdir, devices=names, **steps_left)
+                    provenance.recorded(
+                        self._workdir,
+                        devices=names,
+                        notes=self._data_notes,
+                        **steps_left,
+                    )
                 )
             log = stack.enter_context(
                 training_log.Log(self._workdir, mute=not hosts.is_first(), **steps_left)
@@ -407,10 +421,21 @@ class Run:
                 matrices = found.matrices[self._snapshot_indices]
                 self._record_attention(log, step, epoch, matrices)
             if step == self._total_steps and hosts.is_first():
-                run_directory.write_results(
-                    self._workdir, name, "center", results(found, split, step=step)
+                rows = results(
+                    found, split, class_names=self._data.class_names, step=step
                 )
-        return top1["test"]
+                run_directory.write_results(self._workdir, name, "center", rows)
+        return top1[self._metric_split]
+
+    def describe_best(self) -> str:
+        """The checkpoint "best", and what it was chosen on; empty if there is none."""
+        if not self._checkpoints:
+            return ""
+        step = self._checkpoints.best_step()
+        if step is None:
+            return ""
+        epoch = self._checkpoints.meta(step)["epoch"]
+        return f"step {step} (epoch {epoch}), chosen on {self._metric_split!r}"
 
     def _record_first_attention(self, log: training_log.Log) -> None:
         """Records the attention before the first step."""
@@ -443,6 +468,7 @@ class Run:
             "window": self._window.fetch(),
             "class_names": list(self._data.class_names),
             "config": build.config_without_hosts(self._config),
+            "metric_split": self._metric_split,
         }
         self._checkpoints.save(step, self._state, meta, metric=top1)
 
@@ -453,9 +479,18 @@ class Run:
         return {x["split"]: x for x in lines if x.get("protocol") == "center"}
 
 
-def _summary(scores: dict[str, dict[str, Any]], workdir: Path):
+def _summary(
+    scores: dict[str, dict[str, Any]],
+    workdir: Path,
+    *,
+    best: str,
+    warnings: Sequence[str],
+):
     for split, numbers in scores.items():
         yield f"{split:>12}: {training_log.describe_scores(numbers)}"
+    yield from warnings
+    if best:
+        yield f"checkpoint `best`: {best}"
     yield f"run directory: {workdir}"
 
 

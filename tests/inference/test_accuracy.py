@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cra_jax.inference import accuracy
+from cra_jax.runtime import training_log
 
 
 def test_classification_scores_equal_counts_image_by_image():
@@ -31,10 +32,35 @@ def test_mean_per_class_skips_classes_without_images():
     assert found["mean_per_class"] == pytest.approx((1 + 1 + 0) / 3)
 
 
-def test_lower_class_is_predicted_for_equal_scores():
-    logits = np.zeros((2, 7))
-    found = accuracy.classification_scores(logits, np.array([0, 6]))
-    assert (found["top1"], found["top5"]) == (0.5, 0.5)
+@pytest.mark.parametrize("labels", [[0, 0], [0, 6], [6, 6]])
+def test_equal_scores_are_right_by_chance(labels):
+    found = accuracy.classification_scores(np.zeros((2, 7)), np.array(labels))
+    wanted = {"top1": 1 / 7, "top5": 5 / 7, "mean_per_class": 1 / 7, "tied_count": 2}
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    shown = training_log.describe_scores(found)
+    assert "top-1 14.3 %" in shown
+    assert "(warning: of 2 images, several classes have the highest score)" in shown
+
+
+def test_equal_scores_share_the_ranks_that_they_take():
+    logits = np.array([[3.0, 2, 2, 2, 1, 1, 1, 0], [3.0, 3, 2, 1, 0, 0, 0, 0]])
+    for labels, top1, top5 in (
+        ([1, 0], [0, 1 / 2], [1, 1]),
+        ([4, 4], [0, 0], [1 / 3, 1 / 4]),
+        ([7, 3], [0, 0], [0, 1]),
+    ):
+        found = accuracy.classification_scores(logits, np.array(labels))
+        assert found["top1"] == pytest.approx(np.mean(top1))
+        assert found["top5"] == pytest.approx(np.mean(top5))
+        assert found["tied_count"] == 1
+
+
+def test_top5_is_left_out_for_at_most_five_classes():
+    for classes, there in ((3, False), (5, False), (6, True)):
+        found = accuracy.classification_scores(np.eye(classes), np.arange(classes))
+        assert ("top5" in found) == there
+        assert "tied_count" not in found
+        assert ("top-5" in training_log.describe_scores(found)) == there
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

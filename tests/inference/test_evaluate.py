@@ -194,13 +194,16 @@ def test_attention_iou_of_a_known_attention(network, tmp_path):
     assert_allclose(found.logits, plain.logits, atol=1e-6)
     assert plain.matrices is None
 
-    rows = evaluate.results(found, split, step=7)
+    names = [f"class {i}" for i in range(1, 6)]
+    rows = evaluate.results(found, split, class_names=names, step=7)
     assert [x.name for x in rows] == ["0.jpg", "1.jpg", "2.jpg"]
     assert [x.label for x in rows] == [0, 1, 2]
     probability = np.asarray(jax.nn.softmax(found.logits))
     assert [x.predicted for x in rows] == probability.argmax(1).tolist()
     assert_allclose([x.confidence for x in rows], probability.max(1), rtol=1e-5)
     assert {x.step for x in rows} == {7}
+    assert [x.class_name for x in rows] == names[:3]
+    assert [x.predicted_class for x in rows] == [names[x.predicted] for x in rows]
 
 
 def test_part_scores_count_parts_inside_crop_and_attention(tmp_path):

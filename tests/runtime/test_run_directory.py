@@ -66,7 +66,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
         "two\r\nlines.jpg",
     ]
     rows = [
-        run_directory.Result(i, name, i, 2 - i, 1 / (i + 3), 18)
+        run_directory.Result(i, name, i, 2 - i, 1 / (i + 3), 18, f"{i}, a", "b")
         for i, name in enumerate(names)
     ]
     run_directory.write_results(tmp_path, "test", "center", rows)
@@ -77,10 +77,15 @@ def test_results_are_read_as_they_were_written(tmp_path):
     ]
     file = tmp_path / "results" / "test-center.csv"
     header = file.read_text(encoding="utf-8").split("\n")[0]
-    assert header == "index,name,label,predicted,confidence,step"
+    assert header == (
+        "index,name,label,predicted,confidence,step,class_name,predicted_class"
+    )
     run_directory.write_results(tmp_path, "test", "center", rows[:1])
     assert len(run_directory.read_results(tmp_path, "test", "center")) == 1
     assert [x.name for x in file.parent.iterdir()] == ["test-center.csv"]
+    file.write_text("index,name,label,predicted,confidence,step\n0,a.jpg,1,2,0.5,18\n")
+    (older,) = run_directory.read_results(tmp_path, "test", "center")
+    assert older == run_directory.Result(0, "a.jpg", 1, 2, 0.5, 18)
     with pytest.raises(ValueError, match=r"--mode eval .*eval.protocol=full"):
         run_directory.read_results(tmp_path, "test", "full")
 

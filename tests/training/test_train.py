@@ -1,6 +1,7 @@
 """Complete tiny runs: training, resuming, evaluation, export and errors."""
 
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ from numpy.testing import assert_array_equal
 from cra_jax.inference import evaluate, export, run_options
 from cra_jax.inference.restore import restore, restore_attention
 from cra_jax.input.batches import center_batches
+from cra_jax.reports import report
 from cra_jax.runtime import run_directory, training_log
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, preview, train
 from tests.helpers import tiny_config
+from tests.helpers.dataset_folders import save_image
 from tests.helpers.torch_or_skip import safetensors_torch, torch
 from tests.oracles.torch_resnet import TorchResNet
 
@@ -83,6 +86,87 @@ def test_latest_and_best_checkpoints_are_kept_with_class_names(finished):
         assert checkpoints.choose("best") == best
         assert set(checkpoints.steps()) == {12, 18, best}
         assert len(checkpoints.meta(18)["class_names"]) == 8
+
+
+def test_val_chooses_the_best_checkpoint_and_test_reports(
+    cache_dir, tmp_path, capsys, monkeypatch
+):
+    """Class b has no test image, and half of the test images are training images."""
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    for split, classes in (("train", "abc"), ("val", "abc"), ("test", "ac")):
+        files = [f"{split}/{c}/{i}.png" for c in classes for i in range(8)]
+        for seed, file in enumerate(files):
+            save_image(data / file, seed + 100 * len(split), size=(40, 40))
+    for i in range(4):
+        for c in "ac":
+            shutil.copy(data / f"train/{c}/{i}.png", data / f"test/{c}/{i}.png")
+    changes = {"data.source": "folder", "data.path": str(data), "train.epochs": 3}
+    changes |= {"model.kind": "baseline", "eval.protocol": "center"}
+    config = tiny_config.config(tmp_path / "cache", **changes)
+    # On val, the second epoch is the best; on test, the last.
+    given = {("val", 2): 0.9, ("test", 3): 1.0}
+    scores_of = evaluate.Evaluator.scores
+    calls = []
+
+    def scores(self, found, split, protocol):
+        name = split.records[0].name.partition("/")[0]
+        calls.append(name)
+        top1 = given.get((name, calls.count(name)), 0.5)
+        return scores_of(self, found, split, protocol) | {"top1": top1}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "scores", scores)
+        found = train.run(config, workdir)
+    assert set(found) == {"test", "val"}
+    printed = capsys.readouterr()
+    duplicates = (
+        "warning: 8 of 16 images of 'test' are duplicates of training images"
+        " (test/a/0.png = train/a/0.png, test/a/1.png = train/a/1.png,"
+        " test/a/2.png = train/a/2.png, ...), which makes its scores too high"
+    )
+    absent = "'test' has no images of 1 of the 3 classes, which its scores leave out: b"
+    assert duplicates in printed.out
+    assert duplicates in printed.err
+    assert absent in printed.err
+    assert "checkpoint `best`: step 2 (epoch 2), chosen on 'val'" in printed.out
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.best_step() == 2
+        assert checkpoints.meta(2)["metric_split"] == "val"
+    options = run_options.from_config(config)
+    evaluate.run(options.at_checkpoint("best"), workdir)
+    printed = capsys.readouterr().out
+    assert f"checkpoint 2 (epoch 2, the best on 'val') of {workdir}" in printed
+    assert "note: the score of 'val' is too high, since it chose the checkp" in printed
+    assert duplicates in printed
+    assert f"note: {absent}" in printed
+    rows = run_directory.read_results(workdir, "test", "center")
+    assert {(row.label, row.class_name) for row in rows} == {(0, "a"), (2, "c")}
+    page = report.write(options, workdir).read_text()
+    assert "epoch 2, chosen by top-1 on val; the test images chose nothing." in page
+    assert "which its scores leave out: b" in page
+    assert "8 of 16 images of" in page
+
+    # Other images, without training images, some of which the run was trained on.
+    fresh = tmp_path / "fresh"
+    shutil.copytree(data / "train" / "c", fresh / "test" / "c")
+    save_image(fresh / "test" / "a" / "new.png", 999, size=(40, 40))
+    other = tiny_config.config(
+        tmp_path / "cache", **changes | {"data.path": str(fresh)}
+    )
+    evaluate.run(run_options.from_config(other), workdir)
+    printed = capsys.readouterr().out
+    assert "warning: 8 of 9 images of 'test' are duplicates of training im" in printed
+    assert "leave out: b" in printed
+    assert " of 9 images" in printed
+
+
+def test_best_is_chosen_on_a_held_out_share(cache_dir, tmp_path, capsys):
+    changes = {"data.val_share": 0.25, "model.kind": "baseline", "train.epochs": 1}
+    scores = train.run(tiny_config.config(cache_dir, **changes), tmp_path)
+    assert {name: line["count"] for name, line in scores.items()} == {
+        **{"test": 40, "test_shifted": 40, "val": 24}
+    }
+    assert "(epoch 1), chosen on 'val'" in capsys.readouterr().out
 
 
 class _Killed(BaseException):
