@@ -28,6 +28,8 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
+from cra_jax.runtime import run_directory
+
 Tree = Any
 _RECORD = {"content", "metric", "arrays", "checksum"}
 
@@ -58,13 +60,15 @@ class Checkpoints:
       writable: False opens them for reading only, and creates no directory.
 
     Raises:
-      ValueError: opened for reading, and the directory does not exist.
+      ValueError: opened for reading, and the directory does not exist; or its path
+        has names that orbax cannot read.
     """
 
     def __init__(
         self, directory: str | Path, *, keep_latest: int = 2, writable: bool = True
     ):
         self._directory = Path(directory).absolute()
+        run_directory.check_path(self._directory)
         if not writable and not self._directory.is_dir():
             raise ValueError(
                 f"there are no checkpoints at {self._directory}: set --workdir to the "

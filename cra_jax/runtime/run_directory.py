@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fnmatch
 import io
 import json
 import os
@@ -42,6 +43,33 @@ class Result(NamedTuple):
     step: int
     class_name: str = ""
     predicted_class: str = ""
+
+
+def check_path(directory: Path) -> None:
+    """Checks that orbax can read what it writes below a directory.
+
+    It takes parts of the path for a pattern, and its libraries need UTF-8.
+
+    Raises:
+      ValueError: it cannot; says what to rename.
+    """
+    for part in directory.absolute().parts:
+        try:
+            part.encode()
+            problem = "a backslash" if "\\" in part else ""
+            # A pattern such as [1] matches other names only.
+            if not fnmatch.fnmatchcase(part, part):
+                problem = "a pattern in brackets"
+            if part == "gs:":
+                problem = "the prefix of Google Cloud Storage"
+        except UnicodeEncodeError:
+            problem = "bytes that are not UTF-8"
+        if problem:
+            raise ValueError(
+                f"{str(directory)!r} has {problem} in the name {part!r}, so that"
+                " checkpoints there could not be read; rename it, or choose another"
+                " --workdir"
+            )
 
 
 _MARKS = {"config.json", "lock", "provenance.json", "data.png"}
@@ -92,6 +120,7 @@ def locked(workdir: Path) -> Iterator[None]:
       ValueError: another process holds it (the message names it), or a disk or a
         directory failed, here or while it was locked.
     """
+    check_path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with files.locked(

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.train_step import TrainState
 
@@ -114,3 +115,36 @@ def test_checkpoint_of_another_model_is_an_error_that_names_the_arrays(tmp_path)
 def test_missing_checkpoints_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are no checkpoints at"):
         Checkpoints(tmp_path / "nowhere", writable=False)
+
+
+ODD_NAMES = {
+    "a[1]": "a pattern in brackets",
+    "a[!b]": "a pattern in brackets",
+    "a\\b": "a backslash",
+    "a\udcff": "bytes that are not UTF-8",
+    "gs:": "the prefix of Google Cloud Storage",
+}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_path_that_orbax_cannot_read_is_an_error(tmp_path, name):
+    folder = tmp_path / name / "run"
+    message = f"has {ODD_NAMES[name]} in the name .*; rename it, or choose another"
+    for writable in (True, False):
+        with pytest.raises(ValueError, match=message):
+            Checkpoints(folder, writable=writable)
+    with (
+        pytest.raises(ValueError, match=message),
+        run_directory.locked(folder),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_odd_paths_are_read(tmp_path):
+    folder = tmp_path / "a] *?{b} [#%20" / "é:鳥\n'\"$;|&"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, {"x": np.arange(3)}, {})
+    with Checkpoints(folder, writable=False) as checkpoints:
+        found = checkpoints.restore(1, checkpoints.shapes(1))
+    assert found["x"].tolist() == [0, 1, 2]
