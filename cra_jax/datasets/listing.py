@@ -180,6 +180,19 @@ def _may_be_regular(path: str) -> bool:
         return True
 
 
+def regular(file: Path) -> os.stat_result:
+    """The status of a regular file; a pipe or a device could be read without an end.
+
+    Raises:
+      ValueError: it is something else.
+      OSError: there is no such file, or it cannot be read.
+    """
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file}: it is no regular file; remove it, or get it again")
+    return status
+
+
 def unlisted(folder: Path, splits: Splits) -> tuple[str, ...]:
     """A note on images below a folder that are not in the lists."""
     listed = {str(entry.file) for entries in splits.values() for entry in entries}

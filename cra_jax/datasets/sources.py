@@ -34,6 +34,7 @@ from cra_jax.datasets.listing import (
     Listing,
     draw_share,
     name_below,
+    regular,
     some,
 )
 from cra_jax.input import decoding, image_cache
@@ -202,7 +203,7 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
                     " dataset from its publisher"
                 )
             try:
-                status = file.stat()
+                status = regular(file)
             except FileNotFoundError:
                 missing.append(str(file))
                 continue

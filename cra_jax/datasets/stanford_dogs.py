@@ -99,6 +99,7 @@ def _round_all(file: Path) -> Corners:
     Read only on access: there are 20,580 files.
     """
     try:
+        listing.regular(file)
         boxes = [
             [float(box.findtext(side, "")) for side in _SIDES]
             for box in ElementTree.parse(file).iter("bndbox")

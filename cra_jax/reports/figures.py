@@ -75,7 +75,8 @@ def draw_all(
       baseline: run directory of a baseline that has the same test images.
 
     Returns:
-      The figures, and a sentence for each figure that is missing.
+      The figures, the notes of loading the dataset, and a sentence for each figure that
+      is missing.
 
     Raises:
       ValueError: a run has no checkpoint, or the two runs have different test images.
@@ -88,7 +89,7 @@ def draw_all(
         ours.check_same_images(theirs)
     directory = workdir / "report"
     directory.mkdir(exist_ok=True)
-    drawn, notes = [], []
+    drawn, notes = [], list(ours.notes)
     for name, draw in _drawings(ours, theirs):
         figure, text = draw()
         if figure is None:
@@ -126,6 +127,7 @@ class _Run:
         dataset = sources.load_dataset(options.data, needs_train=False)
         dataset = sources.with_classes(dataset, names)
         evaluate.check_classes(dataset.class_names, names, workdir)
+        self.notes = dataset.notes
         self.split = splits.open_split(options.data, dataset, "test")
         self.class_names = dataset.class_names
         self._evaluator = evaluate.Evaluator(self.restored.backbone, options)

@@ -98,7 +98,8 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
     (workdir / _PAGE).parent.mkdir(exist_ok=True)
     values = _template_values(config, lines, workdir)
     values["baseline"] = _baseline_values(baseline, values["scores"])
-    values["images"], values["missing"], failed = _figures(options, workdir, baseline)
+    values["images"], missing, failed = _figures(options, workdir, baseline)
+    values["missing"] = [text for text in missing if text not in values["notes"]]
     values["notes"] += failed
     values["sections"] = [
         (anchor, title)

@@ -30,10 +30,11 @@ _LOCALIZATION: _Styles = {
     "head_in_attention": ("head in attention", {"color": PURPLE, "marker": "D"}),
     "box_share": ("box share of crop", {"color": GREY, "dashes": (1, 1)}),
 }
-# Styles of the first two test splits.
+# Styles of the splits that are scored.
 _SPLIT_STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "markersize": 3},
     {"color": VERMILLION, "marker": "s", "markersize": 3},
+    {"color": GREEN, "marker": "^", "markersize": 3},
 )
 
 

@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -256,3 +257,11 @@ def test_nabirds_label_without_a_name_is_an_error(tmp_path):
         ValueError, match=r"image a-2 has class '1010'.*in classes\.txt"
     ):
         sources.load("nabirds", root)
+
+
+def test_pipe_in_the_place_of_a_listed_image_is_an_error(tmp_path):
+    file = cub_tree(tmp_path) / "images" / CUB_FILES[0]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"w1\.jpg: it is no regular file; remove"):
+        sources.load("cub", tmp_path)
