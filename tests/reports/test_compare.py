@@ -84,7 +84,7 @@ def test_a_note_says_that_per_image_results_are_missing(tmp_path, results):
     if results == "missing":
         path.unlink()
     else:
-        path.write_text(re.sub(r",20$", ",10", path.read_text(), flags=re.MULTILINE))
+        path.write_text(path.read_text().replace(",20,", ",10,"))
     comparison = compare_statistics.compare(runs)
     assert comparison.pairs == []
     assert len(comparison.notes) == 1
