@@ -176,6 +176,8 @@ def make_loss(
 ) -> Callable[..., tuple[Array, tuple[Any, Terms]]]:
     """Eq. (9) as a function of ``(params, batch_stats, images, labels, step)``.
 
+    A sixth argument, boxes ``[b, 4]``, takes the place of the attention in the swap.
+
     The labels are int ``[b]`` or `losses.MixedLabels`. The accuracy of mixed labels
     counts the label with the larger weight as correct.
 
@@ -347,9 +349,9 @@ def make_train_step(
         images, labels = normalize(images), batch["label"]
         if mix:
             images, labels = mix(state, images, batch)
-        boxes = draw_boxes(state.step, batch["index"]) if draw_boxes else None
+        boxes = (draw_boxes(state.step, batch["index"]),) if draw_boxes else ()
         return jax.grad(loss_function, has_aux=True)(
-            state.params, state.batch_stats, images, labels, state.step, boxes
+            state.params, state.batch_stats, images, labels, state.step, *boxes
         )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Terms]:

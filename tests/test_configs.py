@@ -1,4 +1,4 @@
-"""The config keys that the variants `released`, `modern` and `paper` change."""
+"""The config keys that the variants `released`, `plus` and `paper` change."""
 
 import dataclasses
 
@@ -11,10 +11,10 @@ from cra_jax.runtime import run_directory
 from cra_jax.training import check_config, step_wrappers
 
 
-def _changed_keys(module, variant):
+def _changed_keys(module, variant, reference="cra"):
     flat = [
         run_directory.flatten(module.get_config(name).to_dict())
-        for name in ("", variant)
+        for name in (reference, variant)
     ]
     return {key: value for key, value in flat[1].items() if flat[0][key] != value}
 
@@ -70,33 +70,64 @@ def test_released_quickstart_scales_the_schedules_to_its_own_length():
     config = quickstart.get_config("released")
     assert (config.bn.group_size, config.contrast.distance) == (4, "squared")
     options, restriction = config.optim, config.restriction
-    assert config.train.epochs == 26  # 18 by 200 / 140
-    assert (options.first_epochs, options.period_epochs) == (12, 6)
-    assert (restriction.first_epochs, restriction.period_epochs) == (18, 8)
-    assert (options.freeze_first_epochs, options.freeze_period_epochs) == (12, 3)
+    assert config.train.epochs == 76  # 53 by 200 / 140
+    assert (options.first_epochs, options.period_epochs) == (37, 22)
+    assert (restriction.first_epochs, restriction.period_epochs) == (53, 23)
+    assert (options.freeze_first_epochs, options.freeze_period_epochs) == (37, 11)
     check_config.check(config)
 
 
+PLUS = {
+    "optim.ema_decay": 0.999,
+    "loss.label_smoothing": 0.1,
+    "loss.uniform": 1.0,
+    "loss.cntr": 0.0,
+    "art.head": "spatial",
+    "art.rotate": False,
+    "art.redundancy": "filled",
+    "model.shared_weights": True,
+    "swap.weight": 1.0,
+}
+
+
 @pytest.mark.parametrize("module", [cub, cars])
-def test_modern_adds_weight_averages_and_label_smoothing(module):
-    assert _changed_keys(module, "modern") == {
+def test_plus_adds_the_extensions(module):
+    assert _changed_keys(module, "plus") == PLUS
+    check_config.check(module.get_config("plus"))
+
+
+@pytest.mark.parametrize("module", [cub, cars])
+@pytest.mark.parametrize("kind", ["baseline", "stn"])
+def test_plus_of_another_kind_is_smoothing_and_averages(module, kind):
+    assert _changed_keys(module, f"{kind},plus", kind) == {
         "optim.ema_decay": 0.999,
         "loss.label_smoothing": 0.1,
     }
-    check_config.check(module.get_config("baseline,modern"))
+    check_config.check(module.get_config(f"plus,{kind}"))
 
 
-def test_modern_quickstart_averages_over_fewer_steps():
-    assert _changed_keys(quickstart, "modern") == {
-        "optim.ema_decay": 0.99,
-        "loss.label_smoothing": 0.1,
+@pytest.mark.parametrize("variant", ["", "resnet18", "plus"])
+def test_quickstart_is_plus_without_a_kind_or_a_change(variant):
+    config = quickstart.get_config(variant)
+    flat = run_directory.flatten(config.to_dict())
+    # An average over fewer steps, because training from scratch takes few.
+    assert {key: flat[key] for key in PLUS} == {**PLUS, "optim.ema_decay": 0.99}
+    assert config.model.backbone == ("resnet18" if "18" in variant else "resnet10")
+    check_config.check(config)
+
+
+def test_every_kind_of_the_quickstart_takes_the_same_passes():
+    epochs = {
+        variant: quickstart.get_config(variant).train.epochs
+        for variant in ("baseline", "stn", "cra", "plus")
     }
-    check_config.check(quickstart.get_config("modern,stn"))
+    assert epochs == {"baseline": 80, "stn": 64, "cra": 53, "plus": 40}
+    assert quickstart.get_config("cra").swap.weight == 0
 
 
 def test_unknown_variant_is_an_error_that_lists_the_known_ones():
     for module in (cub, cars, quickstart):
-        with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released, modern"):
+        with pytest.raises(ValueError, match=r"'relaesd'.*baseline.*released, plus"):
             module.get_config("baseline,relaesd")
 
 
