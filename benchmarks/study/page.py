@@ -23,7 +23,15 @@ from benchmarks.study.results import (
     difference,
     values,
 )
-from benchmarks.study.rows import BY_NAME, GROUPS, ROWS, Row, settings_of
+from benchmarks.study.rows import (
+    BUDGETS,
+    BY_NAME,
+    GROUPS,
+    ROWS,
+    Row,
+    budget_row,
+    settings_of,
+)
 from cra_jax import art_module
 from cra_jax.datasets import synthetic
 from cra_jax.inference import localization
@@ -67,6 +75,9 @@ def write(lines: Iterable[Line], docs: Path) -> None:
     (docs / "study").mkdir(parents=True, exist_ok=True)
     lines = list(lines)
     found, _ = collect(lines)
+    if any(found[row.name] for row in ROWS if row.group == "budget"):
+        path = docs / _figure_of("curves")
+        draw_budgets(found).savefig(path, dpi=_DPI, metadata={"Software": None})
     for group in GROUPS:
         if rows := _with_runs(group, found):
             figure, path = draw(rows, found), docs / _figure_of(group)
@@ -328,6 +339,9 @@ def _gain(found: Found) -> Iterable[str]:
     head += ["difference", "IoU", "head in the attention"]
     yield html_page.markdown_table(head, body)
     yield from ("", _image_link("gain"))
+    if _with_runs("budget", found):
+        yield ""
+        yield f"![Accuracy over compute and over images]({_figure_of('curves')})"
 
 
 def _method(found: Found) -> Iterable[str]:
@@ -566,6 +580,8 @@ _COLUMNS = (
     "- **attention IoU**: IoU of the attention and the bird's box.",
 )
 _INTRODUCTIONS = {
+    "budget": "`plus` and its baseline with more and less compute, and with more and "
+    "fewer images.",
     "gain": "The extensions one by one and together, and their rivals.",
     "main": "CRA-CNN, the baselines and the STN.",
     "ablations": "One setting of CRA-CNN is changed, or BatchNorm takes its "
@@ -792,6 +808,44 @@ def _images(images: uncertainty.Paired | None) -> str:
     if images is None:
         return "not the same images"
     return f"{images.only_second} : {images.only_first} ({html_page.p_value(images.p)})"
+
+
+@figure_style.styled
+def draw_budgets(found: Found) -> Figure:
+    """Draws accuracy over compute, and over the number of images of a species."""
+    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    budgets = (
+        ("passes over 64 images of a species", [x for x in BUDGETS if x[1] == 64], 0),
+        (
+            "images of a species, the same compute",
+            [x for x in BUDGETS if x[0] * x[1] == 160 * 64],
+            1,
+        ),
+    )
+    for ax, (words, points, axis) in zip(panels, budgets, strict=True):
+        for kind, colour in (
+            ("baseline-plus", _COLOURS["baseline"]),
+            ("plus", _COLOURS["cra"]),
+        ):
+            for key, style in ((_TEST, "-"), (_SHIFTED, "--")):
+                drawn = []
+                for point in sorted(points, key=lambda x: x[axis]):
+                    scores = values(found[budget_row(kind, *point)], key).values()
+                    drawn += [(point[axis], 100 * score) for score in scores]
+                places = sorted({x for x, _ in drawn})
+                means = [np.mean([y for x, y in drawn if x == at]) for at in places]
+                label = f"{kind.replace('-plus', '')}, {key[0]}"
+                ax.plot(places, means, style, color=colour, label=label)
+                ax.plot([x for x, _ in drawn], [y for _, y in drawn], ".", color=colour)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(point[axis] for point in points))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel(words)
+        ax.grid(linewidth=0.4, color="0.85")
+    panels[0].set_ylabel("top-1, %")
+    panels[1].legend(fontsize="x-small")
+    return figure
 
 
 @figure_style.styled

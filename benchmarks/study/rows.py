@@ -51,6 +51,7 @@ class Row(NamedTuple):
 
 GROUPS = {
     "gain": "Drawn birds: 64 images of a species, every row with the same compute",
+    "budget": "Drawn birds: other numbers of passes and of images",
     "main": "Drawn birds: main comparison",
     "ablations": "Drawn birds: one part of CRA-CNN changed",
     "robust": "Drawn birds: guards of Gamma and learning rates",
@@ -197,14 +198,14 @@ _GAIN = (
     ),
     _gain(
         "uniform",
-        "the same, filled redundancy, L_uniform for L_cntr",
+        "spatial head, shared weights, L_uniform on a filled redundancy",
         *("cra", 1.5, {**_BEST, "swap.weight": 0.0}),
     ),
     _gain("swap", "spatial head, swap", "cra", 2, _SWAP),
-    _gain("best", "all of these", "cra", 2, _BEST),
+    _gain("best", "all extensions", "cra", 2, _BEST),
     _gain(
         "random",
-        "all of these, swap of random boxes",
+        "all extensions, swap of random boxes",
         *("cra", 2, {**_BEST, "swap.boxes": "random"}),
     ),
     _gain("cutmix", "baseline, CutMix", "baseline", 1, {"mix.kind": "cutmix"}),
@@ -214,8 +215,42 @@ _GAIN = (
         *("baseline", 4 / 3, {"mix.kind": "snapmix", "mix.alpha": 5.0}),
     ),
     _gain("baseline-plus", "baseline, smoothing and averages", "baseline,plus", 1),
-    _gain("plus", "all of these, smoothing and averages (`plus`)", "plus", 2),
+    _gain("plus", "all extensions, smoothing and averages (`plus`)", "plus", 2),
 )
+
+
+BUDGETS = ((80, 64), (160, 64), (320, 64), (640, 16), (40, 256))
+"""Passes over the training images, and images of a species; see the page's figure."""
+
+
+def budget_row(kind: str, passes: int, images: int) -> str:
+    """Name of the row of "baseline-plus" or "plus" with a budget of `BUDGETS`."""
+    name = f"gain-{kind}"
+    return name if (passes, images) == (160, 64) else f"{name}-{passes}-{images}"
+
+
+def _budget(passes: int, images: int) -> list[Row]:
+    """Both rows with another number of passes or of images of a species."""
+    rows = []
+    for kind, variant, each, title in (
+        ("baseline-plus", "baseline,plus", 1, "baseline, smoothing and averages"),
+        ("plus", "plus", 2, "`plus`"),
+    ):
+        epochs = passes // each
+        phases = (epochs, round(0.7 * epochs), round(0.2 * epochs))
+        reference = budget_row("baseline-plus", passes, images)
+        rows.append(
+            Row(
+                budget_row(kind, passes, images),
+                "budget",
+                f"{title}, {images} images of a species, {passes} passes",
+                "Does the gain depend on the compute, or on the number of images?",
+                *("quickstart", variant),
+                _drawn(8 * images, *phases, train__batch_size=32),
+                *(3, () if kind == "baseline-plus" else (reference,)),
+            )
+        )
+    return rows
 
 
 def _rate(kind: str, word: str, rate: float) -> Row:
@@ -357,6 +392,7 @@ def _changed_photographs(
 
 ROWS = (
     *_GAIN,
+    *(row for x in BUDGETS if x != (160, 64) for row in _budget(*x)),
     _main("baseline", "baseline", "How accurate is a plain ResNet?", "baseline"),
     _main(
         "baseline-long",
@@ -619,6 +655,7 @@ _OF_ATTENTION += ("model.shared_weights", "swap.")
 # earlier behaviour. A result from before such a setting keeps its fingerprint.
 _ADDED_LATER: Settings = {
     "art.gradient_share": 1.0,
+    "data.val_share": 0.0,
     "art.head": "pooled",
     "art.inner_scale": 0.0,
     "art.rotate": True,
