@@ -84,7 +84,8 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
             " images were drawn for testing (with data.test_share=1, --mode eval"
             " scores all of them)"
         )
-    return Listing(root, tuple(names), splits, (*notes, *skipped.notes()))
+    notes = (*notes, *skipped.notes())
+    return Listing(root, tuple(names), splits, notes, drawn=not groups)
 
 
 def draw_test(

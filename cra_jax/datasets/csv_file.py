@@ -103,7 +103,8 @@ def csv_list(file: Path, *, seed: int = 0, test_share: float = 0.2) -> Listing:
     unused = [column for column in rows[0][1] if column not in _COLUMNS]
     if unused:
         notes.append(f"columns of {file} that are ignored: {some(unused)}")
-    return Listing(root, tuple(names), divided, tuple(notes))
+    drawn = not any(splits)
+    return Listing(root, tuple(names), divided, tuple(notes), drawn=drawn)
 
 
 def _divide(

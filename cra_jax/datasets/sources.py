@@ -6,6 +6,7 @@ the file system. Missing files, duplicate names and labels out of range are erro
 `Dataset.notes` has the numbers of omitted files.
 """
 
+import ast
 import collections
 import dataclasses
 import functools
@@ -155,11 +156,8 @@ def _synthetic(
     names = synthetic.class_names(num_species)
     setting = {"seed": seed, "num_species": num_species, "habitat_share": habitat_share}
     # The stamp changes with the code that draws.
-    files = [
-        Path(str(module.__file__)).read_bytes()
-        for module in (synthetic_drawing, synthetic)
-    ]
-    code = hashlib.sha256(b"".join(files)).hexdigest()[:12]
+    text = "\n".join(_code_of(module) for module in (synthetic_drawing, synthetic))
+    code = hashlib.sha256(text.encode()).hexdigest()[:12]
     stamp = " ".join(f"{key}={value}" for key, value in setting.items()) + f" {code}"
     splits = {}
     for split in synthetic.SPLITS:
@@ -176,6 +174,20 @@ def _synthetic(
             for index in range(size)
         )
     return Dataset("synthetic", names, splits)
+
+
+def _code_of(module: Any) -> str:
+    """The code of a module, without its comments and docstrings."""
+    tree = ast.parse(Path(str(module.__file__)).read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [x for x in body if not _is_text(x)]  # pyright: ignore[reportAttributeAccessIssue]
+    return ast.unparse(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _drawn_image(split: str, index: int, setting: dict, short_side_px: int):
@@ -238,7 +250,7 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
             " unpack the archive again"
         )
     notes = *listing.notes, *_linked(root, identities)
-    return Dataset(name, listing.class_names, splits, root, notes)
+    return Dataset(name, listing.class_names, splits, root, notes, drawn=listing.drawn)
 
 
 def _linked(
@@ -305,7 +317,7 @@ def _from_tfds(
         f"{name} has only the split 'train': {len(dataset.splits['test'])} of"
         f" {len(splits['train'])} images were drawn for testing"
     )
-    return dataclasses.replace(dataset, notes=(*dataset.notes, note))
+    return dataclasses.replace(dataset, notes=(*dataset.notes, note), drawn=True)
 
 
 def _hold_out(

@@ -1,6 +1,8 @@
 """Datasets and their records: one record per image."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,6 +33,20 @@ class Record:
     locate: Callable[[], Box] | None = None
     content: Callable[[], bytes] | None = None
     locate_parts: Callable[[], Mapping[str, Point]] | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex digest of the file, read at the first use; of name and stamp without one.
+
+        "unreadable" if the file cannot be read.
+        """
+        try:
+            content = self.content() if self.content else None
+        except (OSError, ValueError):
+            return "unreadable"
+        if content is None:
+            content = f"{self.name} {self.stamp}".encode(errors="surrogateescape")
+        return hashlib.sha256(content).hexdigest()[:16]
 
     @property
     def box(self) -> Box | None:
@@ -64,6 +80,7 @@ class Dataset:
       root: the directory that names of files are relative to, or that has the built
         dataset; None without files.
       notes: one line each on what was omitted or chosen while loading, for the log.
+      drawn: whether the test split was drawn at random from the images.
     """
 
     name: str
@@ -71,3 +88,4 @@ class Dataset:
     splits: dict[str, tuple[Record, ...]]
     root: Path | None = None
     notes: tuple[str, ...] = ()
+    drawn: bool = False

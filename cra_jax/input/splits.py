@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 
 from cra_jax.input import center_crop, image_cache
 from cra_jax.input.records import Box, Dataset, Point, Record
+from cra_jax.runtime import run_directory
+from cra_jax.runtime.progress import Progress
+
+_SHOWN_FROM = 5000  # images whose check shows its progress; fewer take seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +64,6 @@ class DataOptions:
                 f"data.crop_px={self.crop_px} does not fit into images whose shorter "
                 f"side is data.short_side_px={self.short_side_px}: increase the latter"
             )
-        if self.workers < 1:
-            raise ValueError(f"data.workers={self.workers} must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +143,108 @@ class Split:
         )
 
 
+def list_images(records: Sequence[Record]) -> tuple[run_directory.ListedImage, ...]:
+    """Name, label and content digest of each record; reads every file once."""
+    with (
+        Progress(
+            len(records),
+            "checking the data",
+            unit="images",
+            show=len(records) > _SHOWN_FROM,
+        ) as progress,
+        ThreadPoolExecutor() as pool,  # reading and hashing release the GIL
+    ):
+        listed = []
+        for record, digest in zip(
+            records, pool.map(lambda record: record.digest, records), strict=True
+        ):
+            listed.append(run_directory.ListedImage(record.name, record.label, digest))
+            progress.advance()
+    return tuple(listed)
+
+
+def digest(listed: Iterable[run_directory.ListedImage]) -> str:
+    """Hex digest of labels and contents; names and order do not matter."""
+    content = sorted([image.label, image.digest] for image in listed)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def describe_changes(
+    before: Mapping[str, Sequence[run_directory.ListedImage]],
+    now: Mapping[str, Sequence[run_directory.ListedImage]],
+) -> str:
+    """The first difference of two listings and the number of all; empty: none.
+
+    Args:
+      before: the images of some splits.
+      now: the images of the same splits.
+    """
+    old, new = (
+        {image.name: (split, image) for split, images in x.items() for image in images}
+        for x in (before, now)
+    )
+    changes = []
+    for name, (split, image) in old.items():
+        there, other = new.get(name, ("", image))
+        if not there:
+            changes.append(f"{split}: {name} is missing")
+        elif there != split:
+            changes.append(f"{name} moved from {split} to {there}")
+        elif other.digest != image.digest:
+            changes.append(f"{split}: {name} has other content")
+        elif other.label != image.label:
+            changes.append(
+                f"{split}: {name} has label {other.label} instead of {image.label}"
+            )
+    changes += [f"{new[name][0]}: {name} is new" for name in new if name not in old]
+    if not changes and any(tuple(before[x]) != tuple(now[x]) for x in before):
+        changes.append("the order of the images")
+    more = f" (and {len(changes) - 1} more differences)" if len(changes) > 1 else ""
+    return f"{changes[0]}{more}" if changes else ""
+
+
+def keep_split(
+    dataset: Dataset, before: Mapping[str, Sequence[run_directory.ListedImage]]
+) -> Dataset:
+    """Puts images back into the splits that they had, for a split drawn at random.
+
+    Images are known by their names, and renamed ones by their content. New images stay
+    in the split that they were drawn for. Known images come first, in the order that
+    they had.
+    """
+    by_name, by_digest = {}, {}
+    for split, images in before.items():
+        for i, image in enumerate(images):
+            by_name[image.name] = by_digest[image.digest] = split, i
+    records = []
+    for split, split_records in dataset.splits.items():
+        new = split, len(by_name)
+        for record in split_records:
+            place = by_name.get(record.name) or by_digest.get(record.digest, new)
+            records.append((*place, record))
+    return dataclasses.replace(
+        dataset,
+        splits={
+            split: tuple(
+                record
+                for _, _, record in sorted(
+                    (x for x in records if x[0] == split), key=lambda x: x[1]
+                )
+            )
+            for split in dataset.splits
+        },
+    )
+
+
 def describe_data(splits: Mapping[str, Split]) -> str:
     """Describes splits, so that hosts can check that theirs are the same."""
     texts = []
     for name, split in splits.items():
-        listed = [(record.name, record.label) for record in split.records]
-        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-        texts.append(f"{name} of {len(listed)} images (names and labels {digest[:8]})")
+        listed = list_images(split.records)
+        text = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8]
+        texts.append(
+            f"{name} of {len(listed)} images (names, labels and contents {text})"
+        )
     return ", ".join(texts)
 
 

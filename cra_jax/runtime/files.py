@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +50,36 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a file by one that holds this text in UTF-8."""
     with written_atomically(path) as file:
         file.write(text.encode())
+
+
+def check_no_links_out(directory: Path) -> None:
+    """Checks that writing below a directory cannot write anywhere else.
+
+    A run or an export may come from a stranger. The directory may be a link itself.
+
+    Raises:
+      ValueError: something below it is a link to a place outside it, or is neither a
+        file nor a directory; names the first.
+    """
+    root = directory.resolve()
+    for here, folders, names in os.walk(root):
+        for name in sorted([*folders, *names]):
+            path = Path(here, name)
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # of a process that writes there
+                continue
+            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{directory / path.relative_to(root)} is a link to "
+                    f"{str(path.resolve())!r}, outside of {directory}, and is not "
+                    "followed: replace it by what it links to, or remove it"
+                )
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError(
+                    f"{directory / path.relative_to(root)} is neither a file nor a "
+                    "directory: remove it"
+                )
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def recorded(
     first_step: int,
     total_steps: int,
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> Iterator[None]:
     """Adds this start of a run to `provenance.json`, and its outcome at the end.
 
@@ -48,6 +49,7 @@ def recorded(
       first_step: the step that training resumes from.
       total_steps: of the whole run.
       notes: on the data, for the report.
+      warnings: about this start, for the report.
     """
     if first_step >= total_steps:
         yield
@@ -63,6 +65,7 @@ def recorded(
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": devices,
         "notes": list(notes),
+        "warnings": list(warnings),
     }
     # Steps after the checkpoint that training resumes from are repeated. Starts whose
     # steps are all repeated stay in the record.

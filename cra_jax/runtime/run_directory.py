@@ -18,6 +18,9 @@ from cra_jax.runtime import files
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METRICS = "metrics.jsonl"
 SNAPSHOTS = "attention.jsonl"
+IMAGES = "images.json"
+FOREIGN = "foreign"
+"""Field of a scored line whose data or settings are not those of the run."""
 _RENAMED_FIELDS = {"contrast_dead": "contrast_inactive", "held": "stream_frozen"}
 
 
@@ -33,6 +36,9 @@ class Result(NamedTuple):
       step: of the checkpoint.
       class_name: of `label`; empty in files of older versions.
       predicted_class: name of the class `predicted`; empty in those files.
+      digest: of the image's content; empty in files of older versions.
+      settings: digest of what the network and its input depend on, see
+        `RunOptions.settings`; empty in files of older versions.
     """
 
     index: int
@@ -43,6 +49,8 @@ class Result(NamedTuple):
     step: int
     class_name: str = ""
     predicted_class: str = ""
+    digest: str = ""
+    settings: str = ""
 
 
 def check_path(directory: Path) -> None:
@@ -112,6 +120,54 @@ def written_names(folder: str | Path) -> frozenset[str]:
     return _WRITTEN if all(map(os.path.isfile, marks)) else frozenset()
 
 
+class ListedImage(NamedTuple):
+    """An image of a dataset, for comparisons.
+
+    Attributes:
+      name: of its record.
+      label: number of its class.
+      digest: of its content, see `Record.digest`.
+    """
+
+    name: str
+    label: int
+    digest: str
+
+
+class TrainedData(NamedTuple):
+    """The data of a run, as `images.json` has it.
+
+    Attributes:
+      splits: the images of each split, in order.
+      earlier: digests of images that were trained on and are no longer in "train".
+    """
+
+    splits: dict[str, tuple[ListedImage, ...]]
+    earlier: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TrainedData":
+        """Reads the result of `to_json`.
+
+        Raises:
+          TypeError, ValueError, KeyError, AttributeError: it is of another form.
+        """
+        splits = {
+            str(split): tuple(ListedImage(str(n), int(k), str(d)) for n, k, d in images)
+            for split, images in value["splits"].items()
+        }
+        return cls(splits, tuple(map(str, value["earlier"])))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a value that JSON can hold."""
+        return self._asdict()
+
+    def trained(self) -> set[str]:
+        """Digests of all images that were trained on."""
+        now = self.splits.get("train", ())
+        return {image.digest for image in now} | set(self.earlier)
+
+
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Locks the run directory; the lock ends with the process, however that ends.
@@ -143,30 +199,47 @@ def locked(workdir: Path) -> Iterator[None]:
 def keep_config(
     workdir: Path, config: Mapping[str, Any], *, allow_change: bool = False
 ) -> None:
-    """Writes `config.json`, or compares with the existing one.
+    """Writes `config.json`; if there is one, compares with it first.
+
+    Raises:
+      ValueError: as `check_config`.
+    """
+    if not allow_change:
+        check_config(workdir, config)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    files.write_atomically(workdir / "config.json", text + "\n")
+
+
+def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Compares a config with `config.json`, if there is one.
 
     Raises:
       ValueError: the configs differ; the message lists the keys that do.
     """
-    path = workdir / "config.json"
-    text = json.dumps(config, indent=2, sort_keys=True)
-    if path.is_file() and not allow_change:
-        now = flatten(upgraded(_with_tuples(json.loads(text))))
-        before = flatten(read_config(workdir))
-        changes = [
-            f"{key}: {before.get(key, 'absent')!r} in the run directory, "
-            f"{now.get(key, 'absent')!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if changes:
-            raise ValueError(
-                f"run directory {workdir} was made with another config:\n  "
-                + "\n  ".join(changes)
-                + "\ngive the new run its own --workdir, or resume with the new values "
-                "with --allow_config_change"
-            )
-    files.write_atomically(path, text + "\n")
+    if not (workdir / "config.json").is_file():
+        return
+    changes = config_changes(read_config(workdir), config)
+    if changes:
+        raise ValueError(
+            f"run directory {workdir} was made with another config:\n  "
+            + "\n  ".join(changes)
+            + "\ngive the new run its own --workdir, or resume with the new values "
+            "with --allow_config_change"
+        )
+
+
+def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describes the keys whose values differ, one line each."""
+    old, new = (
+        flatten(upgraded(_with_tuples(json.loads(json.dumps(x)))))
+        for x in (before, now)
+    )
+    return [
+        f"{key}: {old.get(key, 'absent')!r} in the run directory, "
+        f"{new.get(key, 'absent')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -200,10 +273,19 @@ _BEFORE_THE_KEY = {
     "art.inner_scale": 0.0,
     "art.inside": False,
     "art.normalize_head": False,
+    "art.rotate": True,
+    "contrast.features": "scores",
     "data.name": "",
     "data.skip_unreadable": False,
     "data.val_share": 0.0,
+    "loss.uniform": 0.0,
+    "model.shared_weights": False,
     "optim.ema_decay": 0.0,
+    "swap.boxes": "attention",
+    "swap.edge": 0.0,
+    "swap.every": 2,
+    "swap.place": "neighbour",
+    "swap.weight": 0.0,
 }
 # Removed keys, and the value with which they had no effect.
 REMOVED = {
@@ -216,6 +298,8 @@ REMOVED = {
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a config of an older run to the current keys, with the same meaning."""
     new = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    if "art" in new:
+        new.setdefault("swap", {})
     for key, value in _BEFORE_THE_KEY.items():
         section, _, name = key.partition(".")
         if isinstance(new.get(section), dict):
@@ -239,18 +323,46 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flatten_dict(tree, sep=".")
 
 
+def write_data(workdir: Path, data: TrainedData) -> None:
+    """Writes `images.json` atomically: name, label and digest of each image."""
+    files.write_atomically(workdir / IMAGES, json.dumps(data.to_json()) + "\n")
+
+
+def read_data(workdir: Path) -> TrainedData | None:
+    """Reads what `write_data` wrote; None for a run of an older version.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / IMAGES
+    if not path.is_file():
+        return None
+    try:
+        return TrainedData.from_json(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): restore a copy, or move it away, after "
+            "which changes of the data are found, but not named"
+        ) from error
+
+
 def append_metrics(workdir: Path, line: Mapping[str, Any]) -> None:
     """Appends a line to `metrics.jsonl`: step, epoch, split and metrics."""
     append_lines(workdir / METRICS, [line])
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without lines that a crash left unfinished.
+    """The run's own lines of `metrics.jsonl`.
 
+    Omits foreign evaluations (`FOREIGN`), and lines that a crash left unfinished.
     Fields that older versions named differently have their present names.
     """
     lines = read_lines(workdir / METRICS)
-    return [{_RENAMED_FIELDS.get(k, k): v for k, v in line.items()} for line in lines]
+    return [
+        {_RENAMED_FIELDS.get(k, k): v for k, v in line.items()}
+        for line in lines
+        if FOREIGN not in line
+    ]
 
 
 def read_snapshots(workdir: Path) -> list[dict[str, Any]]:
@@ -295,17 +407,37 @@ def _results_path(workdir: Path, split: str, protocol: str) -> Path:
 
 
 def write_results(
-    workdir: Path, split: str, protocol: str, results: Iterable[Result]
-) -> None:
-    """Writes `results/<split>-<protocol>.csv` atomically, one row per image."""
+    workdir: Path,
+    split: str,
+    protocol: str,
+    results: Iterable[Result],
+    *,
+    foreign: str = "",
+) -> Path:
+    """Writes `results/<split>-<protocol>.csv` atomically, one row per image.
+
+    Args:
+      workdir: the run directory.
+      split: name of the split.
+      protocol: name of the protocol.
+      results: one per image.
+      foreign: for a foreign evaluation, a name of its data and settings; the file is
+        then in `results/foreign-<name>/`.
+
+    Returns:
+      The file.
+    """
     path = _results_path(workdir, split, protocol)
-    path.parent.mkdir(exist_ok=True)
+    if foreign:
+        path = path.parent / f"foreign-{foreign}" / path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Result._fields)
     for result in results:
         writer.writerow(result._replace(confidence=f"{result.confidence:.6f}"))  # pyright: ignore[reportArgumentType]
     files.write_atomically(path, text.getvalue())
+    return path
 
 
 def read_results(workdir: Path, split: str, protocol: str) -> list[Result]:

@@ -116,8 +116,12 @@ def test_synthetic_records_equal_the_drawings():
 def test_stamp_of_a_drawing_changes_with_the_code(tmp_path, monkeypatch):
     before = sources.load("synthetic").splits["train"][0].stamp
     changed = tmp_path / "synthetic.py"
-    changed.write_text(Path(synthetic.__file__).read_text() + "# redrawn\n")
+    code = Path(synthetic.__file__).read_text()
     monkeypatch.setattr(synthetic, "__file__", str(changed))
+    # Comments and docstrings draw nothing.
+    changed.write_text(code.replace('"""The embedded', '"""Embedded') + "# comment\n")
+    assert sources.load("synthetic").splits["train"][0].stamp == before
+    changed.write_text(code.replace("_MARGIN = 0.07", "_MARGIN = 0.08"))
     assert sources.load("synthetic").splits["train"][0].stamp != before
 
 

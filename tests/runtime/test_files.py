@@ -72,3 +72,26 @@ def test_second_lock_is_an_error_or_waits(tmp_path, capsys):
     assert capsys.readouterr().err == waiting
     with lock_or_fail():
         pass
+
+
+@pytest.mark.parametrize("at", ["lock", "results/test-center.csv", "export", "a/.x"])
+@pytest.mark.parametrize("kind", ["file", "directory", "nothing", "pipe"])
+def test_links_out_of_a_directory_are_refused(tmp_path, at, kind):
+    run, home = tmp_path / "run", tmp_path / "home"
+    (run / at).parent.mkdir(parents=True, exist_ok=True)
+    home.mkdir()
+    (home / "file").write_text("mine")
+    (run / "inside").write_text("")
+    (run / "link").symlink_to("inside")  # harmless
+    (tmp_path / "linked").symlink_to(run)
+    for directory in (run, tmp_path / "linked", tmp_path / "missing"):
+        files.check_no_links_out(directory)
+    if kind == "pipe":
+        os.mkfifo(run / at)
+    else:
+        target = {"file": home / "file", "directory": home, "nothing": home / "none"}
+        (run / at).symlink_to(target[kind])
+    message = "neither a file nor" if kind == "pipe" else "is a link to .*home"
+    for directory in (run, tmp_path / "linked"):
+        with pytest.raises(ValueError, match=f"{at}.*{message}"):
+            files.check_no_links_out(directory)

@@ -78,7 +78,8 @@ def test_results_are_read_as_they_were_written(tmp_path):
     file = tmp_path / "results" / "test-center.csv"
     header = file.read_text(encoding="utf-8").split("\n")[0]
     assert header == (
-        "index,name,label,predicted,confidence,step,class_name,predicted_class"
+        "index,name,label,predicted,confidence,step,class_name,predicted_class,"
+        "digest,settings"
     )
     run_directory.write_results(tmp_path, "test", "center", rows[:1])
     assert len(run_directory.read_results(tmp_path, "test", "center")) == 1
@@ -103,11 +104,15 @@ def test_config_of_an_older_run_is_upgraded(tmp_path):
         "alpha_p": 0.9,
         "inside": False,
         "normalize_head": False,
+        "rotate": True,
         "gradient_share": 1.0,
         "head": "pooled",
         "inner_scale": 0.0,
     }
-    assert config["model"] == {"width": 8}  # ar_passes=1 had no effect
+    assert config["model"] == {  # ar_passes=1 had no effect
+        "width": 8,
+        "shared_weights": False,
+    }
     # Removed keys whose value had an effect are kept, to be reported.
     assert config["optim"] == {"attention_lr_scale": 0.1, "ema_decay": 0.0}
     # The run can resume if the removed keys had no effect.
