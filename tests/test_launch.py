@@ -65,10 +65,11 @@ def test_train_then_eval(cache, tmp_path):
     assert "of 40 images" in summary[-2]
     assert "strongest activation in the box" in summary[-2]
     assert "step 4/12 epoch 1 loss" in trained.stderr
-    # Without --config, eval uses the run's config; an override changes it.
+    # Eval uses the run's config, also with --config; an override changes it.
     evaluated = _launch(
         cache,
         "--mode=eval",
+        f"--config={ROOT}/configs/cub.py:resnet101",
         f"--workdir={workdir}",
         "--config.eval.checkpoint=best",
         cwd=tmp_path,
@@ -77,10 +78,16 @@ def test_train_then_eval(cache, tmp_path):
     for split in ("test", "test_shifted"):
         for protocol in ("center", "full"):
             assert f"\n{split}, {protocol}: top-1 " in evaluated.stdout
+    assert "--config is not used" in evaluated.stderr
+    assert "foreign" not in evaluated.stdout
     exported = _launch(cache, "--mode=export", f"--workdir={workdir}", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
     names = json.loads((workdir / "export" / "config.json").read_text())["class_names"]
     assert len(names) == 8
+    changed = ("--mode=predict", f"--workdir={workdir / 'export'}", "x.jpg")
+    refused = _launch(cache, *changed, "--config.data.crop_px=8", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "--config.data.crop_px has no effect on" in refused.stderr
     data = _launch(
         cache,
         "--mode=data",

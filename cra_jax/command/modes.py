@@ -53,35 +53,50 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
       ValueError: as the mode.
     """
     logging.set_verbosity(logging.ERROR)  # orbax reports each file that it opens
-    from cra_jax.inference import run_options
+    from cra_jax.inference import run_options, trained
     from cra_jax.input import image_cache
-    from cra_jax.runtime import devices, signals
+    from cra_jax.runtime import devices, files, progress, signals
 
     devices.keep_memory_and_programs(image_cache.default_cache_dir(None) / "compiled")
     mode, subject = values.mode, values.config
+    files.check_no_links_out(trained.output_directory(workdir))
     baseline = values.baseline and Path(values.baseline)
     if mode in _OF_A_RUN:
         given = any(re.match("--?config(=|$)", a) for a in sys.argv)
+        changes = config_flags.get_override_values(values["config"])
         # Prediction takes exports and checkpoints, too, which have no config to change.
         is_run = mode not in ("predict", "demo") or (workdir / "checkpoints").is_dir()
-        if not given and is_run:
+        if not is_run:
+            if changes or given:
+                what = [*(f"--config.{key}" for key in changes), "--config"][0]
+                raise ValueError(
+                    f"{what} has no effect on {workdir}, which has its own config: "
+                    "leave it out, or set --workdir to a run directory"
+                )
+            subject = None
+        elif given and not (workdir / "config.json").is_file():
+            subject = run_options.from_config(subject)
+        else:
             from cra_jax.training import build
 
-            changes = config_flags.get_override_values(values["config"])
-            subject = build.config_of_run(workdir, subject, changes)
-        if mode == "eval":
-            from cra_jax.training import check_config
-
-            check_config.check_normalization(subject)
-        takes_options = given or is_run
-        subject = run_options.from_config(subject) if takes_options else None
+            if given:
+                progress.print_line(
+                    f"--config is not used: {workdir / 'config.json'} counts; change "
+                    "keys of it with --config.KEY=VALUE"
+                )
+            config = build.config_of_run(workdir, subject, changes)
+            subject = run_options.from_config(config)
     elif mode in ("train", "weights"):
         from cra_jax.training import check_config
 
         chosen = config_flags.get_override_values(values["config"])
         check_config.turn_off_cra_options(subject, chosen)
     more = {
-        "train": {"allow_change": values.allow_config_change},
+        "train": {
+            "allow_change": values.allow_config_change,
+            "allow_data_change": values.allow_data_change,
+        },
+        "eval": {"allow_data_change": values.allow_data_change},
         **{look: {"what": look} for look in ("data", "weights")},
         **{draw: {"baseline": baseline} for draw in ("figures", "report")},
         "predict": {"images": [*values.images, *rest], "overlays": values.overlay},

@@ -29,6 +29,7 @@ HELP = {
     "mode": FlagHelp("MODE", "what to do (above)"),
     "workdir": FlagHelp("DIR", "run directory; default: runs/<config name>"),
     "allow_config_change": FlagHelp("", "train: resume under a changed config"),
+    "allow_data_change": FlagHelp("", "train, eval: use data that has changed"),
     "images": FlagHelp("IMAGE", "predict: file, directory, pattern, or - for stdin"),
     "overlay": FlagHelp("", "predict: draw activation and attention of images"),
     "port": FlagHelp("PORT", "demo: port of the page; 0: any free port"),
@@ -44,6 +45,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_enum("mode", "train", list(MODES), text["mode"])
     flags.DEFINE_string("workdir", "", text["workdir"])
     flags.DEFINE_bool("allow_config_change", False, text["allow_config_change"])
+    flags.DEFINE_bool("allow_data_change", False, text["allow_data_change"])
     flags.DEFINE_multi_string("images", [], text["images"])
     flags.DEFINE_bool("overlay", False, text["overlay"])
     flags.DEFINE_integer("port", 8000, text["port"])

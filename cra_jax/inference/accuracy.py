@@ -1,7 +1,11 @@
 """Accuracies and loss of a whole split."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from scipy.special import log_softmax
+from scipy.stats import binomtest
 
 _TOP = 5
 
@@ -19,10 +23,10 @@ def classification_scores(
       labels: ``[n]`` classes.
 
     Returns:
-      ``top1``, ``top5`` (only for more than 5 classes) and ``mean_per_class`` (over the
-      classes with images) as fractions, ``loss_cls1`` (mean cross-entropy), ``count``
-      and, if there are any, ``tied_count``: images whose highest score several classes
-      have.
+      ``top1``, ``top5`` (only for more than 5 classes), ``mean_per_class`` (over the
+      classes with images) and ``chance`` (the top1 of always predicting the class with
+      the most images) as fractions, ``loss_cls1`` (mean cross-entropy), ``count`` and,
+      if there are any, ``tied_count``: images whose highest score several classes have.
 
     Raises:
       ValueError: the split is empty, or a score is not finite.
@@ -50,9 +54,30 @@ def classification_scores(
         "mean_per_class": float(
             np.mean([correct[labels == k].mean() for k in np.unique(labels)])
         ),
+        "chance": float(np.bincount(labels).max() / len(labels)),
         "loss_cls1": -float(
             np.take_along_axis(log_probability, labels[:, None], 1).mean()
         ),
         "count": len(labels),
         **({"tied_count": int(tied.sum())} if tied.any() else {}),
     }
+
+
+def describe_chance(scores: Mapping[str, Any]) -> str:
+    """A warning if a split's top1 may be that of guessing; else empty.
+
+    Args:
+      scores: result of `classification_scores`; ``chance`` is missing in lines of older
+        versions, which give no warning.
+    """
+    if "chance" not in scores:
+        return ""
+    top1, chance, count = scores["top1"], scores["chance"], scores["count"]
+    test = binomtest(round(top1 * count), count)
+    if test.proportion_ci(0.95, method="wilson").low > chance:
+        return ""
+    return (
+        f"top-1 {100 * top1:.1f} % of {count} images is no better than guessing: the "
+        f"most frequent class alone gives {100 * chance:.1f} %, which is within the "
+        "95 % interval; check the labels, train longer, or change optim.base_lr"
+    )

@@ -23,12 +23,19 @@ from cra_jax.backbones import class_activation
 from cra_jax.datasets import sources
 from cra_jax.inference import accuracy, localization, run_options
 from cra_jax.inference.protocols import make_center_step, make_full_step
-from cra_jax.inference.restore import restore
-from cra_jax.inference.run_options import RunOptions
+from cra_jax.inference.restore import Restored, restore
+from cra_jax.inference.run_options import RunOptions, describe_differences
 from cra_jax.input import splits
 from cra_jax.input.batches import Batches, center_batches, full_batches
-from cra_jax.input.records import Dataset
-from cra_jax.input.splits import Split, describe_data, open_split
+from cra_jax.input.records import Dataset, Record
+from cra_jax.input.splits import (
+    Split,
+    describe_changes,
+    describe_data,
+    digest,
+    list_images,
+    open_split,
+)
 from cra_jax.runtime import devices, hosts, prefetch, run_directory, training_log
 
 
@@ -125,6 +132,7 @@ class Evaluator:
         data = options.data
         self._backbone = backbone
         self._crop_px = data.crop_px
+        self._settings = options.digest()
         self._workers = data.workers
         self._shard = shard
         self._batch_size = devices.round_up(
@@ -179,7 +187,8 @@ class Evaluator:
 
         Returns:
           The scores of `accuracy.classification_scores`, ``loss`` (Eq. 9 with the terms
-          of the classification stream only) and ``protocol``. For the protocol "center"
+          of the classification stream only), ``protocol``, ``data`` (digest of labels
+          and images) and ``settings`` (`RunOptions.digest`). For the protocol "center"
           and records with boxes also means over the ``box_count`` images with a box:
           ``pointing`` (whether the maximum of the class activation map lies in the
           box), ``activation_in_box`` (`localization.share_inside`), ``box_share`` (the
@@ -196,7 +205,8 @@ class Evaluator:
             scores |= self._attention_scores(found, found.activation, split)
         if found.matrices is not None:
             scores |= self._part_scores(found.matrices, split)
-        return scores
+        scores["data"] = digest(list_images(split.records))
+        return scores | {"settings": self._settings}
 
     def _run(self, step, variables, batches, split) -> Predictions:
         return predict_split(
@@ -259,9 +269,22 @@ class Evaluator:
 
 
 def results(
-    found: Predictions, split: Split, *, class_names: Sequence[str], step: int
+    found: Predictions,
+    split: Split,
+    *,
+    class_names: Sequence[str],
+    step: int,
+    settings: str = "",
 ) -> list[run_directory.Result]:
-    """The prediction of each image, for `run_directory.write_results`."""
+    """The prediction of each image, for `run_directory.write_results`.
+
+    Args:
+      found: of all images.
+      split: the images.
+      class_names: in the order of the scores.
+      step: of the checkpoint.
+      settings: `RunOptions.digest`.
+    """
     confidence = softmax(found.logits, axis=1).max(1)
     predicted = found.logits.argmax(1)
     return [
@@ -274,35 +297,53 @@ def results(
             step=step,
             class_name=class_names[int(found.labels[i])],
             predicted_class=class_names[int(predicted[i])],
+            digest=record.digest,
+            settings=settings,
         )
         for i, record in enumerate(split.records)
     ]
 
 
-def run(options: RunOptions, workdir: Path) -> None:
+def run(options: RunOptions, workdir: Path, *, allow_data_change: bool = False) -> None:
     """Restores a checkpoint's classification stream and scores the test splits.
 
     Prints the scores, appends them to `metrics.jsonl` of the run directory, and writes
-    the prediction of each image to `results/<split>-<protocol>.csv`.
+    the prediction of each image to `results/<split>-<protocol>.csv`. An evaluation of
+    other data, or with other settings than those of the run, is foreign: it is printed
+    as such, its line has the field ``foreign``, and its results are in a directory of
+    their own.
 
     Args:
       options: options of the run, or of other data with the same classes;
         ``eval.checkpoint`` names the checkpoint.
       workdir: the run directory.
+      allow_data_change: whether to score data that changed since the training, as a
+        foreign evaluation.
 
     Raises:
-      ValueError: there is no such checkpoint, or it is of another model.
+      ValueError: there is no such checkpoint, it is of another model, or the data has
+        changed.
     """
     hosts.start(**options.hosts)
     with hosts.all_or_none():
         restored = restore(options, workdir)
         dataset = sources.load_dataset(options.data, needs_train=False)
         dataset = sources.with_classes(dataset, restored.class_names)
-        check_classes(dataset.class_names, restored.class_names, workdir)
-        test_splits = {
-            name: open_split(options.data, dataset, name)
-            for name in dataset.splits
+        check_classes(dataset.class_names, restored.class_names, same_classes(workdir))
+        foreign = {
+            name: why_foreign(
+                options,
+                restored,
+                workdir,
+                name,
+                records,
+                allow_data_change=allow_data_change,
+            )
+            for name, records in dataset.splits.items()
             if name != "train"
+        }
+        test_splits = {
+            name: open_split(options.data, dataset, name) for name in foreign
         }
     hosts.check_same(describe_data(test_splits), "their data")
     evaluator = Evaluator(restored.backbone, options, shard=hosts.shard())
@@ -325,18 +366,44 @@ def run(options: RunOptions, workdir: Path) -> None:
             for warning in splits.warn_of_duplicates(trained, test_splits):
                 print(warning)
     for name, split in test_splits.items():
+        reason = foreign[name]
+        if reason and hosts.is_first():
+            print(f"{name}: foreign evaluation, not the run's own: {reason}")
         for protocol in ("full", "center") if chosen == "both" else (chosen,):
             found = evaluator.predict(restored.variables, split, protocol)
             if not hosts.is_first():
                 continue
             scores = evaluator.scores(found, split, protocol)
-            rows = results(found, split, class_names=restored.class_names, step=step)
-            run_directory.write_results(workdir, name, protocol, rows)
-            print(f"{name}, {protocol}: {training_log.describe_scores(scores)}")
+            rows = results(
+                found,
+                split,
+                class_names=restored.class_names,
+                step=step,
+                settings=options.digest(),
+            )
+            run_directory.write_results(
+                workdir,
+                name,
+                protocol,
+                rows,
+                foreign=f"{scores['data'][:8]}-{scores['settings'][:8]}"
+                if reason
+                else "",
+            )
+            said = "foreign, " if reason else ""
+            print(f"{name}, {protocol}: {said}{training_log.describe_scores(scores)}")
+            if name == "test" and (warning := accuracy.describe_chance(scores)):
+                print(f"warning: {warning}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
+            if reason:
+                line[run_directory.FOREIGN] = reason
             # A line of the training may have these numbers and the attention's.
-            known = run_directory.read_metrics(workdir)
-            if not any(line.items() <= other.items() for other in known):
+            known = run_directory.read_lines(workdir / run_directory.METRICS)
+            if not any(
+                line.items() <= other.items()
+                and (reason or run_directory.FOREIGN not in other)
+                for other in known
+            ):
                 run_directory.append_metrics(workdir, line)
 
 
@@ -364,13 +431,69 @@ def _find_training_split(
     return splits.find_split(own, dataset, "train")
 
 
-def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> None:
+def why_foreign(
+    options: RunOptions,
+    restored: Restored,
+    workdir: Path,
+    name: str,
+    records: Sequence[Record],
+    *,
+    allow_data_change: bool = False,
+) -> str:
+    """How data and settings differ from those of the run; empty if they do not.
+
+    Args:
+      options: of the evaluation.
+      restored: the checkpoint.
+      workdir: the run directory.
+      name: of the split.
+      records: of the split.
+      allow_data_change: whether data that has changed in place is no error.
+
+    Raises:
+      ValueError: the config names the data of the run, but this has changed.
+    """
+    own = run_options.from_config(restored.config)
+    asked = describe_differences(own.data_settings(), options.data_settings())
+    settings = describe_differences(own.settings(), options.settings())
+    listed = list_images(records)
+    before, changed = restored.data.get(name), asked
+    if before:
+        changed = ""
+        if digest(listed) != before:
+            changed = asked or "the data has changed"
+    elif restored.data:  # the run has no such split
+        changed = asked or f"the run has no split {name!r}"
+    if not changed:
+        return settings
+    kept = run_directory.read_data(workdir)
+    if not asked:
+        known = kept.splits if kept else {}
+        first = describe_changes(
+            {name: known.get(name, ())}, {name: listed} if kept else {name: ()}
+        )
+        if not allow_data_change:
+            raise ValueError(
+                f"the {name} data of {workdir} has changed since the training"
+                f"{': ' if first else ''}{first}: restore it, or score the data as it "
+                "is with --allow_data_change, as a foreign evaluation"
+            )
+        changed += f" ({first})" if first else ""
+    if kept:
+        trained = kept.trained()
+        count = sum(image.digest in trained for image in listed)
+        if count:
+            changed += f"; {count} of its {len(listed)} images were trained on"
+    return "; ".join(filter(None, (changed, settings)))
+
+
+def check_classes(here: Sequence[str], there: Sequence[str], fix: str) -> None:
     """Checks that data and checkpoint have the same classes in the same order.
 
     Args:
       here: class names of the data.
       there: class names of the checkpoint.
-      workdir: the run directory of the checkpoint, for the message.
+      fix: what to do if they differ, for the message.
 
     Raises:
       ValueError: they differ; names the first difference.
@@ -382,7 +505,15 @@ def check_classes(here: Sequence[str], there: Sequence[str], workdir: Path) -> N
     else:
         mine, theirs = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
         difference = f"class {mine!r} where the checkpoint has {theirs!r}"
-    raise ValueError(
-        f"the data has {difference}: evaluate {workdir} on the classes that it was "
-        "trained on (data.source, data.path)"
+    changes = [f"new: {name!r}" for name in here if name not in there][:1]
+    changes += [f"missing: {name!r}" for name in there if name not in here][:1]
+    named = f" ({', '.join(changes)})" if changes else ""
+    raise ValueError(f"the data has {difference}{named}: {fix}")
+
+
+def same_classes(workdir: Path) -> str:
+    """What to do if `check_classes` fails for the data of an evaluation."""
+    return (
+        f"evaluate {workdir} on the classes that it was trained on (data.source, "
+        "data.path)"
     )

@@ -5,6 +5,7 @@ regularization stream or the optimizer.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ class Restored:
       epoch: epoch of the checkpoint.
       class_names: class names in the order of the scores.
       metric_split: the split on which "best" is chosen.
+      config: of the run when the checkpoint was saved.
+      data: digest of each split of the run, see `splits.digest`; empty for a checkpoint
+        of an older version.
     """
 
     backbone: nn.Module
@@ -36,6 +40,8 @@ class Restored:
     step: int
     epoch: int
     class_names: tuple[str, ...]
+    config: Mapping[str, Any]
+    data: Mapping[str, str]
     metric_split: str = "test"
 
 
@@ -110,8 +116,16 @@ def restore(options: RunOptions, workdir: Path) -> Restored:
         }
         found = restore_part(checkpoints, step, part, averaged=options.averaged)
     variables = classification_variables(found["params"], found["batch_stats"])
-    metric_split = meta.get("metric_split", "test")  # absent in older runs
-    return Restored(backbone, variables, step, meta["epoch"], class_names, metric_split)
+    return Restored(
+        backbone,
+        variables,
+        step,
+        meta["epoch"],
+        class_names,
+        run_directory.upgraded(meta["config"]),
+        meta.get("data", {}),
+        meta.get("metric_split", "test"),  # absent in older runs
+    )
 
 
 def restore_attention(options: RunOptions, workdir: Path) -> TrainedHead | None:

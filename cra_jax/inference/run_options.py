@@ -5,7 +5,10 @@ reads the options that only training needs.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +17,18 @@ from cra_jax.art_module import ArtConfig
 from cra_jax.backbones import families
 from cra_jax.datasets import sources
 from cra_jax.input.splits import DataOptions
+from cra_jax.runtime import config_rules, run_directory
 
+_NEEDED = (
+    *(f"art.{field.name}" for field in dataclasses.fields(ArtConfig)),
+    *(
+        f"data.{field.name}"
+        for field in dataclasses.fields(DataOptions)
+        if field.name != "source_options"
+    ),
+    *("eval.protocol", "eval.batch_size", "eval.bucket_px", "eval.checkpoint"),
+    *("model.kind", "model.backbone", "model.width", "model.stem", "optim.ema_decay"),
+)
 PROTOCOLS = ("center", "full", "both")
 
 
@@ -43,10 +57,14 @@ class EvalOptions:
                 f"unknown eval.protocol {self.protocol!r}; choose from "
                 f"{', '.join(PROTOCOLS)}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"eval.batch_size={self.batch_size} must be 1 or more")
-        if self.bucket_px < 0:
-            raise ValueError(f"eval.bucket_px={self.bucket_px} must be 0 or more")
+        if (
+            self.checkpoint not in ("latest", "best")
+            and not self.checkpoint.isdecimal()
+        ):
+            raise ValueError(
+                f"eval.checkpoint={self.checkpoint!r} must be 'latest', 'best' or "
+                "a step"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +102,35 @@ class RunOptions:
             self.backbone, num_classes, width=self.width, stem=self.stem
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What scores depend on besides weights, data and protocol, by config key."""
+        data = self.data
+        return {
+            "data.short_side_px": data.short_side_px,
+            "data.crop_px": data.crop_px,
+            "data.mean": tuple(data.mean),
+            "data.std": tuple(data.std),
+            "model.backbone": self.backbone,
+            "model.width": self.width,
+            "model.stem": self.stem,
+            "optim.ema_decay > 0": self.averaged,
+        }
+
+    def data_settings(self) -> dict[str, Any]:
+        """Which dataset this is, by config key."""
+        data = self.data
+        return {
+            "data.source": data.source,
+            "data.path": data.path,
+            "data.seed": data.seed,
+            **{f"data.{name}": value for name, value in data.source_options.items()},
+        }
+
+    def digest(self) -> str:
+        """Hex digest of `settings`."""
+        text = json.dumps(self.settings(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def at_checkpoint(self, checkpoint: str) -> "RunOptions":
         """The same options with another checkpoint."""
         evaluation = dataclasses.replace(self.evaluation, checkpoint=checkpoint)
@@ -94,8 +141,10 @@ def from_config(config: Any) -> RunOptions:
     """Reads the options from a ConfigDict or the content of `config.json`.
 
     Raises:
-      ValueError: an option is unknown or out of range.
+      ValueError: an option is unknown, out of range or missing.
     """
+    flat = run_directory.flatten(getattr(config, "to_dict", lambda: config)())
+    config_rules.check_values(flat, needed=_NEEDED)
     data, model, evaluation = config["data"], config["model"], config["eval"]
     return RunOptions(
         kind=model["kind"],
@@ -106,7 +155,9 @@ def from_config(config: Any) -> RunOptions:
         averaged=config["optim"]["ema_decay"] > 0,
         data=DataOptions(
             source_options={
-                name: data[name] for name in sources.OPTIONS.get(data["source"], ())
+                name: data[name]
+                for name in sources.OPTIONS.get(data["source"], ())
+                if name in data
             },
             **{
                 field.name: data[field.name]
@@ -122,6 +173,41 @@ def from_config(config: Any) -> RunOptions:
         ),
         hosts=dict(config["hosts"]) if "hosts" in config else {},
     )
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys whose values differ: "data.crop_px=8 (the run: 16); ..."."""
+    return "; ".join(
+        f"{key}={now.get(key, '')!r} (the run: {before.get(key, '')!r})"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
+
+
+def options_of_run(workdir: Path) -> RunOptions:
+    """Reads the options from the config of a run, see `without_side_effects`.
+
+    Raises:
+      ValueError: there is no config, or an option is unknown, out of range or missing.
+    """
+    config = without_side_effects(run_directory.read_config(workdir))
+    try:
+        return from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{workdir / 'config.json'}: {error}") from None
+
+
+def without_side_effects(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without what concerns the machine that trained it.
+
+    A run may come from a stranger, whose config must neither make this machine connect
+    to another one nor write outside the run.
+    """
+    data = config.get("data")
+    kept = {key: value for key, value in config.items() if key != "hosts"}
+    if isinstance(data, Mapping):
+        kept["data"] = {**data, "cache_dir": "", "manual_dir": ""}
+    return kept
 
 
 def art_of(config: Any) -> ArtConfig:

@@ -13,7 +13,6 @@ from cra_jax.art_module import TrainedHead
 from cra_jax.backbones import families, weights
 from cra_jax.inference import run_options
 from cra_jax.inference.run_options import RunOptions
-from cra_jax.runtime import run_directory
 
 _LARGEST_PX = 4096  # limit of sizes in an export, whose config.json may be untrusted
 _EXPORT_KEYS = (
@@ -113,7 +112,7 @@ def load_network(path: str | Path, *, checkpoint: str = "latest") -> TrainedNetw
     place = locate(path)
     if not place.is_run:
         return of_export(place.folder)
-    options = run_options.from_config(run_directory.read_config(place.folder))
+    options = run_options.options_of_run(place.folder)
     options = options.at_checkpoint(place.checkpoint or checkpoint)
     return of_run(options, place.folder)
 

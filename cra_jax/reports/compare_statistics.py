@@ -1,5 +1,6 @@
 """Statistics of several runs: means over seeds, and tests of differences."""
 
+import collections
 import itertools
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,8 +48,8 @@ METRICS = {
 Evaluation = tuple[str, str]
 """A split and a protocol."""
 
-Correctness = dict[str, tuple[int, bool]]
-"""Image name -> its label, and whether the prediction of the run is correct."""
+Correctness = dict[Any, tuple[int, bool]]
+"""Image -> its label, and whether the prediction of the run is correct."""
 
 
 class Run(NamedTuple):
@@ -181,7 +182,7 @@ def compare(workdirs: Sequence[Path]) -> Comparison:
             "there are no runs to compare: give run directories, as in "
             "--mode compare runs/a runs/b"
         )
-    runs = [_read(directory) for directory in directories]
+    runs = _told_apart_by_data([_read(directory) for directory in directories])
     notes: list[str] = []
     groups = _group(runs, notes)
     evaluations = sorted(
@@ -202,7 +203,7 @@ def compare(workdirs: Sequence[Path]) -> Comparison:
 
 
 def _read(workdir: Path) -> Run:
-    config = run_directory.read_config(workdir)
+    config = run_summary.read_config(workdir)
     lines = run_summary.latest_scores(run_directory.read_metrics(workdir))
     if not lines:
         raise ValueError(
@@ -213,6 +214,27 @@ def _read(workdir: Path) -> Run:
     # The config of an older run lacks newer keys; the run used their defaults.
     flat = run_summary.paper_config() | run_directory.flatten(config)
     return Run(workdir, flat, scores, run_summary.run_title(config))
+
+
+def _told_apart_by_data(runs: Sequence[Run]) -> list[Run]:
+    """Adds the digests of the test data to the configs, if all runs have them.
+
+    Runs of the same config can have been trained before and after a change of the data.
+    """
+    digests = [
+        {x: line["data"] for x, line in run.scores.items() if "data" in line}
+        for run in runs
+    ]
+    common = set.intersection(*map(set, digests))
+    if len({tuple(found[x] for x in sorted(common)) for found in digests}) < 2:
+        return list(runs)
+    return [
+        run._replace(
+            config=run.config
+            | {f"data.digest of {x[0]}": found[x] for x in sorted(common)}
+        )
+        for run, found in zip(runs, digests, strict=True)
+    ]
 
 
 def _group(runs: Sequence[Run], notes: list[str]) -> list[Group]:
@@ -314,30 +336,52 @@ def _differences(
 
 
 def _same_images(a: Group, b: Group, evaluation: Evaluation) -> bool:
-    first, second = (_correctness(group.runs[0], evaluation) for group in (a, b))
-    if first is not None and second is not None:
-        return _labels(first) == _labels(second)
+    first, second = (_results(group.runs[0], evaluation) for group in (a, b))
+    if first and second:
+        one, other = _matched(first, second)
+        return _labels(one) == _labels(other)
     # Without per-image results, equal `data.*` config keys imply the same images.
     differences = _config_differences([a.runs[0], b.runs[0]])
     return not any(key.startswith("data.") for key in differences)
 
 
-def _labels(correctness: Correctness) -> dict[str, int]:
-    return {name: label for name, (label, _) in correctness.items()}
+def _labels(correctness: Correctness) -> dict[Any, int]:
+    return {image: label for image, (label, _) in correctness.items()}
 
 
-def _correctness(run: Run, evaluation: Evaluation) -> Correctness | None:
-    """Reads the per-image results; None if they do not belong to the run's scores."""
+def _results(run: Run, evaluation: Evaluation) -> list[run_directory.Result]:
+    """Reads the per-image results; empty if they do not belong to the run's scores."""
     try:
         results = run_directory.read_results(run.workdir, *evaluation)
     except ValueError:
-        return None
+        return []
     line = run.scores.get(evaluation, {})
-    correctness = {r.name: (r.label, r.predicted == r.label) for r in results}
     same_checkpoint = all(r.step == line.get("step") for r in results)
-    if not same_checkpoint or len(correctness) != line.get("count"):
-        return None
-    return correctness
+    return results if same_checkpoint and len(results) == line.get("count") else []
+
+
+def _matched(
+    first: Sequence[run_directory.Result], second: Sequence[run_directory.Result]
+) -> tuple[Correctness, Correctness]:
+    """Correctness by image, where both runs name an image alike.
+
+    An image is its content. Results of older versions lack that; it is then its name.
+    """
+    by_content = all(result.digest for result in (*first, *second))
+
+    def keyed(results: Sequence[run_directory.Result]) -> Correctness:
+        copies: collections.Counter[str] = collections.Counter()
+        found: Correctness = {}
+        for result in results:
+            image = result.digest if by_content else result.name
+            found[image, copies[image]] = (
+                result.label,
+                result.predicted == result.label,
+            )
+            copies[image] += 1
+        return found
+
+    return keyed(first), keyed(second)
 
 
 def _pairs(
@@ -347,16 +391,22 @@ def _pairs(
     for evaluation in evaluations:
         for a, b in itertools.combinations(groups, 2):
             for first, second in _paired_runs(a, b, evaluation):
-                one = _correctness(first, evaluation)
-                other = _correctness(second, evaluation)
-                if one is None or other is None:
-                    runs = ((first, one), (second, other))
+                results = [_results(run, evaluation) for run in (first, second)]
+                if not all(results):
                     missing |= {
                         (run.workdir.name, *evaluation)
-                        for run, correctness in runs
-                        if correctness is None
+                        for run, found in zip((first, second), results, strict=True)
+                        if not found
                     }
                     continue
+                one, other = _matched(*results)
+                if not all(r.digest for found in results for r in found):
+                    notes.append(
+                        f"Images of runs {first.workdir.name} and "
+                        f"{second.workdir.name} are matched by their names alone for "
+                        f"{', '.join(evaluation)}: write their results again with "
+                        "--mode eval."
+                    )
                 if _labels(one) != _labels(other):
                     notes.append(
                         f"Runs {first.workdir.name} and {second.workdir.name} have no "
@@ -365,8 +415,8 @@ def _pairs(
                     )
                     continue
                 counts = uncertainty.mcnemar(
-                    np.array([one[name][1] for name in one]),
-                    np.array([other[name][1] for name in one]),
+                    np.array([one[image][1] for image in one]),
+                    np.array([other[image][1] for image in one]),
                 )
                 letters = a.letter, b.letter
                 pairs.append(Pair(evaluation, first, second, letters, counts, counts.p))

@@ -19,7 +19,13 @@ from cra_jax.inference.restore import Restored, restore, restore_attention
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import batches, normalize, splits
 from cra_jax.model import KINDS
-from cra_jax.reports import confusions, figure_panels, figure_style, training_curves
+from cra_jax.reports import (
+    confusions,
+    figure_panels,
+    figure_style,
+    run_summary,
+    training_curves,
+)
 from cra_jax.runtime import run_directory
 
 _CAM_IMAGES = 8  # Fig. 3
@@ -95,6 +101,8 @@ def draw_all(
         if figure is None:
             notes.append(f'Figure "{name}" is missing: {text}.')
         else:
+            if ours.foreign and name != "curves":
+                text += f" Foreign evaluation, not of the run's own: {ours.foreign}."
             png = figure_style.save_figure(figure, directory, name)
             drawn.append(Drawn(name, png, text))
     return drawn, notes
@@ -107,7 +115,7 @@ def _baseline_options(workdir: Path, options: RunOptions) -> RunOptions:
     selected, because the baseline may not have that step.
     """
     checkpoint = options.evaluation.checkpoint
-    return run_options.from_config(run_directory.read_config(workdir)).at_checkpoint(
+    return run_options.options_of_run(workdir).at_checkpoint(
         checkpoint if checkpoint.isalpha() else "latest"
     )
 
@@ -126,8 +134,14 @@ class _Run:
         names = self.restored.class_names
         dataset = sources.load_dataset(options.data, needs_train=False)
         dataset = sources.with_classes(dataset, names)
-        evaluate.check_classes(dataset.class_names, names, workdir)
+        evaluate.check_classes(
+            dataset.class_names, names, evaluate.same_classes(workdir)
+        )
         self.notes = dataset.notes
+        # How these images or settings differ from those of the run; empty: not at all.
+        self.foreign = evaluate.why_foreign(
+            options, self.restored, workdir, "test", dataset.splits["test"]
+        )
         self.split = splits.open_split(options.data, dataset, "test")
         self.class_names = dataset.class_names
         self._evaluator = evaluate.Evaluator(self.restored.backbone, options)
@@ -141,16 +155,14 @@ class _Run:
         mine, theirs = (
             (
                 run.class_names,
-                [record.name for record in run.split.records],
+                [record.digest for record in run.split.records],
                 run.split.labels.tolist(),
                 run.crop_px,
                 run.options.data.short_side_px,
             )
             for run in (self, other)
         )
-        # Synthetic images of different seeds have the same names.
-        few = self.split.first_of_each_class(_CAM_IMAGES)
-        if mine != theirs or (self.images(few) != other.images(few)).any():
+        if mine != theirs:
             raise ValueError(
                 f"the test images of {other.workdir} ({len(theirs[1])} images of "
                 f"{len(theirs[0])} classes, crop {theirs[3]} of {theirs[4]} px) differ "
@@ -194,12 +206,18 @@ class _Run:
             saved = run_directory.read_results(self.workdir, "test", "center")
         except ValueError:
             saved = []
-        names = [record.name for record in self.split.records]
-        if [x.name for x in saved] == names and saved[0].step == step:
+        settings = self.options.digest()
+        images = [(record.name, record.digest) for record in self.split.records]
+        same = [(x.name, x.digest) for x in saved] == images
+        if same and (saved[0].step, saved[0].settings) == (step, settings):
             return saved
         outputs = self._evaluator.center(self.restored.variables, self.split)
         return evaluate.results(
-            outputs, self.split, class_names=self.class_names, step=step
+            outputs,
+            self.split,
+            class_names=self.class_names,
+            step=step,
+            settings=settings,
         )
 
     def snapshots(self) -> dict[int, dict[int, np.ndarray]]:
@@ -374,7 +392,7 @@ def _draw_curves(ours: _Run, theirs: _Run | None) -> _Drawing:
     """Training curves."""
     if not ours.lines:
         return None, f"{ours.workdir} has no metrics"
-    config = run_directory.read_config(ours.workdir)
+    config = run_summary.read_config(ours.workdir)
     restriction, rate = (
         {name: config[section][name] for name in ("first_epochs", "period_epochs")}
         for section in ("restriction", "optim")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cra_jax.inference import accuracy
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.reports import figures, html_page, run_summary, uncertainty
 from cra_jax.runtime import files, progress, provenance, run_directory
@@ -87,7 +88,7 @@ def write(options: RunOptions, workdir: Path, *, baseline: Path | None = None) -
     Raises:
       ValueError: `workdir` is not a run directory, or has no metrics.
     """
-    config = run_directory.read_config(workdir)
+    config = run_summary.read_config(workdir)
     lines = run_directory.read_metrics(workdir)
     if not lines:
         raise ValueError(
@@ -287,6 +288,13 @@ def _notes(
             f"Of {tied} images, several classes have the highest score: the network may"
             " not have learned anything."
         )
+    warnings = [x for start in starts for x in start.get("warnings", ())]
+    warnings += [
+        accuracy.describe_chance(line)
+        for line in latest
+        if (line["split"], line["protocol"]) == ("test", "center")
+    ]
+    notes += [f"{x[0].upper()}{x[1:]}." for x in dict.fromkeys(warnings) if x]
     codes = {provenance.describe_commit(start["code"]) for start in starts}
     if len(codes) > 1:
         notes.append(f"Parts of the run used different code: {_list(codes)}.")

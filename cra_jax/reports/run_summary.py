@@ -8,11 +8,32 @@ from typing import Any
 
 from cra_jax.model import KINDS
 from cra_jax.reports import html_page, paper_results, uncertainty
-from cra_jax.runtime import config_files, run_directory
+from cra_jax.runtime import config_files, config_rules, run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 
+_NEEDED = (
+    *("seed", "data.source", "data.name", "model.kind", "model.backbone"),
+    *("train.epochs", "train.batch_size", "restriction.first_epochs"),
+    *("restriction.period_epochs", "optim.schedule", "optim.factor"),
+    *("optim.first_epochs", "optim.period_epochs"),
+)
 _HARDEST_CLASSES = 10
 _CONFIDENT_ERRORS = 8
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config of a run, with the keys that reports use.
+
+    Raises:
+      ValueError: the directory holds no run, or its config is damaged or of a version
+        whose keys differ.
+    """
+    config = run_directory.read_config(workdir)
+    try:
+        config_rules.check_values(run_directory.flatten(config), needed=_NEEDED)
+    except ValueError as error:
+        raise ValueError(f"{workdir / 'config.json'}: {error}") from None
+    return config
 
 
 def run_title(config: Mapping[str, Any]) -> str:

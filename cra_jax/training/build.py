@@ -20,43 +20,44 @@ from cra_jax.inference import run_options
 from cra_jax.input import splits
 from cra_jax.input.normalize import normalize
 from cra_jax.input.records import Dataset
-from cra_jax.runtime import devices, progress, run_directory
+from cra_jax.runtime import config_rules, devices, progress, run_directory
 from cra_jax.swap import SwapConfig
 from cra_jax.training import mixing, step_wrappers
 from cra_jax.training.optimizer import make_optimizer
 
+# What scores depend on: a run of any version has these keys.
+_NEEDED = (
+    *("data.source", "data.short_side_px", "data.crop_px", "data.mean", "data.std"),
+    *("model.kind", "model.backbone", "model.width", "model.stem"),
+)
 Config = Any
 """A ConfigDict of `configs/`, whose keys no type checker knows."""
 
 
-def _key(name: str, *, lowest: int | None = None) -> Any:
-    """A field with its config key and its lowest allowed value."""
-    return dataclasses.field(metadata={"key": name, "lowest": lowest})
+def _key(name: str) -> Any:
+    """A field with its config key."""
+    return dataclasses.field(metadata={"key": name})
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """Options of the training loop: keys of `configs/cub.py`.
-
-    Raises:
-      ValueError: a value is out of range.
-    """
+    """Options of the training loop: keys of `configs/cub.py`."""
 
     seed: int = _key("seed")
-    epochs: int = _key("train.epochs", lowest=1)
-    batch_size: int = _key("train.batch_size", lowest=1)
+    epochs: int = _key("train.epochs")
+    batch_size: int = _key("train.batch_size")
     flip: bool = _key("data.flip")
     on_device: bool = _key("data.on_device")
-    prefetch_batches: int = _key("data.prefetch_batches", lowest=1)
-    steps_per_dispatch: int = _key("train.steps_per_dispatch", lowest=1)
-    log_every_steps: int = _key("train.log_every_steps", lowest=1)
-    skip_bad_steps: int = _key("train.skip_bad_steps", lowest=0)
+    prefetch_batches: int = _key("data.prefetch_batches")
+    steps_per_dispatch: int = _key("train.steps_per_dispatch")
+    log_every_steps: int = _key("train.log_every_steps")
+    skip_bad_steps: int = _key("train.skip_bad_steps")
     report: bool = _key("train.report")
-    save_every_epochs: int = _key("checkpoint.every_epochs", lowest=1)
-    save_every_steps: int = _key("checkpoint.every_steps", lowest=0)
-    keep_latest: int = _key("checkpoint.keep_latest", lowest=1)
-    evaluate_every_epochs: int = _key("eval.every_epochs", lowest=1)
-    snapshots: int = _key("eval.snapshots", lowest=0)
+    save_every_epochs: int = _key("checkpoint.every_epochs")
+    save_every_steps: int = _key("checkpoint.every_steps")
+    keep_latest: int = _key("checkpoint.keep_latest")
+    evaluate_every_epochs: int = _key("eval.every_epochs")
+    snapshots: int = _key("eval.snapshots")
     mix: str = _key("mix.kind")
     ema_decay: float = _key("optim.ema_decay")
     pretrained: str = _key("model.pretrained")
@@ -66,13 +67,6 @@ class LoopOptions:
     def needs_index(self) -> bool:
         """Whether the step draws numbers by the positions of images in the split."""
         return bool(self.mix) or self.swap_boxes == "random"
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, lowest = getattr(self, field.name), field.metadata["lowest"]
-            if lowest is not None and value < lowest:
-                key = field.metadata["key"]
-                raise ValueError(f"{key}={value} must be {lowest} or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +106,33 @@ def config_of_run(
       ValueError: the directory contains no run.
     """
     known = run_directory.flatten(defaults.to_dict())
-    flat = run_directory.flatten(run_directory.read_config(workdir))
+    path = workdir / "config.json"
+    saved = run_directory.flatten(run_directory.read_config(workdir))
+    flat = run_directory.flatten(
+        run_options.without_side_effects(run_directory.read_config(workdir))
+    )
+    try:
+        config_rules.check_values(flat, needed=_NEEDED)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     unknown = {key: value for key, value in flat.items() if key not in known}
     if unknown:
         named = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
         progress.print_line(
-            f"{workdir / 'config.json'} has keys that this version does not know and "
-            f"ignores: {named}"
+            f"{path} has keys that this version does not know and ignores: {named}"
         )
+    if saved.get("data.cache_dir") and "data.cache_dir" not in changes:
+        progress.print_line(
+            f"data.cache_dir={saved['data.cache_dir']!r} of {path} is not used, since "
+            "only training writes there: give it as a flag to use its image cache"
+        )
+    seen = [*_NEEDED, "optim.ema_decay"]
+    differences = run_options.describe_differences(
+        {key: flat.get(key) for key in seen},
+        {key: changes.get(key, flat.get(key)) for key in seen},
+    )
+    if differences:
+        progress.print_line(f"other than in {path}: {differences}")
     defaults.update_from_flattened_dict(
         {key: value for key, value in flat.items() if key in known}
     )
@@ -139,6 +152,7 @@ def loop_options(config: Config) -> LoopOptions:
       ValueError: a value is out of range.
     """
     flat = run_directory.flatten(config.to_dict())
+    config_rules.check_values(flat)
     fields = dataclasses.fields(LoopOptions)
     return LoopOptions(**{x.name: flat[x.metadata["key"]] for x in fields})
 

@@ -1,15 +1,17 @@
 """Checks a config before any work is done.
 
-Most options are checked when they are built. This module checks combinations.
+`config_rules` checks each key by itself, and most names are checked when they are
+looked up. This module checks combinations.
 """
 
+import difflib
 from collections.abc import Container
 from typing import Any
 
 from cra_jax import schedule
 from cra_jax.datasets import tfds_archives
 from cra_jax.inference import run_options
-from cra_jax.runtime import devices, progress, run_directory
+from cra_jax.runtime import config_rules, devices, progress, run_directory
 from cra_jax.training import build, pretrained
 
 CRA_OPTIONS = {
@@ -23,6 +25,7 @@ CRA_OPTIONS = {
     "swap.weight": 0.0,
 }
 """Options that only CRA-CNN has, and the values that turn them off."""
+_FEW_STEPS = 50  # BatchNorm's running statistics are 0.9**50 = 0.5 % of their start
 
 
 def check(config: build.Config) -> None:
@@ -34,6 +37,7 @@ def check(config: build.Config) -> None:
     Raises:
       ValueError: an option is wrong; names the key, its value and valid values.
     """
+    _check_keys(config)
     run_options.from_config(config)
     build.loop_options(config)
     _check_batch(config)
@@ -44,12 +48,23 @@ def check(config: build.Config) -> None:
     check_normalization(config)
 
 
+def _check_keys(config: build.Config) -> None:
+    """Checks that each key is one of `config_rules.RULES`, and its value."""
+    flat, known = run_directory.flatten(config.to_dict()), config_rules.RULES
+    config_rules.check_values(flat, needed=known)
+    for key in flat:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "configs/cub.py has them all"
+            raise ValueError(
+                f"{key}={flat[key]!r}: there is no such config key; {hint}"
+            )
+
+
 def _check_batch(config: build.Config) -> None:
     """Checks that devices, micro-batches and BatchNorm groups divide the batch."""
     train, group_size = config.train, config.bn.group_size
     contrasts = config.model.kind == "cra" and config.loss.cntr > 0
-    if train.accumulate < 1:
-        raise ValueError(f"train.accumulate={train.accumulate} must be 1 or more")
     devices.check_divides(
         train.batch_size,
         setting="train.batch_size",
@@ -83,16 +98,12 @@ def _check_optim(config: build.Config) -> None:
             f"unknown optim.schedule {options.schedule!r}; choose from "
             f"{', '.join(schedule.KINDS)}"
         )
-    if options.schedule == "cosine" and options.warmup_epochs >= epochs:
+    if options.warmup_epochs >= epochs:
         raise ValueError(
             f"optim.warmup_epochs={options.warmup_epochs} leaves no epoch of "
-            f"train.epochs={epochs} for optim.schedule='cosine': lower "
-            "optim.warmup_epochs"
+            f"train.epochs={epochs}: lower optim.warmup_epochs"
         )
     first, period = options.freeze_first_epochs, options.freeze_period_epochs
-    for name, value in (("first", first), ("period", period)):
-        if value < 0:
-            raise ValueError(f"optim.freeze_{name}_epochs={value} must be 0 or more")
     if bool(first) != bool(period):
         raise ValueError(
             f"optim.freeze_first_epochs={first} and optim.freeze_period_epochs={period}"
@@ -110,11 +121,6 @@ def _check_optim(config: build.Config) -> None:
             "model.shared_weights=True gives both the same weights: set "
             "model.shared_weights=False, or both optim.freeze_first_epochs and "
             "optim.freeze_period_epochs to 0"
-        )
-    if not 0 <= options.ema_decay < 1:
-        raise ValueError(
-            f"optim.ema_decay={options.ema_decay} must be in [0, 1): 0.999 is usual, 0 "
-            "takes no average"
         )
 
 
@@ -173,3 +179,36 @@ def check_normalization(config: build.Config) -> None:
             f"{tuple(data.mean)} and data.std {tuple(data.std)}: use the mean and std "
             "of the weights"
         )
+
+
+def warnings(config: build.Config, *, steps_per_epoch: int) -> list[str]:
+    """Describes what makes a training of little use, each with the fix.
+
+    Args:
+      config: a checked config.
+      steps_per_epoch: number of batches in an epoch.
+    """
+    options, epochs = config.optim, config.train.epochs
+    total_steps, found = epochs * steps_per_epoch, []
+    if total_steps < _FEW_STEPS:
+        found.append(
+            f"the training has only {total_steps} steps ({epochs} epochs of "
+            f"{steps_per_epoch}), too few for BatchNorm's running statistics: increase "
+            "train.epochs, or lower train.batch_size"
+        )
+    rate = build.build_learning_rate(config, steps_per_epoch)
+    if float(rate(total_steps - 1)) > 0.999 * options.base_lr:
+        late = options.first_epochs >= epochs
+        found.append(
+            f"the learning rate never falls in train.epochs={epochs}: "
+            f"optim.first_epochs={options.first_epochs}, "
+            f"optim.period_epochs={options.period_epochs}, "
+            f"optim.factor={options.factor}; "
+            + (
+                f"lower optim.first_epochs, to {max(1, epochs * 2 // 3)} for example"
+                if late
+                else "set optim.period_epochs above 0 and optim.factor below 1"
+            )
+            + ", or set optim.schedule=cosine"
+        )
+    return found

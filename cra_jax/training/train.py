@@ -11,7 +11,7 @@ import numpy as np
 
 from cra_jax import train_step
 from cra_jax.art_module import TrainedHead
-from cra_jax.inference import run_options
+from cra_jax.inference import accuracy, run_options
 from cra_jax.inference.evaluate import Evaluator, results
 from cra_jax.inference.restore import check_average, classification_variables
 from cra_jax.input import on_device, splits
@@ -29,13 +29,17 @@ from cra_jax.runtime import (
 )
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.runtime.prefetch import prefetch
-from cra_jax.training import build, check_config, monitor, step_wrappers
+from cra_jax.training import build, check_config, monitor, resume, step_wrappers
 from cra_jax.training.pretrained import PretrainedWeights, open_pretrained, start_from
 from cra_jax.training.running_mean import Mean
 
 
 def run(
-    config: build.Config, workdir: Path, *, allow_change: bool = False
+    config: build.Config,
+    workdir: Path,
+    *,
+    allow_change: bool = False,
+    allow_data_change: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Trains to the end; resumes from the newest checkpoint of the run directory.
 
@@ -43,6 +47,8 @@ def run(
       config: a config of `configs/`.
       workdir: the run directory; created if it is missing.
       allow_change: whether to resume a run that started with another config.
+      allow_data_change: whether to resume a run that started with other images of the
+        same classes. A test split that was drawn at random stays as it was drawn.
 
     Returns:
       The scores of each test split after the last epoch.
@@ -58,27 +64,35 @@ def run(
         with hosts.all_or_none():
             dataset = build.load_dataset(config)
             splits.check_fills_batch(dataset, loop.batch_size)
-            checkpoints = (
-                _open_directory(
+            checkpoints, before = None, {}
+            if hosts.is_first():
+                checkpoints, before = _open_directory(
                     config,
                     workdir,
                     stack,
                     keep_latest=loop.keep_latest,
                     allow_change=allow_change,
                 )
-                if hosts.is_first()
-                else None
-            )
-        first_step = checkpoints.latest_step() if checkpoints else None
-        first_step = hosts.broadcast_from_first(first_step)
+        before = hosts.broadcast_from_first(before)
         with hosts.all_or_none():
-            training = Run(config, workdir, dataset, checkpoints, first_step)
+            data = resume.check_data(
+                dataset, before, workdir, allow_change=allow_data_change
+            )
+            training = Run(
+                config,
+                workdir,
+                data.dataset,
+                checkpoints,
+                before.get("step"),
+                data=data,
+                before=before,
+            )
         scores = training.train()
         best = training.describe_best()
     if hosts.is_first():
         if loop.report:
             report.write_after_training(run_options.from_config(config), workdir)
-        summary = _summary(scores, workdir, best=best, warnings=training.warnings)
+        summary = _summary(scores, workdir, best=best, warnings=training.data_warnings)
         print("\n".join(summary))
     hosts.wait_for_all()
     return scores
@@ -114,18 +128,20 @@ def _open_directory(
     *,
     keep_latest: int,
     allow_change: bool,
-) -> Checkpoints:
-    """Locks the run directory and writes the config; `stack` releases the lock."""
+) -> tuple[Checkpoints, resume.Before]:
+    """Locks the run directory and compares the config; `stack` releases the lock.
+
+    Returns:
+      The checkpoints, and what the newest of them knows about the run.
+    """
     stack.enter_context(run_directory.locked(workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep_latest)
     stack.enter_context(checkpoints)
     # Without a checkpoint, a changed config does no harm.
-    fresh = checkpoints.latest_step() is None
-    run_directory.keep_config(
-        workdir, build.config_without_hosts(config), allow_change=allow_change or fresh
-    )
-    checkpoints.move_damaged(progress.print_line)
-    return checkpoints
+    if checkpoints.latest_step() is not None and not allow_change:
+        run_directory.check_config(workdir, build.config_without_hosts(config))
+    step = checkpoints.move_damaged(progress.print_line)
+    return checkpoints, resume.read(checkpoints, step, workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +219,25 @@ class Run:
         checkpoints: Checkpoints | None,
         first_step: int | None,
         *,
+        data: resume.CheckedData | None = None,
+        before: resume.Before | None = None,
         repeats: bool = False,
     ):
+        """Builds the training and restores the checkpoint of `first_step`.
+
+        Args:
+          config: a config of `configs/`.
+          workdir: the run directory.
+          dataset: the dataset.
+          checkpoints: those of the run; None on other hosts than the first.
+          first_step: the step that training resumes from.
+          data: what is known of the dataset; None: nothing is written about it.
+          before: what the checkpoint knows of the run, to describe what has changed.
+          repeats: whether steps are only repeated, and nothing is written.
+
+        Raises:
+          ValueError: an image or the checkpoint cannot be read.
+        """
         self._config = config
         self._loop = build.loop_options(config)
         self._workdir = workdir
@@ -244,11 +277,23 @@ class Run:
         self._window_before = []
         found = splits.warn_of_duplicates(self._data.train, self._data.tests)
         self._data_notes = [*dataset.notes, *found]
-        self.warnings = [x for x in self._data_notes if x.startswith("warning: ")]
+        self.data_warnings = [x for x in self._data_notes if x.startswith("warning: ")]
         self._notes = [
             *self._data_notes,
             *_describe(config, dataset, self._data),
         ]
+        self._listed = data.listed if data else None
+        self._warnings = [*(data.warnings if data else ())]
+        if self._first_step < self._total_steps:
+            self._warnings += resume.describe_moves(
+                before or {},
+                config,
+                steps_per_epoch=self._steps_per_epoch,
+                train_size=len(self._data.train.labels),
+            )
+            self._warnings += check_config.warnings(
+                config, steps_per_epoch=self._steps_per_epoch
+            )
         self._monitor = monitor.Monitor(
             workdir,
             run_directory.flatten(config.to_dict()),
@@ -262,6 +307,12 @@ class Run:
             self._notes.append(f"resumes from step {first_step}")
             if checkpoints:
                 self._resume(checkpoints, first_step)
+        if self._warnings and self._first_step >= self._total_steps:
+            self._warnings.append(
+                "the run is finished, and its scores are of the data before the "
+                "change: --mode eval with --allow_data_change scores the data as it is"
+            )
+        self._notes += [f"warning: {warning}" for warning in self._warnings]
 
     def _start_from(self, weights: PretrainedWeights, arch: str) -> None:
         """Loads pretrained weights into the streams."""
@@ -295,11 +346,13 @@ class Run:
         names = devices.describe_devices()
         with contextlib.ExitStack() as stack:
             if hosts.is_first():
+                self._keep()
                 stack.enter_context(
                     provenance.recorded(
                         self._workdir,
                         devices=names,
                         notes=self._data_notes,
+                        warnings=self._warnings,
                         **steps_left,
                     )
                 )
@@ -317,6 +370,15 @@ class Run:
             if self._checkpoints:
                 self._checkpoints.wait()
             return hosts.broadcast_from_first(self._scores())
+
+    def _keep(self) -> None:
+        """Writes the config and the list of images: the run has been restored."""
+        run_directory.keep_config(
+            self._workdir, build.config_without_hosts(self._config), allow_change=True
+        )
+        # The scores of a finished run are of the data that it was trained on.
+        if self._listed and self._first_step < self._total_steps:
+            run_directory.write_data(self._workdir, self._listed)
 
     def terms_of(self, step: int) -> dict[str, float]:
         """Computes the numbers of one step again; writes nothing."""
@@ -422,7 +484,11 @@ class Run:
                 self._record_attention(log, step, epoch, matrices)
             if step == self._total_steps and hosts.is_first():
                 rows = results(
-                    found, split, class_names=self._data.class_names, step=step
+                    found,
+                    split,
+                    class_names=self._data.class_names,
+                    step=step,
+                    settings=scores["settings"],
                 )
                 run_directory.write_results(self._workdir, name, "center", rows)
         return top1[self._metric_split]
@@ -466,7 +532,14 @@ class Run:
             "step": step,
             "epoch": -(-step // self._steps_per_epoch),
             "window": self._window.fetch(),
+            "steps_per_epoch": self._steps_per_epoch,
             "class_names": list(self._data.class_names),
+            "data": {
+                name: splits.digest(images)
+                for name, images in (
+                    self._listed.splits if self._listed else {}
+                ).items()
+            },
             "config": build.config_without_hosts(self._config),
             "metric_split": self._metric_split,
         }
@@ -475,8 +548,11 @@ class Run:
     def _scores(self) -> dict[str, dict[str, Any]]:
         """The newest scores of each test split."""
         lines = run_directory.read_metrics(self._workdir)
-        # `--mode eval` adds lines of other protocols.
-        return {x["split"]: x for x in lines if x.get("protocol") == "center"}
+        # `--mode eval` adds lines of other protocols and checkpoints.
+        wanted = ("center", self._total_steps)
+        return {
+            x["split"]: x for x in lines if (x.get("protocol"), x["step"]) == wanted
+        }
 
 
 def _summary(
@@ -488,6 +564,9 @@ def _summary(
 ):
     for split, numbers in scores.items():
         yield f"{split:>12}: {training_log.describe_scores(numbers)}"
+        warning = accuracy.describe_chance(numbers) if split == "test" else ""
+        if warning:
+            yield f"warning: {warning}"
     yield from warnings
     if best:
         yield f"checkpoint `best`: {best}"

@@ -77,6 +77,7 @@ _LENGTH = [
     *("train.batch_size=32", "train.epochs=1", "train.log_every_steps=1"),
     *("train.report=False", "eval.batch_size=16", "eval.every_epochs=1"),
     *("eval.snapshots=2", "data.train_size=32", "data.test_size=16"),
+    "optim.warmup_epochs=0",
 ]
 TINY = [f"--config.{setting}" for setting in (*_IMAGE, *_NETWORK, *_LENGTH)]
 

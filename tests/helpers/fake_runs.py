@@ -1,6 +1,7 @@
 """Run directories without training, to test reports and study pages."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def make(
     seed: int = 0,
     scores: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
+    digests: Sequence[str] | None = None,
+    folder: str = "test",
 ) -> Path:
     """Writes a run directory whose network classifies `right` images correctly.
 
@@ -28,6 +31,8 @@ def make(
       seed: the seed of the run.
       scores: further fields of the metrics line of the test split.
       changes: config keys and values, as {"train.epochs": 3}.
+      digests: of the images; None: the same in each run.
+      folder: the folder in the images' names.
     """
     workdir.mkdir(parents=True)
     config = get_config(variant)
@@ -45,11 +50,12 @@ def make(
     results = [
         run_directory.Result(
             index=i,
-            name=f"test/{i:03}.jpg",
+            name=f"{folder}/{i:03}.jpg",
             label=label,
             predicted=label if i < right else 1 - label,
             confidence=0.5 + i / 100,
             step=20,
+            digest=f"{i:016x}" if digests is None else digests[i],
         )
         for i, label in enumerate(labels)
     ]

@@ -74,3 +74,27 @@ def test_non_finite_scores_are_an_error(value):
 def test_empty_split_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         accuracy.classification_scores(np.zeros((0, 4)), np.zeros(0, int))
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "chance", "warned"),
+    [
+        (14, 48, 1 / 3, True),
+        (20, 48, 1 / 3, True),  # 42 %, 95 % interval from 29 %
+        (30, 48, 1 / 3, False),
+        (80, 100, 0.9, True),  # less than the most frequent class
+        (99, 100, 0.9, False),
+        (3, 5, 0.2, False),
+        (2, 5, 0.2, True),
+    ],
+)
+def test_scores_of_guessing_give_a_warning(right, count, chance, warned):
+    scores = {"top1": right / count, "count": count, "chance": chance}
+    assert bool(accuracy.describe_chance(scores)) == warned
+    del scores["chance"]  # of an older version
+    assert not accuracy.describe_chance(scores)
+
+
+def test_chance_is_the_share_of_the_most_frequent_class():
+    logits, labels = np.eye(4)[[0, 1, 1, 2]], np.array([1, 1, 3, 1])
+    assert accuracy.classification_scores(logits, labels)["chance"] == 0.75

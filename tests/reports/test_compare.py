@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from cra_jax.reports import compare, compare_statistics
+from cra_jax.runtime import run_directory
 from tests.helpers.fake_runs import make, write_start
 
 CENTER = ("test", "center")
@@ -75,6 +76,63 @@ def test_runs_with_different_images_are_not_paired(tmp_path):
     comparison = compare_statistics.compare(runs)
     assert comparison.pairs == []
     assert "because their images or labels differ" in comparison.notes[0]
+
+
+def test_images_are_paired_by_their_content(tmp_path):
+    """Neither their names nor their order matter; copies are paired one by one."""
+    runs = [
+        make(tmp_path / "a", right=10),
+        make(tmp_path / "b", right=3, variant="baseline", folder="moved"),
+        make(
+            tmp_path / "c",
+            variant="stn",
+            digests=[f"other {i}" for i in range(10)],
+        ),
+    ]
+    comparison = compare_statistics.compare(runs)
+    (pair,) = comparison.pairs
+    assert pair.letters == ("A", "B")
+    assert pair.counts[:4] == (3, 7, 0, 0)
+    assert [note for note in comparison.notes if "because their images" in note]
+    copies = [
+        make(tmp_path / name, variant=variant, right=right, digests=["same"] * 10,
+             labels=(0,) * 10)
+        for name, variant, right in (("d", "", 4), ("e", "baseline", 6))
+    ]  # fmt: skip
+    (pair,) = compare_statistics.compare(copies).pairs
+    assert pair.counts[:4] == (4, 0, 2, 4)
+
+
+def test_results_of_older_versions_are_paired_by_name_with_a_note(tmp_path):
+    runs = [
+        make(tmp_path / "a", digests=[""] * 10),
+        make(tmp_path / "b", variant="baseline"),
+    ]
+    comparison = compare_statistics.compare(runs)
+    assert len(comparison.pairs) == 1
+    assert "matched by their names alone" in comparison.notes[0]
+
+
+def test_foreign_evaluations_are_not_compared(tmp_path):
+    runs = [make(tmp_path / "a", right=7)]
+    before = compare_statistics.compare(runs)
+    foreign = run_directory.read_metrics(runs[0])[-1] | {"top1": 0.1}
+    run_directory.append_metrics(
+        runs[0], foreign | {run_directory.FOREIGN: "data.path='other'"}
+    )
+    assert compare_statistics.compare(runs) == before
+    assert before.tables["test", "center"][0].spread.mean == 0.7
+
+
+def test_seeds_that_were_scored_on_different_data_are_not_averaged(tmp_path):
+    runs = [
+        make(tmp_path / name, seed=seed, scores={"data": data})
+        for seed, (name, data) in enumerate([("a", "1"), ("b", "1"), ("c", "2")])
+    ]
+    comparison = compare_statistics.compare(runs)
+    assert [len(group.runs) for group in comparison.groups] == [2, 1]
+    assert comparison.config_differences == {"data.digest of test": ["1", "2"]}
+    assert comparison.differences == []
 
 
 @pytest.mark.parametrize("results", ["missing", "of another checkpoint"])

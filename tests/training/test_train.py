@@ -1,5 +1,6 @@
 """Complete tiny runs: training, resuming, evaluation, export and errors."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from cra_jax.datasets import sources
 from cra_jax.inference import evaluate, export, run_options
 from cra_jax.inference.restore import restore, restore_attention
 from cra_jax.input.batches import center_batches
@@ -319,6 +321,86 @@ def test_finished_run_does_nothing_even_after_eval(finished):
     before = (workdir / "metrics.jsonl").read_text()
     assert train.run(config, workdir) == scores
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def _files(workdir):
+    return {
+        path: path.read_bytes()
+        for path in (workdir / "results").rglob("*.csv")
+        if "foreign" not in str(path)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.seed": 1},
+        {"data.test_size": 24},
+        {"data.mean": (0.9, 0.1, 0.9)},
+        {"data.crop_px": 28},
+        {"data.short_side_px": 33},
+    ],
+)
+def test_eval_with_other_data_or_settings_is_foreign(finished, capsys, changes):
+    config, workdir, scores = finished
+    before, results_before = run_directory.read_metrics(workdir), _files(workdir)
+    changed = _changed(config, **changes, **{"eval.protocol": "center"})
+    evaluate.run(run_options.from_config(changed), workdir)
+    printed = capsys.readouterr().out
+    ((key, value),) = changes.items()
+    assert f"foreign evaluation, not the run's own: {key}={value!r}" in printed
+    assert "test, center: foreign, top-1" in printed
+    # Neither lines nor results of the run have changed, and the run says the same.
+    assert run_directory.read_metrics(workdir) == before
+    assert _files(workdir) == results_before
+    assert train.run(config, workdir) == scores
+    lines = run_directory.read_lines(workdir / "metrics.jsonl")
+    foreign = [x for x in lines if x.get("foreign", "").startswith(f"{key}={value!r}")]
+    assert {x["split"] for x in foreign} == {"test", "test_shifted"}
+    own = next(x for x in before if x["split"] == "test" and x["step"] == 18)
+    of_data = key in ("data.seed", "data.test_size")
+    assert all((x["data"] == own["data"]) != of_data for x in foreign[:1])
+    assert all((x["settings"] == own["settings"]) == of_data for x in foreign)
+
+
+def test_eval_of_data_that_has_changed_is_an_error_or_foreign(
+    finished, capsys, monkeypatch
+):
+    config, workdir, _ = finished
+    options = run_options.from_config(_changed(config, **{"eval.protocol": "center"}))
+
+    def load(options):
+        """The dataset; a test image has other content, another was trained on."""
+        found = load_dataset(options)
+        test = list(found.splits["test"])
+        test[3] = dataclasses.replace(test[3], stamp="other")
+        trained = found.splits["train"][5]
+        test[4] = dataclasses.replace(
+            test[4], content=f"{trained.name} {trained.stamp}".encode
+        )
+        return dataclasses.replace(found, splits={**found.splits, "test": tuple(test)})
+
+    load_dataset = sources.load_dataset
+    monkeypatch.setattr(sources, "load_dataset", load)
+    before = run_directory.read_metrics(workdir)
+    message = r"test data .* test: test/000003 has other content \(and 1 more"
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(options, workdir)
+    evaluate.run(options, workdir, allow_data_change=True)
+    printed = capsys.readouterr().out
+    assert (
+        "test: foreign evaluation, not the run's own: the data has changed" in printed
+    )
+    assert "1 of its 40 images were trained on" in printed
+    assert "test_shifted: foreign" not in printed  # it has not changed
+    assert run_directory.read_metrics(workdir) == before
+    # The training command finds the change as well, and the run stays as it was.
+    with pytest.raises(ValueError, match="has changed since step 18"):
+        train.run(config, workdir)
+    kept = (workdir / "images.json").read_bytes()
+    with pytest.raises(ValueError, match="1 images of the split 'test' were trained"):
+        train.run(config, workdir, allow_data_change=True)
+    assert (workdir / "images.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize("checkpoint", ["best", 12])
