@@ -93,17 +93,18 @@ class CRACNN(nn.Module):
         ]
         out = self._regularize(jnp.concatenate(views), train)
         pooled = jnp.split(out.pooled, len(views))
-        found = Outputs(
+        regions = attention.gamma_res if boxes is None else boxes
+        swapped = None
+        if self.swap.weight and train and regions is not None:
+            swapped = self._classify_swapped(images, regions)
+        return Outputs(
             classified.logits,
             attention,
             *jnp.split(out.logits, len(views)),
             attention_pooled=pooled[0],
             redundancy_pooled=None if seen.redundancy is None else pooled[1],
+            swap_logits=swapped,
         )
-        if self.swap.weight and train:
-            gamma = attention.gamma_res if boxes is None else boxes
-            found = found.replace(swap_logits=self._classify_swapped(images, gamma))
-        return found
 
     def _regularize(self, views: Array, train: bool) -> Any:
         """Outputs of N_ar; with shared weights, of N_cls with statistics of its own."""

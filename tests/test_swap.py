@@ -123,7 +123,7 @@ def test_random_boxes_depend_on_seed_step_and_index_only():
 
     boxes = draw(0, 3, np.arange(400))
     assert_array_equal(boxes[5:7], draw(0, 3, [5, 6]))
-    assert (boxes[:, 2:] == np.float32([0.45, 0.1])).all()
+    assert (boxes[:, 2:] == np.array([0.45, 0.1], np.float32)).all()
     bound = 1 - 0.45 * (np.cos(0.1) + np.sin(0.1))
     assert 0.9 * bound < np.abs(boxes[:, :2]).max() <= bound
     assert np.abs(boxes[:, :2].mean(0)).max() < 0.1 * bound

@@ -330,7 +330,9 @@ def _gain(found: Found) -> Iterable[str]:
         by_seed = found[row.name]
         cells = [row.title, str(len(by_seed)), _minutes(by_seed)]
         for key in (_TEST, _SHIFTED):
-            one = row.references and difference(found, row.name, row.references[0], key)
+            one = None
+            if row.references:
+                one = difference(found, row.name, row.references[0], key)
             cells += [_mean(values(by_seed, key)), _interval(one.spread) if one else ""]
         iou = _mean(values(by_seed, ("test", "attention_iou")), scale=1)
         head = _mean(values(by_seed, ("test", "head_in_attention")))
