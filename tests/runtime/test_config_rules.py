@@ -46,7 +46,7 @@ def test_values_of_another_kind_are_refused(key):
         ("data.mean", (0.5,), "3 numbers, in [0, 1]"),
         ("data.mean", (123.7, 116.3, 103.5), "3 numbers, in [0, 1]"),
         ("data.std", (0.0, 0.2, 0.2), "3 numbers, in (0, 1]"),
-        ("data.test_share", 1.0, "in (0, 1)"),
+        ("data.test_share", 1.5, "in (0, 1]"),
         ("optim.base_lr", 0.0, "above 0"),
         ("optim.base_lr", -1.0, "above 0"),
         ("optim.momentum", 1.0, "in [0, 1)"),
