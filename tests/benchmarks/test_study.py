@@ -277,6 +277,43 @@ def test_changes_are_compared_with_the_row_that_they_change():
     assert "Higher: without L_res (+10.0). Lower: none." in text_of(lines)
 
 
+def test_extensions_are_compared_with_the_same_training_without_them(tmp_path):
+    lines = [
+        _line(row, seed, test=top1 + seed / 40, shifted=top1)
+        for seed in range(3)
+        for row, top1 in (
+            ("gain-baseline-plus", 0.8),
+            ("gain-plus", 0.9),
+            ("gain-baseline-plus-80-64", 0.7),
+            ("gain-plus-80-64", 0.6),
+        )
+    ]
+    text = text_of(lines)
+    assert (
+        "90.0 ± 0.0 % on `test_shifted`, against 80.0 ± 0.0 % (higher, 3 seeds)" in text
+    )
+    row = next(x for x in text.splitlines() if x.startswith("| all extensions, smoo"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # The usual reference, the plain baseline, has no runs.
+    assert cells[1:5] == ["3", "1.0", "92.5 ± 2.5", ""]
+    assert "baseline with more and less compute" in text
+    write(lines, tmp_path)
+    for name in ("gain", "curves", "budget"):
+        image = matplotlib.image.imread(tmp_path / "study" / f"{name}.png")
+        assert np.ptp(image) > 0
+
+
+def test_every_row_with_few_images_takes_the_same_passes():
+    baseline = BY_NAME["gain-baseline"].changes["train.epochs"]
+    for row in ROWS:
+        if row.group == "gain":
+            each = {"baseline": 1, "cra": 1.5}[row.kind]
+            settings = settings_of(row, seed=0)
+            each += 0.5 * (settings["swap.weight"] > 0)
+            each += (settings["mix.kind"] == "snapmix") / 3  # a forward pass
+            assert settings["train.epochs"] == round(baseline / each), row.name
+
+
 def test_the_page_in_the_repository_is_written_from_its_results():
     """If it fails: python -m benchmarks.study --table."""
     docs = ROOT / "docs"
