@@ -6,7 +6,6 @@ are equal, regardless of the rest of their files.
 
 import collections
 import hashlib
-import io
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -125,10 +124,6 @@ def _examine(item: tuple[str, Record]) -> _Examined:
         content = record.content()
         pixels = decoding.decode(content, name=record.name)
         header = decoding.read_header(content)
-        with Image.open(io.BytesIO(content)) as image:
-            kind = f"{image.format} {image.mode}"
-            if getattr(image, "is_animated", False):
-                kind += ", of several frames"
     except (ValueError, OSError) as error:
         reason = str(error)
         if record.name not in reason:
@@ -149,7 +144,7 @@ def _examine(item: tuple[str, Record]) -> _Examined:
         record,
         "",
         (width, height),
-        kind,
+        header.kind,
         header.orientation != 1,
         digest.digest(),
         share,

@@ -4,7 +4,9 @@ Training, testing and prediction all use this module, so that an image always ha
 same pixels. Unusual files:
 
 - EXIF orientation is applied; ICC profiles are not.
-- Grey and palette images become RGB. 16-bit grey is scaled, not clipped.
+- Grey and palette images become RGB. 16-bit grey is scaled, not clipped, by the number
+  of bits that the file states: 12 bits in a file of 16 stay dark.
+- Metadata is not read, except for the orientation; see `file_structure`.
 - Transparent pixels show white.
 - CMYK JPEGs are read as inverted if they have the Adobe marker, else as stored.
 - The first frame of an animation is used.
@@ -13,23 +15,31 @@ JPEG draft mode (decoding at a half, a quarter, ...) is not used: on photographs
 threefold it is twice as fast, but moves pixels by 2 levels on average and 100 at worst.
 """
 
+import contextlib
 import functools
 import io
 import os
-from typing import NamedTuple, NoReturn
+import stat
+import struct
+from collections.abc import Iterator
+from typing import IO, NamedTuple, NoReturn
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFile
 
-MAX_PIXELS = 89_478_485  # Pillow warns above this, and raises an error above twice this
+from cra_jax.input import file_structure
+
+MAX_PIXELS = 250_000_000
+"""Default limit of an image's pixels: 750 MB as RGB."""
 MAX_ASPECT = 8.0
+
+_MOST_BYTES_PER_PIXEL = 8  # of an uncompressed file
+_MOST_OTHER_BYTES = 1 << 28  # of a file: metadata, previews, further frames
 
 # Listed, so that Pillow's less strict readers get no file (EPS runs Ghostscript).
 _FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF"]
 
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,6 +65,8 @@ class Header(NamedTuple):
     height_px: int
     orientation: int
     """EXIF, 1 (upright) to 8."""
+    kind: str
+    """Format and colours, such as "JPEG RGB"."""
 
 
 def decode(
@@ -147,37 +159,86 @@ def read_header(path_or_bytes: PathOrBytes, *, name: str | None = None) -> Heade
       ImageError: missing, empty or not an image.
     """
     name = name or _default_name(path_or_bytes)
-    try:
-        with _open(path_or_bytes, name) as image:
-            return Header(image.width, image.height, _orientation(image))
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:
-        _refuse(name, error)
+    with _open(path_or_bytes, name, pixels=False) as (image, orientation):
+        width, height = image.size
+        if image.format == "TIFF" and orientation >= 5:  # Pillow's size is upright
+            width, height = height, width
+        return Header(width, height, orientation, f"{image.format} {image.mode}")
 
 
 def _decode(path_or_bytes: PathOrBytes, name: str | None, max_pixels: int):
     name = name or _default_name(path_or_bytes)
+    with _open(path_or_bytes, name, max_pixels=max_pixels) as (image, orientation):
+        if image.width * image.height > max_pixels:
+            raise ImageError(
+                f"{name}: {image.width} x {image.height} pixels are more than the"
+                f" limit of {max_pixels:,}; shrink the image"
+            )
+        return _upright_rgb(image, orientation, name)
+
+
+@contextlib.contextmanager
+def _open(
+    path_or_bytes: PathOrBytes,
+    name: str,
+    *,
+    pixels: bool = True,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[tuple[ImageFile.ImageFile, int]]:
+    """The image, not yet decoded, and its orientation.
+
+    Raises:
+      ImageError: for any error of Pillow or of the file system, in the block too.
+    """
     try:
-        with _open(path_or_bytes, name) as image:
-            if image.width * image.height > max_pixels:
+        with contextlib.ExitStack() as stack:
+            if isinstance(path_or_bytes, bytes):
+                size, file = len(path_or_bytes), io.BytesIO(path_or_bytes)
+            else:
+                status = os.stat(path_or_bytes)
+                if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                    raise ImageError(f"{name}: this is no regular file; remove it")
+                size = status.st_size
+                file = stack.enter_context(open(path_or_bytes, "rb"))
+            if not size:
                 raise ImageError(
-                    f"{name}: {image.width} x {image.height} pixels are more than the"
-                    f" limit of {max_pixels:,}; shrink it or raise max_pixels"
+                    f"{name}: the file is empty; get it again or remove it"
                 )
-            return _upright_rgb(image, name)
+            if size > _MOST_BYTES_PER_PIXEL * max_pixels + _MOST_OTHER_BYTES:
+                raise ImageError(
+                    f"{name}: {size:,} bytes are more than an image of at most"
+                    f" {max_pixels:,} pixels has; get it again, or shrink the image"
+                )
+            reduced, orientation = file_structure.reduce(file, pixels=pixels)
+            image = _identify(reduced)
+            if orientation is None and image.format == "TIFF":
+                orientation = image.tag_v2.get(_ORIENTATION_TAG, 1)  # pyright: ignore[reportAttributeAccessIssue]
+            elif orientation is None:
+                info = image.info
+                orientation = file_structure.orientation(
+                    info.get("exif"), info.get("xmp")
+                )
+            yield image, orientation if orientation in _UPRIGHT else 1
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow may raise any error for a damaged file
         _refuse(name, error)
 
 
-def _open(path_or_bytes: PathOrBytes, name: str) -> Image.Image:
-    is_bytes = isinstance(path_or_bytes, bytes)
-    if not (path_or_bytes if is_bytes else os.stat(path_or_bytes).st_size):
-        raise ImageError(f"{name}: the file is empty; get it again or remove it")
-    source = io.BytesIO(path_or_bytes) if is_bytes else path_or_bytes
-    return Image.open(source, formats=_formats())
+def _identify(file: IO[bytes]) -> ImageFile.ImageFile:
+    """Opens a file as `Image.open` does, but leaves limits of size to the caller.
+
+    Raises:
+      UnidentifiedImageError: the file is no image, or in an unsupported format.
+    """
+    start = file.read(16)
+    for file_format in _formats():
+        factory, accept = Image.OPEN[file_format]
+        file.seek(0)
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+            if accept is None or accept(start) is True:  # a text: not in this build
+                return factory(file, "")  # pyright: ignore[reportReturnType]
+    raise Image.UnidentifiedImageError
 
 
 @functools.cache
@@ -187,17 +248,21 @@ def _formats() -> tuple[str, ...]:
     return tuple(f for f in _FORMATS if f in Image.OPEN)
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, orientation: int, name: str) -> Image.Image:
     image.load()
-    orientation = _orientation(image)  # 1 for TIFF, which Pillow has rotated
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+    is_tiff = image.format == "TIFF"
+    tags = image.tag_v2 if is_tiff else {}  # pyright: ignore[reportAttributeAccessIssue]
+    if image.mode == "F" or (image.mode == "I" and is_tiff):
         raise ImageError(
             f"{name}: its pixels are 32-bit numbers of unknown range; save it with"
             " 8 or 16 bits per channel"
         )
     if image.mode.startswith("I"):  # 16-bit grey
-        values = np.asarray(image).astype(np.int32)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        (bits,) = tags.get(_BITS_TAG, (16,))
+        values, most = np.asarray(image).astype(np.int32), 2**bits - 1
+        if is_tiff and tags.get(_PHOTOMETRIC_TAG, 0) == 0:  # 0 is white
+            values = most - values
+        image = Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # Pillow has inverted an image that was not stored inverted.
         image = ImageChops.invert(image)
@@ -205,19 +270,9 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    if orientation in _UPRIGHT:
+    if orientation in _UPRIGHT and not is_tiff:  # Pillow rotates TIFF itself
         image = image.transpose(_UPRIGHT[orientation])
     return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF" or not ({"exif", "xmp"} & image.info.keys()):
-        return 1
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # Pillow may raise any error for damaged EXIF data
-        return 1
-    return value if value in _UPRIGHT else 1
 
 
 def _resize(image: Image.Image, short_side_px: int, max_aspect: float) -> np.ndarray:
@@ -244,8 +299,8 @@ def _refuse(name: str, error: Exception) -> NoReturn:
         message = "this is a directory; name an image in it"
     elif isinstance(error, PermissionError):
         message = "the file is not readable; change its permissions"
-    elif isinstance(error, _BOMBS):
-        message = f"{error}; shrink the image"
+    elif isinstance(error, file_structure.TooManyParts):
+        message = f"{error}; save it again as JPEG or PNG"
     elif isinstance(error, Image.UnidentifiedImageError):
         message = (
             "not an image, or in an unsupported format (perhaps a web page or an"

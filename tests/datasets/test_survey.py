@@ -86,7 +86,7 @@ def test_survey_of_a_dataset_with_all_special_cases(mixed, workers):
         "  smallest train/Owl/grey.png (30 x 20),"
         " largest train/Owl/long.png (500 x 20)",
         "  longer than 8 to 1, ends are cropped: 1: train/Owl/long.png",
-        "kinds: 7 PNG RGB, 2 JPEG RGB, 1 PNG L, 1 GIF P, of several frames",
+        "kinds: 7 PNG RGB, 2 JPEG RGB, 1 PNG L, 1 GIF P",
         "rotated by EXIF: 1: test/Tit/turned.jpg",
         "boxes: none",
         "duplicates within train: none",

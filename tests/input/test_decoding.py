@@ -1,4 +1,5 @@
 import io
+import os
 import random
 import struct
 import zlib
@@ -301,7 +302,7 @@ def test_image_above_max_pixels_is_an_error():
     assert decoding.decode(tiles(), max_pixels=pixels).shape == TILES.shape
     with pytest.raises(decoding.ImageError, match=r"48 x 32 pixels .* 1,535;"):
         decoding.decode(tiles(), max_pixels=pixels - 1)
-    with pytest.raises(decoding.ImageError, match="shrink it or raise max_pixels"):
+    with pytest.raises(decoding.ImageError, match="shrink the image"):
         decoding.read(tiles(), 32, max_pixels=pixels - 1)
 
 
@@ -444,14 +445,11 @@ def test_wrong_arguments_are_errors():
 
 def test_read_header_returns_size_and_orientation(tmp_path):
     (tmp_path / "a.jpg").write_bytes(tiles("JPEG", exif=exif(6)))
-    assert decoding.read_header(tmp_path / "a.jpg") == (48, 32, 6)
-    assert decoding.read_header(tiles()) == (48, 32, 1)
-    assert decoding.read_header(tiles(exif=exif(9))) == (48, 32, 1)
-    for data in (
-        tiles("TIFF", exif=exif(6)),
-        TWICE_ROTATED_TIFF,
-    ):  # by Pillow
-        assert decoding.read_header(data) == (32, 48, 1)
+    assert decoding.read_header(tmp_path / "a.jpg") == (48, 32, 6, "JPEG RGB")
+    assert decoding.read_header(tiles()) == (48, 32, 1, "PNG RGB")
+    assert decoding.read_header(tiles(exif=exif(9))).orientation == 1
+    for data in (tiles("TIFF", exif=exif(6)), TWICE_ROTATED_TIFF):
+        assert decoding.read_header(data) == (48, 32, 6, "TIFF RGB")
     for data in (b"", b"no image at all"):
         with pytest.raises(decoding.ImageError, match=r"b\.jpg"):
             decoding.read_header(data, name="b.jpg")
@@ -462,6 +460,6 @@ def test_file_without_permission_is_an_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.png").write_bytes(tiles())
-    monkeypatch.setattr(Image, "open", deny)  # as root, permissions have no effect
+    monkeypatch.setattr(os, "stat", deny)  # as root, permissions have no effect
     with pytest.raises(decoding.ImageError, match=r"a\.png.*change its permissions"):
         decoding.decode(tmp_path / "a.png")
