@@ -219,4 +219,9 @@ def _corners(row: _Row, fail: Callable[[str], ValueError]) -> Corners | None:
             f"the box is {', '.join(texts)}; give x_min < x_max and y_min < y_max in"
             " pixels, or leave all four empty"
         )
+    if right <= 1 and bottom <= 1:
+        raise fail(
+            f"the box is {', '.join(texts)}, within one pixel; give pixels instead of"
+            " fractions: multiply by the width and the height of the image"
+        )
     return left, top, right, bottom

@@ -241,6 +241,7 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
                     functools.partial(_fraction_parts, str(file), parts, cut_px)
                     if parts
                     else None,
+                    f"{status.st_dev} {status.st_ino} {status.st_ctime_ns}",
                 )
             )
         splits[split] = tuple(records)
@@ -304,6 +305,7 @@ def _from_tfds(
                 example.box
                 and functools.partial(_content_box, example.content, example.box),
                 example.content,
+                version=example.version,
             )
             for example in examples
         )
@@ -341,7 +343,7 @@ def _read_content(content: Callable[[], bytes], name: str, short_side_px: int):
     return decoding.read(content(), short_side_px, name=name)
 
 
-def _content_box(content: Callable[[], bytes], box: Box) -> Box:
+def _content_box(content: Callable[[], bytes], box: Box) -> Box | None:
     header = decoding.read_header(content())
     return _whole_box(*_upright(header, np.array(box[::2]), np.array(box[1::2])))
 
@@ -359,13 +361,27 @@ def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
 
 def _fraction_box(
     file: str, corners: Corners | Callable[[], Corners], cut_px: int
-) -> Box:
-    """Converts corners in stored pixels to fractions of the image as it is read."""
+) -> Box | None:
+    """Converts corners in stored pixels to fractions of the image as it is read.
+
+    Raises:
+      ValueError: less than half of the box lies in the image, or it is below a pixel.
+    """
     if callable(corners):
         corners = corners()
     header = decoding.read_header(file)
-    x = np.array(corners[::2]) / header.width_px
-    y = np.array(corners[1::2]) / header.height_px
+    size = np.array([header.width_px, header.height_px])
+    box = np.sort(np.reshape(corners, (2, 2)), axis=0)
+    sides = box[1] - box[0]
+    inside = np.clip(box, 0, size)
+    if min(sides) < 1 or np.prod(inside[1] - inside[0]) < 0.5 * np.prod(sides):
+        shown = ", ".join(f"{corner:g}" for corner in corners)
+        problem = "is smaller than a pixel" if min(sides) < 1 else "lies outside"
+        raise ValueError(
+            f"{file}: its box {shown} {problem}, the image has"
+            f" {size[0]} x {size[1]} pixels; give the box in pixels of the stored image"
+        )
+    x, y = (box / size).T
     return _whole_box(*_upright(header, x, y, cut_px))
 
 
@@ -379,9 +395,11 @@ def _fraction_parts(
     return dict(zip(parts, zip(x.tolist(), y.tolist(), strict=True), strict=True))
 
 
-def _whole_box(x: np.ndarray, y: np.ndarray) -> Box:
-    """The box between two corners, clipped to the image."""
+def _whole_box(x: np.ndarray, y: np.ndarray) -> Box | None:
+    """The box between two corners, clipped to the image; None if nothing is left."""
     x, y = np.clip(np.sort(x), 0, 1), np.clip(np.sort(y), 0, 1)
+    if x[0] == x[1] or y[0] == y[1]:
+        return None
     return float(x[0]), float(y[0]), float(x[1]), float(y[1])
 
 

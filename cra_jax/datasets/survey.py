@@ -44,6 +44,7 @@ class _Examined(NamedTuple):
     """By its EXIF data."""
     pixels: bytes = b""
     """Digest of the upright RGB pixels."""
+    is_dark: bool = False
     box_share: float | None = None
     """Of the image's area; None where no box is known."""
     box_problem: str = ""
@@ -133,7 +134,6 @@ def _examine(item: tuple[str, Record]) -> _Examined:
     try:
         if box := record.box:
             share = (box[2] - box[0]) * (box[3] - box[1])
-            box_problem = "" if share else f"{record.name}: its box is empty"
     except (ValueError, OSError) as error:
         box_problem = f"{record.name}: {error}"
     height, width = pixels.shape[:2]
@@ -147,6 +147,7 @@ def _examine(item: tuple[str, Record]) -> _Examined:
         header.kind,
         header.orientation != 1,
         digest.digest(),
+        bool(pixels.max() <= decoding.DARK),
         share,
         box_problem,
     )
@@ -203,7 +204,14 @@ def _color_modes(examined: Sequence[_Examined]) -> list[str]:
     kinds = collections.Counter(look.kind for look in examined)
     shown = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     turned = [look.record.name for look in examined if look.is_turned]
-    return [f"kinds: {shown}", f"rotated by EXIF: {_list(turned)}"]
+    lines = [f"kinds: {shown}", f"rotated by EXIF: {_list(turned)}"]
+    dark = [look.record.name for look in examined if look.is_dark]
+    if dark:
+        lines.append(
+            f"dark, no value above {decoding.DARK} of 255 (if 12 bits are stored in 16,"
+            f" scale the values to 65535): {_list(dark)}"
+        )
+    return lines
 
 
 def _boxes(examined: Sequence[_Examined]) -> list[str]:

@@ -36,7 +36,9 @@ class Example(NamedTuple):
     content: Callable[[], bytes]
     """Reads the image as it is stored; picklable."""
     stamp: str
-    """Identifies the image's content."""
+    """Of the image's content; a copy of the dataset has the same stamps."""
+    version: str
+    """Changes if the files are written, replaced or copied."""
     box: tuple[float, float, float, float] | None
     """(x_min, y_min, x_max, y_max) as fractions of the image as it is stored."""
 
@@ -250,6 +252,7 @@ def _examples(
 ) -> Iterator[Example]:
     """Reads a split; `shown` collects the class names in examples."""
     version = _version(root, split)
+    written = _version(root, split, of_copies=True)
     source = _source(root, split, version)
     for index in range(len(source)):
         stored = source[index]
@@ -267,6 +270,7 @@ def _examples(
             label,
             functools.partial(_content, root, split, version, keys.image, index),
             f"{full_name} {split} {index}, shards {version}",
+            written,
             box,
         )
         bar.advance()
@@ -297,8 +301,14 @@ def _source(root: Path, split: str, version: str) -> Sequence[dict[str, Any]]:
     return builder.as_data_source(split, decoders=skip, file_format=FORMAT)
 
 
-def _version(root: Path, split: str) -> str:
-    """Digest of the sizes and times of a split's files."""
+def _version(root: Path, split: str, *, of_copies: bool = False) -> str:
+    """Digest of the sizes and times of a split's files.
+
+    Args:
+      root: the folder of the dataset.
+      split: of the dataset.
+      of_copies: whether copies of the files have other digests.
+    """
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(root, file_format=FORMAT).info
@@ -306,6 +316,9 @@ def _version(root: Path, split: str) -> str:
     for file in info.splits[split].filepaths:
         status = os.stat(file)
         digest.update(f"{status.st_size} {status.st_mtime_ns // 10**6} ".encode())
+        if of_copies:
+            identity = status.st_dev, status.st_ino, status.st_ctime_ns
+            digest.update(f"{identity} ".encode())
     return digest.hexdigest()[:12]
 
 

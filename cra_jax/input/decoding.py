@@ -32,6 +32,9 @@ from cra_jax.input import file_structure
 MAX_PIXELS = 250_000_000
 """Default limit of an image's pixels: 750 MB as RGB."""
 MAX_ASPECT = 8.0
+DARK = 64
+"""An image whose values are at most this is probably not scaled, such as 12 bits in 16.
+"""
 
 _MOST_BYTES_PER_PIXEL = 8  # of an uncompressed file
 _MOST_OTHER_BYTES = 1 << 28  # of a file: metadata, previews, further frames

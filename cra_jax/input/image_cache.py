@@ -2,11 +2,16 @@
 
 A cache is two files in the cache directory: `<name>-<key>.pixels`, the images' bytes
 one after another, and `<name>-<key>.json`, the index, with their shapes and checksums.
-The key covers the records' names and stamps, so a changed image or option makes another
+The key covers the records' names and stamps, so a changed option or image makes another
 cache. The index is renamed into place last: if it is undamaged and the pixels have the
 size that it gives, the cache is complete. A process verifies the
 checksum of an image when it first reads it, which takes a third of a millisecond;
 opening a cache verifies no image.
+
+A stamp can be that of another file: of the same size and time, in another dataset that
+shares the directory, or in the place of the first. So the index also has the files'
+versions and a digest of each file. If versions differ, as after a copy of the dataset,
+the digests decide whether the cache is that of these files.
 """
 
 import contextlib
@@ -20,21 +25,30 @@ import shutil
 import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cra_jax.input import decoding
 from cra_jax.input.records import Record
 from cra_jax.runtime import files
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.runtime.progress import Progress, print_line
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key: increase it if the files, the decoder or the resize change."""
 
 _NAMED = 10  # how many unreadable or damaged images messages list
 _SAMPLE = 16  # how many images the size of a cache is estimated from
 
 Log = Callable[[str], None]
+
+_REMARKS = {
+    "long": f"longer than {decoding.MAX_ASPECT:g} to 1: their ends are cropped",
+    "dark": f"dark: no value is above {decoding.DARK} of 255; if 12 bits are stored in "
+    "16, scale the values to 65535",
+}
+"""What users should know of images that can be read."""
 
 
 class ImageCache:
@@ -48,6 +62,7 @@ class ImageCache:
       skipped: name -> reason, of the records that were omitted as unreadable.
       shapes: int64 `[n, 2]`, height and width of every image.
       path: the file of the pixels.
+      remarks: kind of remark -> number of images, and the name of one.
     """
 
     def __init__(
@@ -58,8 +73,10 @@ class ImageCache:
         shapes: np.ndarray,
         checksums: Sequence[int],
         short_side_px: int,
+        remarks: Mapping[str, tuple[int, str]],
     ):
         self.path = path
+        self.remarks = remarks
         self.records = tuple(records)
         self.skipped = skipped
         self.shapes = shapes
@@ -128,6 +145,7 @@ class StreamedImages:
         self.records = tuple(records)
         self.skipped: dict[str, str] = {}
         self._short_side_px = _check_side(short_side_px)
+        self._remarked: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -136,6 +154,10 @@ class StreamedImages:
         image = _read(self.records[index], self._short_side_px)
         if isinstance(image, str):
             raise ValueError(f"unreadable image: {image}")
+        record = self.records[index]
+        for kind in set(_remarks(record, image)) - self._remarked:
+            self._remarked.add(kind)
+            print_line(f"note: some images are {_REMARKS[kind]}; first {record.name}")
         return image
 
 
@@ -223,6 +245,11 @@ def prepare(
     assert cache is not None, f"{stem} changed while it was made"
     if cache.skipped:
         log(f"{name}: {_unreadable(cache.skipped, len(records))}; they are omitted")
+    for kind, (count, first) in cache.remarks.items():
+        log(
+            f"{name}: {count} of {len(records)} images are {_REMARKS[kind]}; such as "
+            f"{first}"
+        )
     return cache
 
 
@@ -265,17 +292,52 @@ def _open(
     if not whole:
         log(f"{pixels} or its index is damaged or truncated: it is made again")
         return None
+    if index["versions"] != _versions(records):
+        changed = _changed(records, index["digests"])
+        if changed:
+            log(
+                f"{pixels}: {len(changed)} of {len(records)} images are others now, "
+                f"such as {changed[0]}: it is made again"
+            )
+            return None
+        with contextlib.suppress(OSError):  # then contents are compared each time
+            _write_index(stem, index | {"versions": _versions(records)})
     kept = [record for record in records if record.name not in index["skipped"]]
     return ImageCache(
-        pixels, kept, index["skipped"], shapes, index["crc32"], short_side_px
+        pixels,
+        kept,
+        index["skipped"],
+        shapes,
+        index["crc32"],
+        short_side_px,
+        index["remarks"],
     )
+
+
+def _versions(records: Sequence[Record]) -> str:
+    return _digest([record.version for record in records])
+
+
+def _changed(records: Sequence[Record], digests: Sequence[str]) -> list[str]:
+    """Names of the records whose files have other contents."""
+    workers = os.cpu_count() or 1
+    found = prefetch(
+        lambda i: records[i].digest,
+        0,
+        len(records),
+        workers=workers,
+        depth=4 * workers,
+    )
+    with contextlib.closing(found):
+        pairs = zip(records, found, digests, strict=True)
+        return [record.name for record, new, old in pairs if new != old]
 
 
 def _build(
     stem: Path,
     key: str,
     records: Sequence[Record],
-    read: Iterable[np.ndarray | str],
+    read: Iterable[tuple[str, np.ndarray | str]],
     bar: Progress,
     skip_unreadable: bool,
 ) -> None:
@@ -283,8 +345,11 @@ def _build(
     shapes: list[tuple[int, ...]] = []
     checksums: list[int] = []
     skipped: dict[str, str] = {}
+    digests: list[str] = []
+    remarks: dict[str, tuple[int, str]] = {}
     with files.written_atomically(Path(f"{stem}.pixels"), fsync=True) as file:
-        for record, image in zip(records, read, strict=True):
+        for record, (digest, image) in zip(records, read, strict=True):
+            digests.append(digest)
             if isinstance(image, str):
                 skipped[record.name] = image
             else:
@@ -292,6 +357,9 @@ def _build(
                 content = np.ascontiguousarray(image).data
                 checksums.append(zlib.crc32(content))
                 file.write(content)
+                for kind in _remarks(record, image):
+                    count, first = remarks.get(kind, (0, record.name))
+                    remarks[kind] = count + 1, first
             bar.advance()
         if skipped and not (skip_unreadable and shapes):
             raise ValueError(
@@ -299,17 +367,36 @@ def _build(
                 + (", or set data.skip_unreadable=True" if shapes else "")
             )
     index = {"key": key, "shapes": shapes, "crc32": checksums, "skipped": skipped}
+    index |= {"digests": digests, "versions": _versions(records), "remarks": remarks}
+    _write_index(stem, index)
+
+
+def _write_index(stem: Path, index: dict[str, Any]) -> None:
     with files.written_atomically(Path(f"{stem}.json"), fsync=True) as file:
         file.write(json.dumps(index | {"checksum": _digest(index)}).encode())
 
 
+def _remarks(record: Record, image: np.ndarray) -> list[str]:
+    """The keys of `_REMARKS` that are true of an image."""
+    short, long = sorted(image.shape[:2])
+    found = []
+    if long >= int(decoding.MAX_ASPECT * short) and record.content:
+        header = decoding.read_header(record.content(), name=record.name)
+        short, long = sorted(header[:2])
+        found += ["long"] * (long > decoding.MAX_ASPECT * short)
+    return found + ["dark"] * bool(image.max() <= decoding.DARK)
+
+
 def _check_disk(
-    stem: Path, sample: Iterable[np.ndarray | str], count: int, log: Log
+    stem: Path,
+    sample: Iterable[tuple[str, np.ndarray | str]],
+    count: int,
+    log: Log,
 ) -> None:
     """Logs the estimated size of the cache; raises an error if the disk lacks space."""
     partial = files.partial_path(Path(f"{stem}.pixels"))
     partial.unlink(missing_ok=True)  # from a killed process
-    sizes = [image.nbytes for image in sample if not isinstance(image, str)]
+    sizes = [image.nbytes for _, image in sample if not isinstance(image, str)]
     need = sum(sizes) / max(len(sizes), 1) * count
     free = shutil.disk_usage(stem.parent).free
     figures = f"about {need / 1e9:.2f} GB of {free / 1e9:.2f} GB free in {stem.parent}"
@@ -329,8 +416,10 @@ def _check_disk(
         )
 
 
-def _sample(records: Sequence[Record], read: Callable) -> dict[int, np.ndarray | str]:
-    """A few images by their positions, to estimate the size of all."""
+def _sample(
+    records: Sequence[Record], read: Callable
+) -> dict[int, tuple[str, np.ndarray | str]]:
+    """A few images and digests by their positions, to estimate the size of all."""
     positions = range(0, len(records), -(-len(records) // _SAMPLE))
     with read([records[i] for i in positions], {}) as images:
         return dict(zip(positions, images, strict=True))
@@ -340,15 +429,22 @@ def _reading(
     short_side_px: int,
     workers: int | None,
     records: Sequence[Record],
-    known: Mapping[int, np.ndarray | str],
-) -> contextlib.closing[Generator[np.ndarray | str, None, None]]:
-    """Every image in order, or why it cannot be read; threads end with the block.
+    known: Mapping[int, tuple[str, np.ndarray | str]],
+) -> contextlib.closing[Generator[tuple[str, np.ndarray | str], None, None]]:
+    """The digest of every file in order, and the image or why it cannot be read.
+
+    Threads end with the block.
 
     Images in `known`, by position, are not read again.
     """
     workers = os.cpu_count() or 1 if workers is None else workers
+
+    def read_both(i: int) -> tuple[str, np.ndarray | str]:
+        # The digest first: a file that changes in between is found out later.
+        return records[i].digest, _read(records[i], short_side_px)
+
     read = prefetch(
-        lambda i: known[i] if i in known else _read(records[i], short_side_px),
+        lambda i: known[i] if i in known else read_both(i),
         0,
         len(records),
         workers=workers,

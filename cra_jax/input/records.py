@@ -20,19 +20,22 @@ class Record:
       name: unique in the dataset; for files, the path relative to the root.
       label: index into the dataset's `class_names`.
       read: takes short_side_px, returns the image as uint8 `[h, w, 3]`; picklable.
-      stamp: identifies the image's content: it changes if the pixels do.
+      stamp: of the image's content; a copy of the file has the same stamp.
       locate: finds `box`; picklable. None if the source has no boxes.
       content: returns the bytes of the file; picklable. None for drawings.
       locate_parts: finds `parts`; picklable. None if the source has no parts.
+      version: changes if the file is written, replaced or copied; empty if `stamp`
+        says all.
     """
 
     name: str
     label: int
     read: Callable[[int], np.ndarray]
     stamp: str
-    locate: Callable[[], Box] | None = None
+    locate: Callable[[], Box | None] | None = None
     content: Callable[[], bytes] | None = None
     locate_parts: Callable[[], Mapping[str, Point]] | None = None
+    version: str = ""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -50,7 +53,7 @@ class Record:
 
     @property
     def box(self) -> Box | None:
-        """The bounding box of the object, or None if the source has none.
+        """The bounding box of the object; None if it is not known or was cropped.
 
         (x_min, y_min, x_max, y_max) as fractions of the image that `read` returns.
         Computed at each call, in 0.5 to 2 ms, from a file's header or a drawing.

@@ -14,8 +14,9 @@ import numpy as np
 from cra_jax.input import center_crop, image_cache
 from cra_jax.input.records import Box, Dataset, Point, Record
 from cra_jax.runtime import run_directory
-from cra_jax.runtime.progress import Progress
+from cra_jax.runtime.progress import Progress, print_line
 
+_NAMED = 10  # how many boxes or classes messages list
 _SHOWN_FROM = 5000  # images whose check shows its progress; fewer take seconds
 
 
@@ -82,8 +83,22 @@ class Split:
 
     @functools.cached_property
     def boxes(self) -> tuple[Box | None, ...]:
-        """The object's box in each image, computed at first use."""
-        return tuple(record.box for record in self.records)
+        """The object's box in each image, computed at first use.
+
+        Raises:
+          ValueError: boxes do not fit their images; the message has the first few.
+        """
+        found, problems = [], []
+        for record in self.records:
+            try:
+                found.append(record.box)
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+        if problems:
+            lines = [f"{len(problems)} of {len(self.records)} boxes cannot be used:"]
+            lines += [f"  {problem}" for problem in problems[:_NAMED]]
+            raise ValueError("\n".join(lines))
+        return tuple(found)
 
     @functools.cached_property
     def _sizes_px(self) -> list[tuple[int, int]]:
@@ -304,8 +319,19 @@ def check_fills_batch(dataset: Dataset, batch_size: int) -> None:
 
 
 def open_split(options: DataOptions, dataset: Dataset, name: str) -> Split:
-    """Opens a split, with its images in the image cache if `options.prepare` is set."""
+    """Opens a split, with its images in the image cache if `options.prepare` is set.
+
+    Raises:
+      ValueError: images cannot be read or cached; without those that are omitted, a
+        class has no training image; or boxes of a test split do not fit their images.
+    """
     records = dataset.splits[name]
+    if options.skip_unreadable and not options.prepare:
+        raise ValueError(
+            "data.skip_unreadable=True needs the image cache, which finds unreadable "
+            "images before training: set data.prepare=True, or "
+            "data.skip_unreadable=False"
+        )
     if options.prepare:
         images = image_cache.prepare(
             records,
@@ -314,7 +340,17 @@ def open_split(options: DataOptions, dataset: Dataset, name: str) -> Split:
         )
     else:
         images = image_cache.StreamedImages(records, options.short_side_px)
-    return _split(images)
+    split = _split(images)
+    lost = sorted({record.label for record in records} - set(split.labels.tolist()))
+    if lost:
+        names = ", ".join(dataset.class_names[label] for label in lost[:_NAMED])
+        text = f"{len(lost)} classes have no readable image in {name!r}: {names}"
+        if name == "train":
+            raise ValueError(f"{text}; repair the images, or remove the classes")
+        print_line(f"warning: {text}; they are not scored")
+    if name != "train":
+        split.boxes  # noqa: B018 (raises now, and not after the first epochs)
+    return split
 
 
 def find_split(options: DataOptions, dataset: Dataset, name: str) -> Split | None:

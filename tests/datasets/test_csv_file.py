@@ -169,6 +169,13 @@ def test_wrong_boxes_in_csv_are_errors(box, tmp_path):
         sources.load("csv", csv_tree(tmp_path, text))
 
 
+@pytest.mark.parametrize("box", ["0.1,0.1,0.9,0.9", "0,0,1,1", "-1,0,0.5,1"])
+def test_boxes_as_fractions_are_errors(box, tmp_path):
+    text = f"path,label,x_min,y_min,x_max,y_max\nphotos/1.png,a,{box}\n"
+    with pytest.raises(ValueError, match=r"line 2: the box is .*instead of fractions"):
+        sources.load("csv", csv_tree(tmp_path, text))
+
+
 def test_csv_in_another_encoding_is_an_error(tmp_path):
     file = csv_tree(tmp_path, "path,label\nphotos/1.png,épée\n", encoding="latin-1")
     with pytest.raises(ValueError, match=r"list\.csv: .*save the file as UTF-8"):

@@ -1,5 +1,6 @@
 import functools
 import io
+import itertools
 import shutil
 from pathlib import Path
 
@@ -175,8 +176,18 @@ def test_survey_of_boxes(tmp_path):
         tmp_path, "0,0,100,50", "50,25,100,50", "0,0,50,50", "200,60,300,70", ",,,"
     )
     lines = lines_of(dataset)
-    index = lines.index("boxes: of 4 images; 0% to 100% of the area, median 38%")
-    assert lines[index + 1] == "  3.png: its box is empty"
+    index = lines.index("boxes: of 3 images; 25% to 100% of the area, median 50%")
+    assert "3.png: its box 200, 60, 300, 70 lies outside" in lines[index + 1]
+
+
+def test_dark_images_are_listed(tmp_path):
+    for split, label, i in itertools.product(("train", "test"), "ab", range(2)):
+        values = np.random.default_rng(i).integers(0, 4096, (20, 20)).astype(np.uint16)
+        values *= 16 if label == "a" else 1
+        save(Image.fromarray(values), tmp_path / split / label / f"{i}.png")
+    lines = lines_of(sources.load("folder", tmp_path))
+    (line,) = [line for line in lines if "if 12 bits are stored in 16" in line]
+    assert line.endswith("4: train/b/0.png, train/b/1.png, test/b/0.png, test/b/1.png")
 
 
 def test_unreadable_box_is_listed(mixed, tmp_path):

@@ -191,6 +191,32 @@ def test_16_bit_big_endian_tiff_is_scaled():
     assert decoding.decode(encoded(grey, "TIFF"))[0, :, 0].tolist() == [9, 255]
 
 
+def grey_tiff(bits: int, photometric: int | None, values: bytes) -> bytes:
+    """Makes a TIFF of two pixels."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, 1), (279, len(values))]
+    tags = [(tag, value) for tag, value in tags if value is not None]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    place = struct.pack("<I", 8 + len(values))
+    count = struct.pack("<H", len(tags))
+    return b"II*\0" + place + values + count + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "values", "expected"),
+    [
+        (8, 0, b"\0\xf0", [255, 15]),
+        (16, 0, struct.pack("<2H", 0, 257 * 240), [255, 15]),
+        (16, None, struct.pack("<2H", 0, 257 * 240), [255, 15]),  # as with 8 bits
+        (16, 1, struct.pack("<2H", 0, 257 * 240), [0, 240]),
+        (12, 1, b"\xff\xf8\x00", [255, 128]),  # 4095 and 2048
+    ],
+)
+def test_grey_tiffs_are_scaled_by_their_bits(bits, photometric, values, expected):
+    data = grey_tiff(bits, photometric, values)
+    assert decoding.decode(data)[0, :, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_32_bit_grey_is_an_error(dtype):
     data = encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")

@@ -520,6 +520,72 @@ def test_streamed_images_are_decoded_at_each_access(tmp_path):
         image_cache.StreamedImages(make_files(tmp_path, 1, count=2), SIDE)[1]
 
 
+def same_named_files(folder: Path, seed: int) -> list[Record]:
+    """Makes uncompressed files with the same names, sizes and times for all seeds."""
+    for i in range(4):
+        file = folder / ("train" if i < 2 else "test") / "ab"[i % 2] / "0.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng([seed, i]).integers(0, 256, (20, 20, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(file)
+        os.utime(file, (1e9, 1e9))
+    return list(sources.load("folder", folder).splits["train"])
+
+
+def assert_serves(opened: image_cache.ImageCache, records: list[Record]) -> None:
+    for i, record in enumerate(records):
+        np.testing.assert_array_equal(opened[i], record.read(SIDE))
+
+
+def test_datasets_that_share_a_directory_have_their_own_pixels(tmp_path):
+    for seed, folder in ((0, "one"), (1, "two"), (0, "one")):
+        records = same_named_files(tmp_path / folder, seed)
+        assert_serves(prepare(tmp_path, records), records)
+
+
+def test_replaced_image_of_the_same_size_and_time_is_cached_again(tmp_path, capsys):
+    prepare(tmp_path, same_named_files(tmp_path / "data", 0))
+    records = same_named_files(tmp_path / "data", 1)
+    opened = prepare(tmp_path, records, progress=True)
+    assert_serves(opened, records)
+    assert (
+        "2 of 2 images are others now, such as train/a/0.bmp" in capsys.readouterr()[1]
+    )
+
+
+def test_copied_dataset_uses_its_copied_cache(tmp_path):
+    prepare(tmp_path, same_named_files(tmp_path / "data", 0))
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    records = list(sources.load("folder", tmp_path / "copy").splits["train"])
+    written = files(tmp_path, ".pixels")[0].stat()
+    for _ in range(2):
+        assert_serves(prepare(tmp_path, records), records)
+    assert files(tmp_path, ".pixels")[0].stat().st_ino == written.st_ino
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_long_and_dark_images_are_reported_at_each_start(tmp_path, capsys, streamed):
+    for i, (size, value) in enumerate(
+        [((400, 20), 200), ((160, 20), 200), ((20, 20), 9)]
+    ):
+        for split in ("train", "test"):
+            file = tmp_path / split / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", size, value).save(file)
+    records = sources.load("folder", tmp_path).splits["train"]
+    for _ in range(2):
+        if streamed:
+            list(image_cache.StreamedImages(records, SIDE))
+        else:
+            prepare(tmp_path, records, progress=True)
+        errors = capsys.readouterr().err
+        assert errors.count("longer than 8 to 1: their ends are cropped") == 1
+        assert errors.count("no value is above 64 of 255") == 1
+        assert "train/a/0.png" in errors
+        assert "train/a/2.png" in errors
+        assert "train/b/1.png" not in errors
+        assert ("1 of 3 images" in errors) is not streamed
+
+
 def test_default_cache_dir_is_in_the_dataset_or_in_the_users_cache(
     tmp_path, monkeypatch
 ):
