@@ -58,7 +58,7 @@ def aircraft(path: Path) -> Listing:
             splits[split].append(Entry(image, label, corners))
     notes = listing.unlisted(root / "images", splits)
     notes += (f"the lowest {BANNER_PX} rows of every image, a banner, are cropped",)
-    return Listing(root, tuple(names), splits, notes, BANNER_PX)
+    return Listing(root, tuple(names), splits, notes)
 
 
 def _corners(text: str) -> Corners:

@@ -72,8 +72,6 @@ class Listing:
     class_names: tuple[str, ...]
     splits: Splits
     notes: tuple[str, ...] = ()
-    cut_bottom_px: int = 0
-    """Rows at the bottom of every image to be cropped."""
     drawn: bool = False
     """Whether the test split was drawn at random from the images."""
 

@@ -50,18 +50,23 @@ class Reader(NamedTuple):
       read: the folder or file, with a seed and the options if any -> Listing.
       layout: expected layout on disk, and the download address; for messages.
       options: the keyword arguments of `read`.
+      cut_bottom_px: rows at the bottom of every image to be cropped, also in
+        prediction.
     """
 
     read: Callable[..., Listing]
     layout: str
     options: tuple[str, ...] = ()
+    cut_bottom_px: int = 0
 
 
 READERS = {
     "cub": Reader(cub.cub, cub.LAYOUT),
     "cars": Reader(stanford_cars.cars, stanford_cars.LAYOUT),
     "dogs": Reader(stanford_dogs.dogs, stanford_dogs.LAYOUT),
-    "aircraft": Reader(aircraft.aircraft, aircraft.LAYOUT),
+    "aircraft": Reader(
+        aircraft.aircraft, aircraft.LAYOUT, cut_bottom_px=aircraft.BANNER_PX
+    ),
     "nabirds": Reader(cub.nabirds, cub.NABIRDS_LAYOUT),
     "folder": Reader(
         class_folders.class_folders, class_folders.LAYOUT, ("test_share",)
@@ -78,6 +83,11 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 """The options of `load` that each source reads."""
 
 SOURCES = tuple(OPTIONS)
+
+
+def cut_bottom_px(source: str) -> int:
+    """Rows at the bottom of every image of a source that are cropped."""
+    return READERS[source].cut_bottom_px if source in READERS else 0
 
 
 def load(
@@ -203,7 +213,7 @@ def _drawn_parts(split: str, index: int, setting: dict) -> dict[str, Point]:
 
 
 def _from_listing(name: str, listing: Listing) -> Dataset:
-    root, cut_px, splits, missing = listing.root, listing.cut_bottom_px, {}, []
+    root, cut_px, splits, missing = listing.root, cut_bottom_px(name), {}, []
     identities: dict[str, dict[tuple[int, int], str]] = {}
     for split, entries in listing.splits.items():
         identities[split] = {}
@@ -350,13 +360,8 @@ def _content_box(content: Callable[[], bytes], box: Box) -> Box | None:
 
 def _read_cut(file: str, cut_px: int, short_side_px: int) -> np.ndarray:
     """Reads an image without its lowest rows, a banner."""
-    image = decoding.decode(file)
-    if len(image) <= cut_px:
-        raise decoding.ImageError(
-            f"{file}: {len(image)} rows, of which the lowest {cut_px} are a banner;"
-            " get it again"
-        )
-    return decoding.resize_short_side(image[:-cut_px], short_side_px)
+    image = decoding.cut_bottom(decoding.decode(file), cut_px, name=file)
+    return decoding.resize_short_side(image, short_side_px)
 
 
 def _fraction_box(

@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 
 from cra_jax.backbones import weights
+from cra_jax.datasets import sources
 from cra_jax.inference.restore import restore
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import normalize
@@ -56,6 +57,7 @@ def run(options: RunOptions, workdir: Path) -> None:
         "class_names": list(restored.class_names),
         "mean": list(data.mean),
         "std": list(data.std),
+        "cut_bottom_px": sources.cut_bottom_px(data.source),
         "resize_short_side_px": data.short_side_px,
         "interpolation": "bicubic, antialiased",
         "crop_px": data.crop_px,

@@ -24,6 +24,7 @@ from cra_jax.datasets import listing
 from cra_jax.inference import overlay, trained
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
+from cra_jax.input.decoding import MAX_ASPECT
 from cra_jax.runtime import files
 from cra_jax.runtime.progress import Progress, print_line
 
@@ -82,7 +83,7 @@ def run(
     print_line(f"{predictor.network.about}: {_count_images(len(paths))}")
     folder = trained.output_directory(workdir)
     file = folder / "predictions.jsonl"
-    unreadable = 0
+    unreadable = long = 0
     taken: collections.Counter[str] = collections.Counter()
     try:
         if overlays:
@@ -95,6 +96,7 @@ def run(
             for path, answer in zip(paths, answers, strict=True):
                 if isinstance(answer, Prediction):
                     line = answer.to_json()
+                    long += max(answer.size_px) > MAX_ASPECT * min(answer.size_px)
                     if overlays:
                         drawn = folder / "overlays" / _overlay_name(path, taken)
                         draw(answer).save(drawn)
@@ -117,6 +119,11 @@ def run(
     print_line(
         f"{len(paths) - unreadable:,} predicted, {unreadable:,} unreadable: {file}"
     )
+    if long:
+        print_line(
+            f"{_count_images(long)} longer than {MAX_ASPECT:g} to 1: their ends are "
+            "cropped"
+        )
     if unreadable == len(paths):
         raise ValueError(f"none of {_count_images(len(paths))} can be read: see {file}")
 

@@ -205,6 +205,10 @@ class Predictor:
         try:
             if not isinstance(image, np.ndarray):
                 image = decoding.decode(image, name=_name(image) or None)
+            height, width = image.shape[:2]
+            image = decoding.cut_bottom(
+                image, self.network.cut_bottom_px, name=_name(image) or "this image"
+            )
         except decoding.ImageError as error:
             return error
         resized = decoding.resize_short_side(image, self.network.short_side_px)
@@ -214,7 +218,7 @@ class Predictor:
         )
         return _Sample(
             batch["image"][0],
-            (image.shape[1], image.shape[0]),
+            (width, height),
             (resized.shape[1], resized.shape[0]),
             resized if keep else None,
         )
@@ -246,7 +250,9 @@ class Predictor:
         probabilities = softmax(scores)
         labels = np.argsort(-scores, kind="stable")[:TOP]
         side = self.network.crop_px
-        kept = np.array(decoding.kept_region(*sample.size_px))
+        width, height = sample.size_px
+        kept = decoding.kept_region(width, height - self.network.cut_bottom_px)
+        kept = np.array(kept)
         outline = np.array([[-0.5, -0.5], [side - 0.5, side - 0.5]])
         matrix = found.get("matrices")
         corners = None if matrix is None else art_module.corners_px(matrix, side)

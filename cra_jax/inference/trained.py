@@ -11,6 +11,7 @@ import numpy as np
 
 from cra_jax.art_module import TrainedHead
 from cra_jax.backbones import families, weights
+from cra_jax.datasets import sources
 from cra_jax.inference import run_options
 from cra_jax.inference.run_options import RunOptions
 
@@ -43,6 +44,7 @@ class TrainedNetwork:
       std: standard deviation of the channels.
       about: its origin, in one line.
       batch_size: largest number of images in a batch.
+      cut_bottom_px: rows at the bottom of every image that are cropped, as in training.
     """
 
     backbone: nn.Module
@@ -55,6 +57,7 @@ class TrainedNetwork:
     std: tuple[float, ...]
     about: str
     batch_size: int = 32
+    cut_bottom_px: int = 0
 
 
 class Place(NamedTuple):
@@ -138,6 +141,7 @@ def of_run(options: RunOptions, workdir: Path) -> TrainedNetwork:
         std=data.std,
         about=f"checkpoint {restored.step} (epoch {restored.epoch}) of {workdir}",
         batch_size=options.evaluation.batch_size,
+        cut_bottom_px=sources.cut_bottom_px(data.source),
     )
 
 
@@ -155,7 +159,9 @@ def of_export(folder: Path) -> TrainedNetwork:
             about[key] for key in _EXPORT_KEYS
         )
         class_names = tuple(map(str, names))
-        sound = 1 <= crop_px <= short_side_px <= _LARGEST_PX
+        cut_px = about.get("cut_bottom_px", 0)  # exports of before have none
+        sound = isinstance(cut_px, int) and 0 <= cut_px <= _LARGEST_PX
+        sound = sound and 1 <= crop_px <= short_side_px <= _LARGEST_PX
         normalization = tuple(map(float, mean)), tuple(map(float, std))
         sound = sound and list(map(len, normalization)) == [3, 3] and class_names
         if not sound:
@@ -186,4 +192,5 @@ def of_export(folder: Path) -> TrainedNetwork:
         mean=normalization[0],
         std=normalization[1],
         about=f"checkpoint {step} of the export {folder}",
+        cut_bottom_px=cut_px,
     )

@@ -138,6 +138,20 @@ def resize_short_side(
     return _resize(Image.fromarray(image), short_side_px, max_aspect)
 
 
+def cut_bottom(image: np.ndarray, rows_px: int, *, name: str) -> np.ndarray:
+    """An image `[h, w, 3]` without its lowest rows, such as a banner.
+
+    Raises:
+      ImageError: nothing would be left.
+    """
+    if len(image) <= rows_px:
+        raise ImageError(
+            f"{name}: {len(image)} rows, of which the lowest {rows_px} are a banner;"
+            " get it again"
+        )
+    return image[: len(image) - rows_px]
+
+
 def kept_region(
     width_px: int, height_px: int, *, max_aspect: float = MAX_ASPECT
 ) -> tuple[float, float, float, float]:

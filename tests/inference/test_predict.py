@@ -147,6 +147,24 @@ def test_crop_and_attention_are_in_pixels_of_the_upright_image(
     assert_allclose(answer.attention_box_px, expected, atol=1e-4)
 
 
+def test_banner_of_aircraft_is_cropped_by_run_and_export(
+    run, predictor, tmp_path, capsys
+):
+    config = tiny_run.save(tmp_path, **{"data.source": "aircraft"})
+    export.run(run_options.from_config(config), tmp_path)
+    image = np.asarray(_image(60, 70))
+    expected = predictor(image[:-20])
+    for place in (tmp_path, tmp_path / "export"):
+        found = predict.load(place)(image)
+        assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+        assert found.crop_box_px == expected.crop_box_px
+        assert found.size_px == (60, 70)
+    with pytest.raises(
+        ValueError, match="20 rows, of which the lowest 20 are"
+    ):
+        predict.load(tmp_path)(image[:20])
+
+
 def test_attention_box_is_clipped_to_the_image(predictor):
     answer = predictor(np.zeros((36, 36, 3), np.uint8))
     far = np.array([[-9.0, 5.0], [20.0, -3.0], [50.0, 20.0], [18.0, 40.0]])
@@ -245,6 +263,8 @@ def test_directory_without_a_network_is_an_error(tmp_path):
         {"crop_px": 0},
         {"crop_px": "32"},
         {"crop_px": 37},
+        {"cut_bottom_px": -1},
+        {"cut_bottom_px": "20"},
         {"class_names": []},
         {"class_names": 6},
         {"mean": [0.5]},
@@ -312,6 +332,7 @@ def test_directory_is_predicted_and_unreadable_images_are_reported(
     assert set(lines[1]) == {"path", "error"}
     assert "2 predicted, 1 unreadable" in printed.err
     assert "1 files skipped: 1 .txt" in printed.err
+    assert "longer than 8 to 1" not in printed.err
     for line in lines[::2]:
         answer = predictor(line["path"])
         assert [top["class"] for top in line["top"]] == list(answer.classes)

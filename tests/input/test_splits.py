@@ -46,7 +46,7 @@ def test_class_without_a_readable_test_image_is_a_warning(tmp_path, capsys):
 
 def test_skip_unreadable_without_the_image_cache_is_an_error(tmp_path):
     tree(tmp_path, *FILES)
-    with pytest.raises(ValueError, match="set data.prepare=True, or data.skip_unread"):
+    with pytest.raises(ValueError, match=r"data\.prepare=True, or data.skip_unread"):
         open_split(tmp_path, "train", prepare=False)
 
 
