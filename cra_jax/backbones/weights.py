@@ -1,9 +1,11 @@
 """Reads and writes weight files under published names: all arrays, or an error.
 
 Nothing is ignored silently: each array of a file is used or reported, and each variable
-of the network is filled.
+of the network is filled. A prefix of all names is removed, and other floating-point
+numbers become float32; `WeightFile.notes` says so.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,13 @@ from safetensors.numpy import save
 from cra_jax.backbones import families, torch_files
 from cra_jax.backbones.torch_names import Key, counters, to_linen, to_torch, torch_name
 from cra_jax.runtime import files
+from cra_jax.runtime.progress import print_line
 
 CLASSIFIER = ("fc.weight", "fc.bias")
 """Plain names of the classifier's arrays, in every family."""
 
 _MAX_SHOWN = 8  # names of each kind of problem in an error
+_MOST_PREFIXES = 5  # modules around the network
 
 Flat = dict[Any, Any]
 """The result of `flatten_dict`, whose own type is too loose to check."""
@@ -34,20 +38,25 @@ def load_torch(
     stride in the 3x3 convolution), which is its default: the file does not record it.
 
     Args:
-      path: `.safetensors` or `.pth`; ResNets with the names of torchvision, timm or
-        transformers, EfficientNet-Lite with those of its PyTorch package.
+      path: `.safetensors`, `.pth`, or the index of several; ResNets with the names of
+        torchvision, timm or transformers, EfficientNet-Lite with those of its PyTorch
+        package; also below a prefix, as in `module.conv1.weight`.
       arch: one of `families.backbones()`.
       num_classes: number of classes that the file must have; None: any number.
 
     Returns:
-      `{"params", "batch_stats"}`, float32 arrays, exactly the file's values. The file's
-      counters `num_batches_tracked` are not used.
+      `{"params", "batch_stats"}`, float32 arrays: the file's values, float64 rounded.
+      The file's counters `num_batches_tracked` are not used. A line on standard error
+      says what else was left or converted.
 
     Raises:
-      ValueError: as `torch_files.read`; or the file does not fit the network, is in
-        half precision, or holds NaN; one error lists all problems.
+      ValueError: as `torch_files.read`; or the file does not fit the network, or holds
+        NaN; one error lists all problems.
     """
-    file = WeightFile.of(torch_files.read(path), arch, path)
+    notes: list[str] = []
+    file = WeightFile.adapted(torch_files.read(path, notes=notes), arch, path)
+    for note in (*notes, *file.notes):
+        print_line(f"{path}: {note}")
     found = file.num_classes
     if num_classes is not None and found is not None and found != num_classes:
         raise ValueError(
@@ -107,10 +116,12 @@ class WeightFile(NamedTuple):
     Attributes:
       arrays: by plain names (`families.Family`), with torch's shapes.
       original_names: plain name -> the file's own name.
+      notes: what was left or converted, a line each.
     """
 
     arrays: dict[str, np.ndarray]
     original_names: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -138,11 +149,81 @@ class WeightFile(NamedTuple):
             file.arrays[plain], file.original_names[plain] = array, name
         return file
 
+    @classmethod
+    def adapted(
+        cls, arrays: Mapping[str, np.ndarray], arch: str, source: str | Path
+    ) -> "WeightFile":
+        """As `of`, for files of other origin.
+
+        A prefix of the network's names is removed (`module.`, `model.`, `backbone.`,
+        ...), and arrays without it are left out. A classifier `fc.1` becomes `fc`, and
+        floating-point numbers become float32.
+
+        Raises:
+          ValueError: as `of`, or there are networks below several prefixes.
+        """
+        notes = []
+        prefix = _prefix(arrays, source)
+        left = [name for name in arrays if not name.startswith(prefix)]
+        if prefix:
+            notes.append(f"the prefix {prefix} was removed from all names")
+        if left:
+            notes.append(_list_names("left in the file", left))
+        inside = {n: array for n, array in arrays.items() if n.startswith(prefix)}
+        short = {name.removeprefix(prefix): array for name, array in inside.items()}
+        file = cls.of(short, arch, source)
+        originals = dict(zip(short, inside, strict=True))
+        kinds = {x.dtype.name for x in short.values()}
+        kinds &= {"float16", "bfloat16", "float64"}
+        if kinds:
+            lost = " with fewer digits" * (kinds != {"float64"})
+            stored = " and ".join(sorted(kinds))
+            notes.append(f"stored as {stored}{lost}, converted to float32")
+        found = cls({}, {}, tuple(notes))
+        last = [n for n in file.arrays if re.fullmatch(r"fc\.\d+\.weight", n)]
+        for name, array in file.arrays.items():
+            plain = name
+            if len(last) == 1 and "fc.weight" not in file.arrays:
+                plain = re.sub(r"^fc\.\d+\.", "fc.", name)
+            if array.dtype.name in kinds:
+                with np.errstate(over="ignore"):  # reported as not finite
+                    array = array.astype(np.float32)
+            found.arrays[plain] = array
+            found.original_names[plain] = originals[file.original_names[name]]
+        return found
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the classifier; None: there is no classifier."""
         kernel = self.arrays.get(CLASSIFIER[0])
         return kernel.shape[0] if kernel is not None and kernel.ndim else None
+
+
+def _prefix(names: Iterable[str], source: str | Path) -> str:
+    """The prefix below which the names are those of a network; empty if there is none.
+
+    Raises:
+      ValueError: there are networks below several prefixes.
+    """
+    level = {"": list(names)}
+    for _ in range(_MOST_PREFIXES):
+        found = [p for p, inside in level.items() if families.looks_like(inside)]
+        if len(found) > 1:
+            raise ValueError(
+                f"{source} has several networks, below {', '.join(sorted(found))}; "
+                "save one of them"
+            )
+        if found:
+            return found[0]
+        below: dict[str, list[str]] = {}
+        for prefix, inside in level.items():
+            for name in inside:
+                first, dot, rest = name.partition(".")
+                if dot:
+                    below.setdefault(f"{prefix}{first}.", []).append(rest)
+        # A network has more arrays than this, so there are few prefixes.
+        level = {p: inside for p, inside in below.items() if len(inside) > 9}
+    return ""
 
 
 def expected_shapes(
@@ -213,7 +294,7 @@ def match_variables(
         "missing": [published_name(name) for name in missing],
         "unknown": [file.original_names[name] for name in unknown],
         "of another shape": [],
-        "not float32 (half precision has lost digits; take the float32 file)": [],
+        "not float32": [],
         "not finite": [],
     }
     shape_problems, dtype_problems, value_problems = list(problems.values())[2:]

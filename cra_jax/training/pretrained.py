@@ -39,6 +39,7 @@ class PretrainedWeights(NamedTuple):
       place: the file, or the run and its step.
       about: description in one line.
       class_names: classes of their classifier if they come from a run; else empty.
+      notes: what was left in the file, a line each.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PretrainedWeights(NamedTuple):
     place: str
     about: str
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
@@ -61,7 +63,7 @@ def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
         is neither a run nor an export; or the weights have another architecture.
     """
     name, folder = str(pretrained), Path(pretrained).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and torch_files.index_of(folder) is None:
         place = trained.locate(folder)
         if place.is_run:
             return _open_run(name, place)
@@ -72,9 +74,10 @@ def open_pretrained(pretrained: str | Path, *, arch: str) -> PretrainedWeights:
             f"{pretrained} is a {record.arch}, but model.backbone is {arch!r}: change "
             "one of the two"
         )
-    file = hub.fetch(pretrained)
-    about = weight_record.describe(record)
-    return PretrainedWeights(name, torch_files.read(file), str(file), about)
+    file = folder if folder.is_dir() else hub.fetch(pretrained)
+    about, notes = weight_record.describe(record), []
+    arrays = torch_files.read(file, notes=notes)
+    return PretrainedWeights(name, arrays, str(file), about, notes=tuple(notes))
 
 
 def normalization(
@@ -240,7 +243,7 @@ def _plan(
         if isinstance(pretrained, PretrainedWeights)
         else open_pretrained(pretrained, arch=arch)
     )
-    file = WeightFile.of(origin.arrays, arch, origin.place)
+    file = WeightFile.adapted(origin.arrays, arch, origin.place)
     tree: Flat = flatten_dict(
         {"params": dict(params), "batch_stats": dict(batch_stats)}
     )
@@ -266,6 +269,8 @@ def _plan(
         f"left in the file: {', '.join(named) or 'no classifier'}{why}; "
         f"{len(left) - len(named)} counters (num_batches_tracked)",
         f"fresh: {', '.join(heads) or 'nothing'}",
+        *origin.notes,
+        *file.notes,
     ]
     # With shared weights, N_ar has statistics, but no parameters.
     filled = {(c, s, *k): x for s in STREAMS for (c, *k), x in found.items()}

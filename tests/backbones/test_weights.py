@@ -1,8 +1,12 @@
+import argparse
 import json
 import os
 import pickle
 import re
+import struct
 import sys
+import time
+import tracemalloc
 import types
 import zipfile
 from functools import partial
@@ -13,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from safetensors.torch import save_file
 
 from configs.quickstart import get_config
 from cra_jax.backbones import families, hub, resnet, torch_files, weights
@@ -168,13 +173,13 @@ DAMAGE = {
         lambda s: changed(s, **{"bn1.running_var": s["bn1.running_var"] / 0}),
         ["1 not finite: bn1.running_var"],
     ),
-    "float16": (
-        lambda s: changed(s, **{BN: s[BN].half()}),
-        ["1 not float32 (half", f"{BN} float16"],
+    "integers": (
+        lambda s: changed(s, **{BN: s[BN].long()}),
+        [f"1 not float32: {BN} int64"],
     ),
-    "bfloat16": (
-        lambda s: {k: v.bfloat16() if v.ndim else v for k, v in s.items()},
-        ["62 not float32 (half", "conv1.weight bfloat16", "and 54 more"],
+    "float64 too large": (
+        lambda s: changed(s, **{BN: s[BN].double() + 1e300}),
+        [f"1 not finite: {BN}"],
     ),
     "everything": (
         lambda s: (
@@ -197,6 +202,120 @@ def test_wrong_arrays_are_errors_that_name_them(damage, file_format, tmp_path):
         weights.load_torch(path, arch="resnet10")
     for message in messages:
         assert message in str(error.value)
+
+
+ORIGINS = {
+    **{
+        prefix: (
+            lambda s, p=prefix: {p + k: v for k, v in s.items()},
+            f"the prefix {prefix} was removed",
+        )
+        for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model.backbone.")
+    },
+    "detector": (
+        lambda s: (
+            {"backbone." + k: v for k, v in s.items()} | {"neck.w": s[BN].clone()}
+        ),
+        "1 left in the file: neck.w",
+    ),
+    "dropout before the classifier": (
+        lambda s: {k.replace("fc.", "fc.1."): v for k, v in s.items()},
+        "",
+    ),
+    "float16": (
+        lambda s: changed(s, **{BN: s[BN].half()}),
+        "stored as float16 with fewer digits, converted to float32",
+    ),
+    "bfloat16": (
+        lambda s: {k: v.bfloat16() if v.ndim else v for k, v in s.items()},
+        "stored as bfloat16 with fewer digits, converted to float32",
+    ),
+    "float64": (
+        lambda s: {k: v.double() if v.ndim else v for k, v in s.items()},
+        "stored as float64, converted to float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_weights_of_other_origins_are_loaded(origin, file_format, tmp_path, capsys):
+    change, note = ORIGINS[origin]
+    state = dict(network().state_dict())
+    path = save(change(state), tmp_path, file_format)
+    found = weights.load_torch(path, arch="resnet10")
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(origin)
+    if half:
+        wanted = {k: v.to(half).float() if v.ndim else v for k, v in state.items()}
+        state = wanted if origin == "bfloat16" else state | {BN: wanted[BN]}
+    assert_same(found, to_linen(state.items()))
+    errors = capsys.readouterr().err
+    assert note in errors
+    assert bool(note) == bool(errors)
+    params, stats = training_state()
+    *_, lines = pretrained.start_from(params, stats, pretrained=path, arch="resnet10")
+    assert note in "\n".join(lines)
+
+
+def test_several_networks_in_a_file_are_an_error(tmp_path):
+    state = network().state_dict()
+    twice = {f"module.{s}.{k}": v.clone() for s in ("q", "k") for k, v in state.items()}
+    path = save(twice, tmp_path, "safetensors")
+    with pytest.raises(
+        ValueError, match=r"networks, below module\.k\., module\.q\.; s"
+    ):
+        weights.load_torch(path, arch="resnet10")
+
+
+CHECKPOINTS = {
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "optimizer": OPTIMIZER},
+    "model": lambda s: {"model": s, "args": argparse.Namespace(lr=np.float64(0.1))},
+    "ema": lambda s: {"state_dict": s, "state_dict_ema": {**s, BN: s[BN] + 1}},
+    "own name": lambda s: {"my_network": s, "best": 0.5},
+    "flat": lambda s: {**s, "epoch": 3},
+}
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(3)}},
+    "param_groups": [{"lr": 0.1, "params": [0]}],
+}
+
+
+@pytest.mark.parametrize("file_format", ["zip.pth", "legacy.pth"])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_weights_in_a_checkpoint_are_loaded(kind, file_format, tmp_path, capsys):
+    state = network().state_dict()
+    path = save(CHECKPOINTS[kind](state), tmp_path, file_format)
+    found = weights.load_torch(path, arch="resnet10")
+    assert_same(found, to_linen(state.items()))
+    assert "left in the file: '" in capsys.readouterr().err
+
+
+def test_sharded_weights_are_loaded_by_index_and_directory(tmp_path, capsys):
+    state = dict(network().state_dict())
+    names = sorted(state)
+    shards = {f"model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for file, part in shards.items():
+        save_file({k: state[k].contiguous() for k in part}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    places = {k: file for file, part in shards.items() for k in part}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for path in (index, tmp_path):
+        found = weights.load_torch(path, arch="resnet10")
+        assert_same(found, to_linen(state.items()))
+        *_, lines = pretrained.start_from(
+            *training_state(), pretrained=path, arch="resnet10"
+        )
+        assert "60 arrays start" in lines[2]
+    for change, message in (
+        ({"weight_map": {**places, "x": "../x.safetensors"}}, "outside its directory"),
+        ({"weight_map": {**places, "x": next(iter(shards))}}, "1 arrays, such as x"),
+        ([], "not an index of weights"),
+    ):
+        index.write_text(json.dumps(change))
+        with pytest.raises(ValueError, match=message):
+            weights.load_torch(index, arch="resnet10")
+    with pytest.raises(ValueError, match=r"shard 2 of 2: give the index"):
+        weights.load_torch(tmp_path / list(shards)[1], arch="resnet10")
 
 
 def test_weights_of_another_architecture_are_an_error_that_names_it(tmp_path):
@@ -334,9 +453,95 @@ def test_saved_model_or_checkpoint_is_an_error_that_names_state_dict(tmp_path):
     path = save(network(), tmp_path, "zip.pth")
     with pytest.raises(ValueError, match=r"TorchResNet.*model\.state_dict\(\)"):
         torch_files.read(path)
-    path = save({"epoch": 3, "model": network().state_dict()}, tmp_path, "zip.pth")
-    with pytest.raises(ValueError, match=r"holds 'epoch', 'model'.*state_dict"):
-        torch_files.read(path)
+    state = network().state_dict()
+    for saved, message in (
+        ({"epoch": 3}, r"holds 'epoch'\); save what model\.state_dict\(\)"),
+        ([state], r"it holds list\)"),
+        (
+            {"student": state, "teacher": state},
+            "several dicts of arrays .'student', 't",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch_files.read(save(saved, tmp_path, "zip.pth"))
+
+
+# --- time and memory are a small multiple of the size of the file -------------------
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+NESTED = b"K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # x -> (x, x)
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"J\0\0\4\0tQ"
+TENSOR += b"K\0J\0\0\4\0\x85K\x01\x85\x89}tR"
+MANY = b"(" + b"K\x01" * 20_000  # a mark and numbers
+HOSTILE_PICKLES = {
+    "nested key": b"}" + NESTED + b"K\1s.",
+    "nested keys": b"}(" + NESTED + b"K\1u.",
+    "nested key of an OrderedDict": b"ccollections\nOrderedDict\n](" + NESTED
+    + b"K\1\x86e\x85R.",
+    "nested reference": b"(" + NESTED + b"K\1K\1K\1K\1tQ.",
+    "nested key of a storage": STORAGE.replace(text("0"), NESTED) + b"K\1tQ.",
+    "nested value": b"}" + text("a") + NESTED + b"s.",
+    "nested root": NESTED + b".",
+    "nested shape": b"}" + text("a")
+    + TENSOR.replace(b"\x85K\x01\x85", b"\x85" + NESTED) + b"s.",
+    "nested in a set": b"\x8f(" + NESTED + b"\x90.",
+    "long bytes": b"\x96" + b"\xff" * 7 + b"\0.",
+    "many arguments": b"ctorch\nSize\nq\1" + MANY + b"tq\0"
+    + b"h\1h\0R" * 20_000 + b".",
+    "many pairs": b"ccollections\nOrderedDict\nq\1](" + b"K\1K\1\x86" * 20_000
+    + b"e\x85q\0" + b"h\1h\0R" * 20_000 + b".",
+    "many attributes": b"}(" + b"K\1K\1" * 20_000 + b"uq\0}" + b"h\0b" * 100_000 + b".",
+    "long reference": MANY + b"tq\0" + b"h\0Q" * 20_000 + b".",
+    "many dicts": b"}q\0(" + b"".join(text(str(i)) + b"K\1" for i in range(20_000))
+    + b"u}(" + b"".join(b"J" + struct.pack("<i", i) + b"h\0" for i in range(20_000))
+    + b"u.",
+    "repeated list": b"}" + text("a") + TENSOR.replace(
+        b"J\0\0\4\0\x85K\x01\x85", b"J\xff\xff\xff\x7f](K\1e\x86(K\1K\1t"
+    ) + b"s.",
+    "shared storage": b"}("
+    + b"".join(text(str(i)) + TENSOR for i in range(300)) + b"u.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE_PICKLES)
+def test_hostile_pickle_is_an_error_at_once(case, tmp_path):
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\2" + HOSTILE_PICKLES[case])
+        archive.writestr("a/data/0", bytes(4 << 18))
+    tracemalloc.start()
+    begun = time.process_time()
+    try:
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            torch_files.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 20 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - begun < 5
+
+
+def test_zip_entries_that_are_larger_than_the_file_are_errors(tmp_path):
+    path = tmp_path / "weights.pth"
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", b"\x80\2}" + text("a") + TENSOR + b"s.")
+            archive.writestr("a/data/0", bytes(4 << 18))
+            archive.writestr("a/byteorder", bytes(30_000_000), kind)
+        if kind == zipfile.ZIP_STORED:  # a directory that claims it for an entry
+            data = path.read_bytes()
+            path.write_bytes(data.replace(bytes(29_000_000), b""))
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=re.escape(str(path))):
+                torch_files.read(path)
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
