@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 from cra_jax.runtime import run_directory
 
 SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"}
-    | {".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg"}
+    | {".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""Suffixes of image files, in lower case."""
+"""Suffixes of image files, in lower case.
+
+HEIC files are listed so that they are reported as unreadable, and not skipped.
+"""
 
 SPLIT_WORDS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},

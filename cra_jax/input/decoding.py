@@ -42,6 +42,8 @@ _MOST_OTHER_BYTES = 1 << 28  # of a file: metadata, previews, further frames
 # Listed, so that Pillow's less strict readers get no file (EPS runs Ghostscript).
 _FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF"]
 
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # brands of files
+
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,6 +60,10 @@ PathOrBytes = str | os.PathLike[str] | bytes
 
 class ImageError(ValueError):
     """An image that cannot be used; the message has its name and what to do."""
+
+
+class _HeicError(ValueError):
+    """An image that Pillow has no decoder for."""
 
 
 class Header(NamedTuple):
@@ -246,9 +252,12 @@ def _identify(file: IO[bytes]) -> ImageFile.ImageFile:
     """Opens a file as `Image.open` does, but leaves limits of size to the caller.
 
     Raises:
-      UnidentifiedImageError: the file is no image, or in an unsupported format.
+      _HeicError: the file is HEIC.
+      UnidentifiedImageError: it is no image, or in another unsupported format.
     """
-    start = file.read(16)
+    start = file.read(64)
+    if start[4:8] == b"ftyp" and any(brand in start[8:] for brand in _HEIC):
+        raise _HeicError
     for file_format in _formats():
         factory, accept = Image.OPEN[file_format]
         file.seek(0)
@@ -316,6 +325,8 @@ def _refuse(name: str, error: Exception) -> NoReturn:
         message = "this is a directory; name an image in it"
     elif isinstance(error, PermissionError):
         message = "the file is not readable; change its permissions"
+    elif isinstance(error, _HeicError):
+        message = "HEIC images are not supported; save it as JPEG or PNG"
     elif isinstance(error, file_structure.TooManyParts):
         message = f"{error}; save it again as JPEG or PNG"
     elif isinstance(error, Image.UnidentifiedImageError):
