@@ -1,5 +1,7 @@
 """Unpacks tar archives safely and atomically; downloads CUB-200-2011."""
 
+import bz2
+import contextlib
 import dataclasses
 import gzip
 import lzma
@@ -8,6 +10,7 @@ import shutil
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from cra_jax.datasets.download import fetch
 from cra_jax.runtime import files
@@ -39,7 +42,10 @@ CUB = Archive(
 )
 
 _MAX_MEMBERS = 1_000_000
+_MAX_HEADER = 1_000_000  # bytes of headers before a file
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_DAMAGED += (RecursionError,)  # headers of headers
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 def cub_200_2011(
@@ -148,20 +154,24 @@ def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None
     data_filter = getattr(tarfile, "data_filter", lambda member, _: member)
     with (
         archive.open("rb") as raw,
-        tarfile.open(fileobj=raw, mode="r:*") as tar,
+        _decompressed(raw) as content,
+        tarfile.open(fileobj=(stream := _stream(content)), mode="r:") as tar,
         Progress(
             archive.stat().st_size, f"unpacking {archive.name}", unit="B", show=progress
         ) as bar,
     ):
-        read = 0
-        for number, member in enumerate(tar):
+        read = number = 0
+        # The library keeps all members unless they are cleared.
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            number += 1
             total += member.size
             path = PurePosixPath(member.name)
             if not (member.isreg() or member.isdir()):
                 problem = "is a link or a device"
             elif path.is_absolute() or ".." in path.parts or "\0" in member.name:
                 problem = "is outside the folder"
-            elif total > max_bytes or number >= _MAX_MEMBERS:
+            elif total > max_bytes or number > _MAX_MEMBERS:
                 problem = f"exceeds {max_bytes:,} bytes or {_MAX_MEMBERS:,} files"
             else:
                 problem = ""
@@ -175,13 +185,44 @@ def _unpack(archive: Path, folder: Path, max_bytes: int, progress: bool) -> None
                 place.mkdir(parents=True, exist_ok=True)
             else:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                content = tar.extractfile(member)
-                assert content is not None, "it is a file"
-                with content, place.open("xb") as file:
-                    shutil.copyfileobj(content, file, 1 << 20)
+                data = tar.extractfile(member)
+                assert data is not None, "it is a file"
+                stream.left = member.size + _MAX_HEADER
+                with data, place.open("xb") as file:
+                    shutil.copyfileobj(data, file, 1 << 20)
             bar.advance(raw.tell() - read)
             read = raw.tell()
-        assert tar.fileobj is not None, "the archive is open"
-        tar.fileobj.read(
-            1 << 24
-        )  # to the end, where gzip and similar formats have checksums
+            stream.left = _MAX_HEADER
+        content.read(1 << 24)  # to the end, where gzip and others have checksums
+
+
+def _decompressed(raw: IO[bytes]) -> Any:
+    """Opens an archive that may be compressed."""
+    start = raw.read(6)
+    raw.seek(0)
+    for magic, decompress in _COMPRESSED.items():
+        if start.startswith(magic):
+            return decompress(raw)
+    return contextlib.nullcontext(raw)
+
+
+def _stream(content: Any) -> Any:
+    return _Stream(content)  # it has what reading needs of a file
+
+
+class _Stream:
+    """A stream of which only `left` bytes may be read.
+
+    The library reads a header of any size into memory, and a chain of them.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.left = _MAX_HEADER
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError("a header is too large")
+        return self._file.read(size)

@@ -1,6 +1,7 @@
 """Downloads from an unreliable server, and damaged or malicious archives."""
 
 import fcntl
+import gzip
 import hashlib
 import io
 import random
@@ -8,6 +9,7 @@ import re
 import shutil
 import tarfile
 import threading
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -330,6 +332,46 @@ def test_malicious_archive_is_an_error_and_nothing_is_unpacked(case, tmp_path):
         unpack(archive, tmp_path / "out" / "in", max_bytes=1000)
     assert file_names(tmp_path / "out") == [".in.lock"]
     assert file_names(tmp_path) == ["a.tgz", "out"]
+
+
+def pax(size: int, *, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """Makes a header before a member, of zeros, without its content."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def sparse() -> bytes:
+    """Makes a GNU header of a file with ever more holes."""
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:512]))
+    hole = b"00000000001\0" * 42
+    return bytes(header) + (hole + b"\1" + bytes(7)) * 40_000
+
+
+HEADERS = {
+    "pax": pax(30_000_000) + bytes(30_000_000),
+    "global": (pax(900_000, kind=tarfile.XGLTYPE) + bytes(900_096)) * 30,
+    "long name": pax(30_000_000, kind=tarfile.GNUTYPE_LONGNAME) + bytes(30_000_000),
+    "chain": pax(0) * 40_000,
+    "sparse": sparse(),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_large_headers_of_an_archive_are_an_error(case, tmp_path):
+    archive = tmp_path / "a.tgz"
+    archive.write_bytes(gzip.compress(HEADERS[case], 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"a\.tgz is damaged"):
+            unpack(archive, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_archive_with_too_many_files_is_an_error(tmp_path, monkeypatch):
