@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from cra_jax.datasets.listing import some
 from cra_jax.input import decoding
 from cra_jax.input.records import Dataset, Record
+from cra_jax.runtime import fonts
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.runtime.progress import Progress
 
@@ -25,7 +26,7 @@ _NAMED = 10  # maximum number of names in a list
 
 # The contact sheet: one row per class.
 _ROWS, _COLUMNS = 24, 8
-_SIDE_PX, _GAP_PX, _NAME_PX = 112, 4, 208
+_SIDE_PX, _GAP_PX, _NAME_PX, _TEXT_PX = 112, 4, 208, 13
 _PAPER, _INK, _FRAME = (255, 255, 255), (0, 0, 0), (255, 64, 0)
 _EMPTY = (128, 128, 128)
 
@@ -278,11 +279,11 @@ def _write_sheet(
     step = _SIDE_PX + _GAP_PX
     size = _NAME_PX + _COLUMNS * step, max(len(rows), 1) * step
     paper = Image.new("RGB", size, _PAPER)
-    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(paper)
     with closing(thumbnails):
         for row, (label, records) in enumerate(rows):
             name = dataset.class_names[label]
-            name = name if len(name) <= 28 else f"{name[:25]}..."
+            name, font = fonts.fit(name, draw, _TEXT_PX, _NAME_PX - 2 * _GAP_PX)
             draw.text((_GAP_PX, row * step + _SIDE_PX // 2), name, _INK, font)
             for column in range(len(records)):
                 place = _NAME_PX + column * step, row * step

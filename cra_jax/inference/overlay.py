@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cra_jax.runtime import fonts
+
 Box = Sequence[float]
 
 _OPACITY = 0.75  # at the strongest activation
@@ -91,7 +93,7 @@ def draw(
 def _with_answer(shown: Image.Image, answer: Sequence[tuple[str, float]]):
     """Adds a strip with class names, bars and percentages."""
     text_px = max(13, round(shown.width / 30))
-    font = ImageFont.load_default(text_px)
+    font = ImageFont.truetype(str(fonts.font_files("")[0]), text_px)
     row, margin = round(1.9 * text_px), text_px
     strip = row * len(answer) + 2 * margin
     page = Image.new("RGB", (shown.width, shown.height + strip), _PAPER)
@@ -103,20 +105,10 @@ def _with_answer(shown: Image.Image, answer: Sequence[tuple[str, float]]):
     name_px = right - number - bar - 2 * margin - margin
     for i, (name, probability) in enumerate(answer):
         y = shown.height + margin + row * i + row // 2
-        fitted = _fitted(name, pen, font, name_px)
-        pen.text((margin, y), fitted, _INK, font, anchor="lm")
+        fitted, name_font = fonts.fit(name, pen, text_px, name_px)
+        pen.text((margin, y), fitted, _INK, name_font, anchor="lm")
         x, half = right - number - margin - bar, round(0.3 * text_px)
         pen.rectangle((x, y - half, x + bar, y + half), fill=_TRACK)
         pen.rectangle((x, y - half, x + bar * probability, y + half), fill=_BAR)
         pen.text((right, y), f"{100 * probability:.1f} %", _INK, font, anchor="rm")
     return page
-
-
-def _fitted(name: str, pen: ImageDraw.ImageDraw, font, width_px: float) -> str:
-    """A name without line breaks, truncated to `width_px`."""
-    name = " ".join(name.split())
-    if pen.textlength(name, font=font) <= width_px:
-        return name
-    while name and pen.textlength(name + "...", font=font) > width_px:
-        name = name[:-1]
-    return name + "..."

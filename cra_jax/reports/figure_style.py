@@ -22,6 +22,7 @@ from matplotlib.patches import Polygon, Rectangle
 
 from cra_jax.inference import overlay
 from cra_jax.reports import html_page
+from cra_jax.runtime import fonts
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
@@ -68,7 +69,7 @@ def save_figure(figure: Figure, directory: Path, name: str) -> Path:
     """
     png = directory / f"{name}.png"
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # Matplotlib draws characters that the font lacks as boxes.
+        # Texts other than class names may have characters that the font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(
             directory / f"{name}.pdf", dpi=_DPI, metadata={"CreationDate": None}
@@ -84,7 +85,7 @@ def wrap_class_name(name: str, *, width: int = 16) -> str:
       name: of the class.
       width: limit of a line, in characters; a longer name is truncated.
     """
-    readable = html_page.readable_class_name(name)
+    readable = fonts.drawable(html_page.readable_class_name(name))
     wrapped = textwrap.wrap(readable, width) or [readable]
     if len(wrapped) > 2:
         wrapped = [wrapped[0], wrapped[1][: width - 1].rstrip(" .,") + "…"]
@@ -252,5 +253,6 @@ def _write_line(
         xycoords="axes fraction",
         textcoords="offset points",
         va="baseline",
+        fontfamily=fonts.families(text),
         **style,
     )

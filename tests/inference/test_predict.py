@@ -154,15 +154,16 @@ def test_banner_of_aircraft_is_cropped_by_run_and_export(
     export.run(run_options.from_config(config), tmp_path)
     image = np.asarray(_image(60, 70))
     expected = predictor(image[:-20])
-    for place in (tmp_path, tmp_path / "export"):
-        found = predict.load(place)(image)
-        assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
-        assert found.crop_box_px == expected.crop_box_px
-        assert found.size_px == (60, 70)
+    banner = predict.load(tmp_path)
+    found = banner(image)
+    assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+    assert found.crop_box_px == expected.crop_box_px
+    assert found.size_px == (60, 70)
     with pytest.raises(
         ValueError, match="20 rows, of which the lowest 20 are"
     ):
-        predict.load(tmp_path)(image[:20])
+        banner(image[:20])
+    assert trained.load_network(tmp_path / "export").cut_bottom_px == 20
 
 
 def test_attention_box_is_clipped_to_the_image(predictor):
