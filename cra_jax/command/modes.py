@@ -99,7 +99,11 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         "eval": {"allow_data_change": values.allow_data_change},
         **{look: {"what": look} for look in ("data", "weights")},
         **{draw: {"baseline": baseline} for draw in ("figures", "report")},
-        "predict": {"images": [*values.images, *rest], "overlays": values.overlay},
+        "predict": {
+            "images": [*values.images, *rest],
+            "overlays": values.overlay,
+            "untrusted": values.untrusted,
+        },
         "demo": {"port": values.port},
         "compare": {"runs": [Path(run) for run in rest]},
     }.get(mode, {})

@@ -24,13 +24,11 @@ from PIL import Image
 from cra_jax.inference import overlay, predict
 from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
-from cra_jax.input import decoding
+from cra_jax.input import decoding_process
 from cra_jax.runtime.progress import print_line
 
 LARGEST_BYTES = 20_000_000
 """Limit of an upload."""
-LARGEST_PIXELS = 50_000_000
-"""Limit of a decoded image: 150 MB as RGB, one at a time."""
 MOST_UPLOADS = 4
 """Limit of simultaneous uploads; one is processed, the others wait in memory."""
 MOST_CONNECTIONS = 32
@@ -179,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         predictor = self.server.predictor
         with self.server.working:
             try:
-                pixels = decoding.decode(data, name=_NAME, max_pixels=LARGEST_PIXELS)
+                pixels = decoding_process.decode(data, name=_NAME)
                 (answer,) = predictor.each([pixels], keep=True)
             except ValueError as error:
                 text = str(error).removeprefix(f"{_NAME}: ")

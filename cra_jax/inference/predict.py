@@ -59,6 +59,7 @@ def run(
     images: Sequence[str],
     *,
     overlays: bool = False,
+    untrusted: bool = False,
 ) -> None:
     """Prints a JSON line for each image, and writes the lines to `predictions.jsonl`.
 
@@ -73,6 +74,8 @@ def run(
         "-" for a list on standard input, one path per line.
       overlays: whether to draw activation, crop and attention of each image into
         `overlays/`.
+      untrusted: whether each image is decoded in a process of its own, with limits on
+        time and memory.
 
     Raises:
       ValueError: there is no such network, there are no images, none of them can be
@@ -92,7 +95,7 @@ def run(
             files.written_atomically(file) as lines,
             Progress(len(paths), "predict", unit="images") as progress,
         ):
-            answers = predictor.each(paths, keep=overlays)
+            answers = predictor.each(paths, keep=overlays, untrusted=untrusted)
             for path, answer in zip(paths, answers, strict=True):
                 if isinstance(answer, Prediction):
                     line = answer.to_json()

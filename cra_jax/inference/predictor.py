@@ -20,7 +20,7 @@ from cra_jax import art_module
 from cra_jax.backbones import class_activation
 from cra_jax.inference import trained
 from cra_jax.inference.protocols import make_center_step
-from cra_jax.input import batches, center_crop, decoding
+from cra_jax.input import batches, center_crop, decoding, decoding_process
 from cra_jax.runtime import devices
 from cra_jax.runtime.prefetch import prefetch
 
@@ -160,6 +160,7 @@ class Predictor:
         *,
         keep: bool = False,
         workers: int | None = None,
+        untrusted: bool = False,
     ) -> Iterator[Prediction | decoding.ImageError]:
         """Yields predictions in order; threads read at most a few batches ahead.
 
@@ -167,6 +168,8 @@ class Predictor:
           several: the images; the network sees the centre crop of each.
           keep: whether predictions have a `View`.
           workers: number of threads that read; None: one per core.
+          untrusted: whether images are decoded in processes of their own, see
+            `decoding_process`.
 
         Yields:
           A `Prediction`, or the error of an unreadable image.
@@ -179,7 +182,7 @@ class Predictor:
         size = min(size, self._max_batch)
         workers = workers or os.cpu_count() or 1
         read = prefetch(
-            lambda i: self._read(several[i], keep),
+            lambda i: self._read(several[i], keep, untrusted),
             0,
             len(several),
             workers=workers,
@@ -201,10 +204,13 @@ class Predictor:
         side = self.network.crop_px
         self(np.zeros((side, side, 3), np.uint8))
 
-    def _read(self, image: Image, keep: bool) -> _Sample | decoding.ImageError:
+    def _read(
+        self, image: Image, keep: bool, untrusted: bool
+    ) -> _Sample | decoding.ImageError:
+        decode = decoding_process.decode if untrusted else decoding.decode
         try:
             if not isinstance(image, np.ndarray):
-                image = decoding.decode(image, name=_name(image) or None)
+                image = decode(image, name=_name(image) or None)
             height, width = image.shape[:2]
             image = decoding.cut_bottom(
                 image, self.network.cut_bottom_px, name=_name(image) or "this image"

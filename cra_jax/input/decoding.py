@@ -181,7 +181,7 @@ def read_header(path_or_bytes: PathOrBytes, *, name: str | None = None) -> Heade
     Raises:
       ImageError: missing, empty or not an image.
     """
-    name = name or _default_name(path_or_bytes)
+    name = name or default_name(path_or_bytes)
     with _open(path_or_bytes, name, pixels=False) as (image, orientation):
         width, height = image.size
         if image.format == "TIFF" and orientation >= 5:  # Pillow's size is upright
@@ -190,7 +190,7 @@ def read_header(path_or_bytes: PathOrBytes, *, name: str | None = None) -> Heade
 
 
 def _decode(path_or_bytes: PathOrBytes, name: str | None, max_pixels: int):
-    name = name or _default_name(path_or_bytes)
+    name = name or default_name(path_or_bytes)
     with _open(path_or_bytes, name, max_pixels=max_pixels) as (image, orientation):
         if image.width * image.height > max_pixels:
             raise ImageError(
@@ -311,7 +311,8 @@ def _resize(image: Image.Image, short_side_px: int, max_aspect: float) -> np.nda
     return np.array(image.resize(size, Image.Resampling.BICUBIC, box=box))
 
 
-def _default_name(path_or_bytes: PathOrBytes) -> str:
+def default_name(path_or_bytes: PathOrBytes) -> str:
+    """Name of an image in messages."""
     if isinstance(path_or_bytes, bytes):
         return f"image of {len(path_or_bytes)} bytes"
     return os.fspath(path_or_bytes)
