@@ -79,9 +79,17 @@ def _arrays() -> dict[str, np.ndarray]:
     }
 
 
-def _pth(path: Path, *, zipped: bool) -> None:
+def _pth(path: Path, *, zipped: bool, nested: bool = False) -> None:
     tensors = {name: torch.from_numpy(array) for name, array in _arrays().items()}
-    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    saved = {"model": tensors, "epoch": 3} if nested else tensors
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+
+
+def _index(path: Path) -> None:
+    arrays = _arrays()
+    save_file(arrays, path.with_name("w.safetensors"))
+    places = dict.fromkeys(arrays, "w.safetensors")
+    path.write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def _tar(path: Path) -> None:
@@ -105,7 +113,7 @@ def _csv(path: Path) -> None:
         "path,label,split,x_min,y_min,x_max,y_max\n"
         + "".join(
             f"img/{i}.jpg,class {i % 3},{'test' if i % 4 == 0 else 'train'},"
-            f"0.1,0.2,{0.5 + i / 100},0.9\n"
+            f"1,2,{50 + i},90.5\n"
             for i in range(12)
         )
     )
@@ -183,12 +191,14 @@ _DOG = f"{dataset_folders.DOGS[0]}/train_1"
 READERS = {
     "weights.pth": (lambda p: _pth(p, zipped=True), torch_files.read),
     "legacy.pth": (lambda p: _pth(p, zipped=False), torch_files.read),
+    "nested.pth": (lambda p: _pth(p, zipped=True, nested=True), torch_files.read),
+    "w.safetensors.index.json": (_index, torch_files.read),
     "w.safetensors": (lambda p: save_file(_arrays(), p), torch_files.read),
     "list.csv": (_csv, csv_file.csv_list),
     "set.tgz": (_tar, _unpack),
     **{
         f"image.{x}": (_image, lambda p: decoding.read(p, 16))
-        for x in ("jpg", "png", "gif")
+        for x in ("jpg", "png", "gif", "tif", "webp", "bmp", "ppm", "jp2")
     },
     "metrics.jsonl": (_lines, lambda p: run_directory.read_metrics(p.parent)),
     "bad_steps.jsonl": (_lines, lambda p: monitor.read_bad_steps(p.parent)),
