@@ -159,9 +159,7 @@ def test_banner_of_aircraft_is_cropped_by_run_and_export(
     assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
     assert found.crop_box_px == expected.crop_box_px
     assert found.size_px == (60, 70)
-    with pytest.raises(
-        ValueError, match="20 rows, of which the lowest 20 are"
-    ):
+    with pytest.raises(ValueError, match="20 rows, of which the lowest 20 are"):
         banner(image[:20])
     assert trained.load_network(tmp_path / "export").cut_bottom_px == 20
 
