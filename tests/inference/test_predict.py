@@ -150,7 +150,8 @@ def test_crop_and_attention_are_in_pixels_of_the_upright_image(
 def test_banner_of_aircraft_is_cropped_by_run_and_export(
     run, predictor, tmp_path, capsys
 ):
-    config = tiny_run.save(tmp_path, **{"data.source": "aircraft"})
+    changes: Any = {"data.source": "aircraft"}
+    config = tiny_run.save(tmp_path, **changes)
     export.run(run_options.from_config(config), tmp_path)
     image = np.asarray(_image(60, 70))
     expected = predictor(image[:-20])

@@ -574,7 +574,9 @@ def test_long_and_dark_images_are_reported_at_each_start(tmp_path, capsys, strea
     records = sources.load("folder", tmp_path).splits["train"]
     for _ in range(2):
         if streamed:
-            list(image_cache.StreamedImages(records, SIDE))
+            images = image_cache.StreamedImages(records, SIDE)
+            for i in range(len(images)):
+                images[i]
         else:
             prepare(tmp_path, records, progress=True)
         errors = capsys.readouterr().err
