@@ -322,7 +322,9 @@ def _gain(found: Found) -> Iterable[str]:
         f"each species; every row takes {settings['train.epochs']} passes over them "
         "(forward and backward; an image of half the width counts as a quarter, a "
         "forward pass alone as a third). The rate falls after 0.7 and 0.9 of the "
-        "epochs. On `test_shifted` the habitat never matches the species."
+        "epochs. On `test_shifted` the habitat never matches the species. The "
+        "differences are those from the baseline, and for `plus` those from the "
+        "baseline with smoothing and averages."
     )
     yield ""
     body = []
@@ -864,6 +866,7 @@ def draw(rows: Sequence[Row], found: Found) -> Figure:
             (_SHIFTED, "top-1, %,\ntest_shifted"),
             (("test", "pointing"), "pointing accuracy,\n%, test"),
             (("test", "attention_iou"), "attention IoU,\n%, test"),
+            (("test", "head_in_attention"), "head in the\nattention, %, test"),
         )
         if any(values(found[row.name], key) for row in rows)
     ]

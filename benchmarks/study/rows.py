@@ -159,12 +159,17 @@ _BEST: Settings = {
 
 
 def _gain(
-    name: str, title: str, variant: str, passes: float, changes: Settings | None = None
+    name: str,
+    title: str,
+    variant: str,
+    passes: float,
+    changes: Settings | None = None,
+    *,
+    references: tuple[str, ...] = ("gain-baseline",),
 ) -> Row:
     """A row of the group "gain"; `passes` counts those of an epoch, see quickstart."""
     epochs = round(_PASSES / passes)
     phases = (epochs, round(0.7 * epochs), round(0.2 * epochs))
-    is_first = name == "baseline"
     return Row(
         f"gain-{name}",
         "gain",
@@ -173,12 +178,12 @@ def _gain(
         *("quickstart", variant),
         {**_drawn(512, *phases, train__batch_size=32), **(changes or {})},
         5,
-        () if is_first else ("gain-baseline",),
+        references,
     )
 
 
 _GAIN = (
-    _gain("baseline", "baseline", "baseline", 1),
+    _gain("baseline", "baseline", "baseline", 1, references=()),
     _gain("cra", "CRA-CNN", "cra", 1.5),
     _gain("spatial", "spatial head", "cra", 1.5, _SPATIAL),
     _gain(
@@ -215,7 +220,12 @@ _GAIN = (
         *("baseline", 4 / 3, {"mix.kind": "snapmix", "mix.alpha": 5.0}),
     ),
     _gain("baseline-plus", "baseline, smoothing and averages", "baseline,plus", 1),
-    _gain("plus", "all extensions, smoothing and averages (`plus`)", "plus", 2),
+    _gain(
+        "plus",
+        "all extensions, smoothing and averages (`plus`)",
+        *("plus", 2),
+        references=("gain-baseline-plus", "gain-baseline"),
+    ),
 )
 
 
