@@ -62,8 +62,9 @@ def test_train_then_eval(cache, tmp_path):
     assert trained.returncode == 0, trained.stderr
     summary = trained.stdout.splitlines()
     assert summary[-1].strip() == f"run directory: {workdir}"
-    assert "of 40 images" in summary[-2]
-    assert "strongest activation in the box" in summary[-2]
+    assert "chosen on 'test'" in summary[-2]
+    assert "of 40 images" in summary[-3]
+    assert "strongest activation in the box" in summary[-3]
     assert "step 4/12 epoch 1 loss" in trained.stderr
     # Eval uses the run's config, also with --config; an override changes it.
     evaluated = _launch(

@@ -369,9 +369,9 @@ def test_eval_of_data_that_has_changed_is_an_error_or_foreign(
     config, workdir, _ = finished
     options = run_options.from_config(_changed(config, **{"eval.protocol": "center"}))
 
-    def load(options):
+    def load(options, **more):
         """The dataset; a test image has other content, another was trained on."""
-        found = load_dataset(options)
+        found = load_dataset(options, **more)
         test = list(found.splits["test"])
         test[3] = dataclasses.replace(test[3], stamp="other")
         trained = found.splits["train"][5]
