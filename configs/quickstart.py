@@ -14,7 +14,7 @@ from configs.cub import CHANGES, apply_changes
 from configs.cub import get_config as cub
 from cra_jax.model import KINDS
 
-PASSES = 80
+PASSES = 160
 """Forward and backward passes over all training images, in images of `crop_px`."""
 
 # Passes in an epoch: N_cls 1; each input of N_ar has a quarter of the pixels; the swap

@@ -70,10 +70,10 @@ def test_released_quickstart_scales_the_schedules_to_its_own_length():
     config = quickstart.get_config("released")
     assert (config.bn.group_size, config.contrast.distance) == (4, "squared")
     options, restriction = config.optim, config.restriction
-    assert config.train.epochs == 76  # 53 by 200 / 140
-    assert (options.first_epochs, options.period_epochs) == (37, 22)
-    assert (restriction.first_epochs, restriction.period_epochs) == (53, 23)
-    assert (options.freeze_first_epochs, options.freeze_period_epochs) == (37, 11)
+    assert config.train.epochs == 153  # 107 by 200 / 140
+    assert (options.first_epochs, options.period_epochs) == (75, 42)
+    assert (restriction.first_epochs, restriction.period_epochs) == (107, 46)
+    assert (options.freeze_first_epochs, options.freeze_period_epochs) == (75, 21)
     check_config.check(config)
 
 
@@ -121,7 +121,7 @@ def test_every_kind_of_the_quickstart_takes_the_same_passes():
         variant: quickstart.get_config(variant).train.epochs
         for variant in ("baseline", "stn", "cra", "plus")
     }
-    assert epochs == {"baseline": 80, "stn": 64, "cra": 53, "plus": 40}
+    assert epochs == {"baseline": 160, "stn": 128, "cra": 107, "plus": 80}
     assert quickstart.get_config("cra").swap.weight == 0
 
 
