@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written: {page}")
         return
     for name in options.settings:
-        config = get_config()
+        config = get_config("cra")
         config.seed = options.seed
         config.update_from_flattened_dict({**BIRDS, **SETTINGS[name]})
         lines = train_and_measure(config.lock(), sorted(options.at))
