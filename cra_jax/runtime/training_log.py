@@ -1,6 +1,9 @@
 """Logs the metrics of a run to files, TensorBoard and the terminal."""
 
+import os
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,12 +46,7 @@ class Log:
             ]
             if path.exists():
                 files.write_atomically(path, run_directory.json_lines(kept))
-        # Imported late: it loads PyTorch if that is installed, which takes seconds.
-        from tensorboardX import SummaryWriter
-
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1
-        )
+        self._board = _Board(workdir / "tensorboard", first_step)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -98,6 +96,8 @@ class Log:
     def test(self, *, step: int, epoch: int, split: str, numbers: Numbers) -> None:
         """Records the scores of a split."""
         self._record(step, epoch, split, numbers)
+        if not self._mute:
+            self._board.flush()
         self.print_line(f"epoch {epoch}  {split}: {describe_scores(numbers)}")
 
     def attention(
@@ -131,9 +131,48 @@ class Log:
             return
         line = {"step": step, "epoch": epoch, "split": split, **numbers}
         run_directory.append_metrics(self._workdir, line)
+        self._board.add(step, split, numbers)
+
+
+class _Board:
+    """Event files of TensorBoard.
+
+    tensorboardX's `SummaryWriter` writes them in a thread. When that thread fails, as on
+    a full disk, its queue fills up and blocks the training for ever. Here errors reach
+    the caller.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        # Imported late: it loads PyTorch if that is installed, which takes seconds.
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        start_s, host = int(time.time()), socket.gethostname()
+        name = f"events.out.tfevents.{start_s}.{host}.{os.getpid()}"
+        self._event, self._summary = Event, summary
+        self._records = RecordWriter(str(folder / name))
+        self._write(0, file_version="brain.Event:2")
+        # TensorBoard then hides later steps of an interrupted run.
+        start = SessionLog(status=SessionLog.START)
+        self._write(first_step + 1, session_log=start)
+
+    def add(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
         for name, value in numbers.items():
             if not isinstance(value, str):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+                scalar = self._summary.scalar(f"{split}/{name}", value)
+                self._write(step, summary=scalar)
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        event = self._event(step=step, wall_time=time.time(), **content)
+        self._records.write(event.SerializeToString())
 
 
 def describe_scores(numbers: Mapping[str, Any]) -> str:
