@@ -13,7 +13,7 @@ from cra_jax.art_module import ArtConfig, AttentionHead
 from cra_jax.backbones import efficientnet, resnet
 from cra_jax.inference import evaluate, run_options, trained
 from cra_jax.inference.predictor import Predictor
-from cra_jax.inference.restore import restore, restore_attention
+from cra_jax.inference.restore import restore
 from cra_jax.input.batches import center_batches
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime import run_directory
@@ -234,11 +234,10 @@ def test_spatial_run_on_eight_devices_resumes_evaluates_and_predicts(tmp_path):
 
     # Network, log, restored head and predictor have the same attention.
     options = run_options.from_config(config)
-    restored = restore(options, tmp_path / "whole")
+    restored = restore(options, tmp_path / "whole", attention=True)
     split = build.open_split(config, build.load_dataset(config), "test")
     evaluator = evaluate.Evaluator(restored.backbone, options)
-    attention_head = restore_attention(options, tmp_path / "whole")
-    found = evaluator.center(restored.variables, split, head=attention_head)
+    found = evaluator.center(restored.variables, split, head=restored.head)
     assert found.matrices is not None
     assert np.ptp(found.matrices[:, 0, 2]) > 1e-3  # the centre is not the same in all
     data = config.data

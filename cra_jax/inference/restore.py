@@ -5,9 +5,9 @@ regularization stream or the optimizer.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 
@@ -16,7 +16,9 @@ from cra_jax.art_module import ATTENTION_HEAD, CLASSIFICATION_STREAM, TrainedHea
 from cra_jax.backbones import families
 from cra_jax.inference.run_options import RunOptions, art_of
 from cra_jax.runtime import run_directory
-from cra_jax.runtime.checkpoint import Checkpoints
+from cra_jax.runtime.checkpoint import Checkpoints, DamagedError
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Restored:
       step: step of the checkpoint.
       epoch: epoch of the checkpoint.
       class_names: class names in the order of the scores.
-      metric_split: the split on which "best" is chosen.
       config: of the run when the checkpoint was saved.
       data: digest of each split of the run, see `splits.digest`; empty for a checkpoint
         of an older version.
+      metric_split: the split on which "best" is chosen.
+      head: the attention head, if it was asked for and the kind has one.
     """
 
     backbone: nn.Module
@@ -43,6 +46,7 @@ class Restored:
     config: Mapping[str, Any]
     data: Mapping[str, str]
     metric_split: str = "test"
+    head: TrainedHead | None = None
 
 
 def classification_variables(params: Any, batch_stats: Any) -> dict[str, Any]:
@@ -92,21 +96,27 @@ def restore_part(
     return checkpoints.restore(step, part)
 
 
-def restore(options: RunOptions, workdir: Path) -> Restored:
+def restore(options: RunOptions, workdir: Path, *, attention: bool = False) -> Restored:
     """Restores the checkpoint that ``eval.checkpoint`` names.
+
+    A training that continues may remove the latest or the best checkpoint meanwhile.
+    The one that is then the latest or the best is read.
 
     Args:
       options: options of the run, or of a run with the same backbone. If they do not
         ask for averages, the newest weights are read, even if the run has averages.
       workdir: the run directory.
+      attention: whether to restore the attention head as well, which has a few small
+        arrays. Only figures and predicted attentions need it. The bounds of Eq. (6)
+        are read from the checkpoint, not from the options.
 
     Raises:
-      ValueError: there is no such checkpoint, it is of another backbone, or it lacks
-        the averages that the options ask for.
+      ValueError: there is no such checkpoint, it is damaged, it is of another backbone,
+        or it lacks the averages that the options ask for.
     """
-    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
-        step = checkpoints.choose(options.evaluation.checkpoint)
-        meta = checkpoints.meta(step)
+
+    def read(checkpoints: Checkpoints, step: int) -> Restored:
+        meta = _checked_meta(checkpoints, step)
         class_names = tuple(meta["class_names"])
         backbone = options.create_backbone(len(class_names))
         abstract = families.variable_shapes(backbone, options.data.crop_px)
@@ -115,44 +125,77 @@ def restore(options: RunOptions, workdir: Path) -> Restored:
             for collection in ("params", "batch_stats")
         }
         found = restore_part(checkpoints, step, part, averaged=options.averaged)
-    variables = classification_variables(found["params"], found["batch_stats"])
-    return Restored(
-        backbone,
-        variables,
-        step,
-        meta["epoch"],
-        class_names,
-        run_directory.upgraded(meta["config"]),
-        meta.get("data", {}),
-        meta.get("metric_split", "test"),  # absent in older runs
-    )
+        variables = classification_variables(found["params"], found["batch_stats"])
+        return Restored(
+            backbone,
+            variables,
+            step,
+            meta["epoch"],
+            class_names,
+            run_directory.upgraded(meta["config"]),
+            meta.get("data", {}),
+            meta.get("metric_split", "test"),  # absent in older runs
+            _restore_head(options, checkpoints, step, meta) if attention else None,
+        )
+
+    return _read(workdir, options.evaluation.checkpoint, read)
 
 
-def restore_attention(options: RunOptions, workdir: Path) -> TrainedHead | None:
-    """Restores the attention head of the checkpoint that `restore` uses.
+def _read(workdir: Path, which: str, read: Callable[[Checkpoints, int], _T]) -> _T:
+    """Reads the checkpoint that `which` names, or another one if it is removed."""
+    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
+        while True:
+            step = checkpoints.choose(which)
+            try:
+                return read(checkpoints, step)
+            except DamagedError:
+                if not checkpoints.is_removed(step):
+                    raise
 
-    The head has a few small arrays, and only figures and predicted attentions need it.
 
-    Args:
-      options: ``eval.checkpoint`` names the checkpoint. The bounds of Eq. (6) are read
-        from the checkpoint, not from the options.
-      workdir: the run directory.
-
-    Returns:
-      The head; None if the kind has no attention.
+def _checked_meta(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    """The meta of a step, which may come from a stranger.
 
     Raises:
-      ValueError: there is no such checkpoint.
+      DamagedError: it lacks what training writes.
     """
-    with Checkpoints(workdir / "checkpoints", writable=False) as checkpoints:
-        step = checkpoints.choose(options.evaluation.checkpoint)
-        shapes = checkpoints.shapes(step)["params"]
-        wanted = {k: v for k, v in shapes.items() if k == ATTENTION_HEAD}
-        if not wanted:
-            return None
-        config = run_directory.upgraded(checkpoints.meta(step)["config"])
-        part = {"params": wanted}
-        found = restore_part(checkpoints, step, part, averaged=options.averaged)
-    return art_module.trained_head(
-        found["params"], art_of(config), config["model"]["kind"]
+    meta = checkpoints.meta(step)
+    names = meta.get("class_names")
+    sound = {
+        "class names": isinstance(names, list | tuple)
+        and len(names) > 0
+        and all(isinstance(name, str) for name in names),
+        "epoch": type(meta.get("epoch")) is int,
+        "config": isinstance(meta.get("config"), dict),
+        "digests of data": isinstance(meta.get("data", {}), dict),
+        "metric split": isinstance(meta.get("metric_split", ""), str),
+    }
+    for what, is_sound in sound.items():
+        if not is_sound:
+            raise DamagedError(
+                f"checkpoint {step} of a run has no valid {what}: choose another one "
+                "(eval.checkpoint), or get the run again"
+            )
+    return meta
+
+
+def _restore_head(
+    options: RunOptions, checkpoints: Checkpoints, step: int, meta: dict[str, Any]
+) -> TrainedHead | None:
+    """Restores the attention head; None if the kind has no attention."""
+    shapes = checkpoints.shapes(step).get("params", {})
+    wanted = {k: v for k, v in shapes.items() if k == ATTENTION_HEAD}
+    if not wanted:
+        return None
+    found = restore_part(
+        checkpoints, step, {"params": wanted}, averaged=options.averaged
     )
+    try:
+        config = run_directory.upgraded(meta["config"])
+        kind, art = config["model"]["kind"], art_of(config)
+        return art_module.trained_head(found["params"], art, kind)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"checkpoint {step} of a run has a config without its attention "
+            f"({error!r}): choose another one (eval.checkpoint), or get the run again"
+        ) from error

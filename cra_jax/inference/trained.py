@@ -127,13 +127,13 @@ def of_run(options: RunOptions, workdir: Path) -> TrainedNetwork:
       ValueError: there is no such checkpoint, or it is of another backbone.
     """
     # Here, because exports need no orbax.
-    from cra_jax.inference.restore import restore, restore_attention
+    from cra_jax.inference.restore import restore
 
-    restored, data = restore(options, workdir), options.data
+    restored, data = restore(options, workdir, attention=True), options.data
     return TrainedNetwork(
         backbone=restored.backbone,
         variables=restored.variables,
-        head=restore_attention(options, workdir),
+        head=restored.head,
         class_names=restored.class_names,
         short_side_px=data.short_side_px,
         crop_px=data.crop_px,

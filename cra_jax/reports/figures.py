@@ -15,7 +15,7 @@ from cra_jax import art_module
 from cra_jax.backbones import class_activation
 from cra_jax.datasets import sources
 from cra_jax.inference import evaluate, run_options
-from cra_jax.inference.restore import Restored, restore, restore_attention
+from cra_jax.inference.restore import Restored, restore
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import batches, normalize, splits
 from cra_jax.model import KINDS
@@ -126,8 +126,8 @@ class _Run:
     def __init__(self, options: RunOptions, workdir: Path):
         self.options = options
         self.workdir = workdir
-        self.restored: Restored = restore(options, workdir)
-        self.head = restore_attention(options, workdir)
+        self.restored: Restored = restore(options, workdir, attention=True)
+        self.head = self.restored.head
         self.crop_px: int = options.data.crop_px
         self.lines = run_directory.read_metrics(workdir)
         self.network_name = KINDS[options.kind]

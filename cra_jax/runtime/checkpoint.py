@@ -10,11 +10,15 @@ files that were truncated, changed or lost, which orbax or tensorstore may read 
 an error (a missing chunk reads as zeros).
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,26 +32,27 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
-from cra_jax.runtime import run_directory
+from cra_jax.runtime import files, run_directory
 
 Tree = Any
 _RECORD = {"content", "metric", "arrays", "checksum"}
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_NOT_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_REMOVAL_S = 10.0  # longest time in which the files of a step disappear
 
 
 class DamagedError(ValueError):
     """A checkpoint differs from what was saved."""
 
 
-class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest few steps, and the best of those with a metric."""
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """Keeps the steps that a function selects."""
 
-    def __init__(self, keep_latest: int, metric: Callable[[int], float]):
-        self._keep_latest = keep_latest
-        self._metric = metric
+    def __init__(self, kept: Callable[[Sequence[int]], set[int]]):
+        self._kept = kept
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
-        steps = sorted(info.step for info in checkpoints)
-        kept = {*steps[-self._keep_latest :], _best(steps, self._metric)}
+        kept = self._kept([info.step for info in checkpoints])
         return [info.step in kept for info in checkpoints]
 
 
@@ -76,6 +81,7 @@ class Checkpoints:
             )
         if writable:
             self._directory.mkdir(parents=True, exist_ok=True)
+        self._keep_latest = keep_latest
         self._metrics: dict[int, float] = {}
         absl = logging.getLogger("absl")
         absl.disabled = not writable  # else orbax warns that it is read-only
@@ -83,7 +89,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_LatestAndBest(keep_latest, self._metric),
+                    preservation_policy=_Kept(self._kept),
                     create=False,
                     multiprocessing_options=_this_host_alone(),
                     read_only=not writable,
@@ -195,7 +201,8 @@ class Checkpoints:
           step: steps taken; saving a step again replaces it.
           state: tree of arrays; may be donated or overwritten afterwards.
           meta: JSON values that are saved with it.
-          metric: determines the best step; None if it was not measured.
+          metric: determines the best step; None if it was not measured, or is added
+            by `add_metric`.
         """
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
@@ -219,6 +226,39 @@ class Checkpoints:
         """Returns once everything is written."""
         self._manager.wait_until_finished()
 
+    def add_metric(self, step: int, metric: float) -> None:
+        """Adds the metric of a saved step, and removes steps that are no longer kept.
+
+        So a step can be saved before it is evaluated, which takes long.
+        """
+        self.wait()
+        record = {"metric": metric}
+        files.write_atomically(
+            self._metric_path(step),
+            json.dumps(record | {"checksum": _checksum(record)}),
+        )
+        self._metrics[step] = metric
+        for other in set(self.steps()) - self._kept(self.steps()):
+            self._manager.delete(other)
+
+    def has_metric(self, step: int) -> bool:
+        """Whether a step was saved with a metric, or got one later."""
+        return self._metric(step) > -math.inf
+
+    def is_removed(self, step: int) -> bool:
+        """Whether the training that wrote a step has removed it, or does so now."""
+        # It removes a step after it has saved another one.
+        before = set(self.steps())
+        self._manager.reload()
+        wait_s = _REMOVAL_S if set(self.steps()) - before else _REMOVAL_S / 100
+        end_s = time.monotonic() + wait_s
+        while (self._directory / str(step)).is_dir():
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(0.02)
+        self._manager.reload()
+        return True
+
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON that was saved with a step.
 
@@ -227,39 +267,67 @@ class Checkpoints:
         """
         return self._record(step)["content"]
 
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """The newest few steps, and the best of those with a metric."""
+        steps = sorted(steps)
+        best = _best(steps, self._metric)
+        return {*steps[-self._keep_latest :]} | ({best} if best is not None else set())
+
+    def _metric_path(self, step: int) -> Path:
+        return self._directory / str(step) / "metric.json"
+
     def _record(self, step: int) -> dict[str, Any]:
         """All of ``meta``: content, metric, and each array's type, shape and digest.
 
         ``arrays`` is None for a step of an older version, which did not save them.
+
+        Raises:
+          DamagedError: it is missing, or is not what was saved.
+          OSError: it cannot be read, which is no damage.
         """
         path = self._directory / str(step) / "meta" / "metadata"
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(_read_bytes(path))
             if not _RECORD & record.keys():
                 return {"content": record, "metric": self._old_metric(step)} | {
                     "arrays": None
                 }
             checksum = record.pop("checksum")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (*_MISSING, *_NOT_JSON) as error:
             raise self._damaged(step, f"its meta cannot be read ({error!r})") from error
         if checksum != _checksum(record):
             raise self._damaged(step, "its meta is not what was saved")
+        # Anybody can compute the checksum.
+        if reason := _why_invalid(record):
+            raise self._damaged(step, f"its meta has {reason}")
         return record
 
     def _old_metric(self, step: int) -> float | None:
         """The metric of a step whose ``meta`` does not have it (older versions)."""
         path = self._directory / str(step) / "metrics" / "metrics"
-        return json.loads(path.read_bytes())["best_metric"] if path.exists() else None
+        return json.loads(_read_bytes(path))["best_metric"] if path.exists() else None
 
     def _metric(self, step: int) -> float:
         """The metric of a step; minus infinity for a step without one."""
         if step not in self._metrics:
             try:
-                value = self._record(step)["metric"]
+                value = self._added_metric(step)
+                if value is None:
+                    value = self._record(step)["metric"]
             except DamagedError:
                 return -math.inf
             self._metrics[step] = -math.inf if value is None else value
         return self._metrics[step]
+
+    def _added_metric(self, step: int) -> float | None:
+        """What `add_metric` has written, if it is there and undamaged."""
+        try:
+            record = json.loads(_read_bytes(self._metric_path(step)))
+            checksum = record.pop("checksum")
+            sound = checksum == _checksum(record) and _is_metric(record["metric"])
+            return record["metric"] if sound else None
+        except (*_MISSING, *_NOT_JSON):
+            return None
 
     def _damaged(self, step: int, what: str) -> DamagedError:
         others = [s for s in self.steps() if s != step]
@@ -284,7 +352,8 @@ class Checkpoints:
           A tree with the structure of `target`.
 
         Raises:
-          DamagedError: an array differs from what was saved, or cannot be read.
+          DamagedError: an array differs from what was saved, or is missing.
+          OSError: a file cannot be read, which is no damage.
           ValueError: arrays of `target` are missing or have another shape; the message
             lists them.
         """
@@ -295,23 +364,20 @@ class Checkpoints:
             {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in wanted.items()}
         )
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=abstract,
-                        restore_args=jax.tree.map(
-                            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
-                        ),
-                        partial_restore=True,
-                    )
-                ),
-            )["state"]
-        except Exception as error:  # orbax, tensorstore, zstd, JSON: no common class
+            restored = self._read_arrays(step, abstract)
+        except Exception:  # orbax, tensorstore, zstd, JSON: no common class
             # asyncio would report other failed reads, each at length.
             logging.getLogger("asyncio").disabled = True
-            reason = str(error).partition(" [tensorstore_spec=")[0]
-            raise self._damaged(step, f"its arrays cannot be read ({reason})") from None
+            self._check_readable(step)
+            try:  # again: a network mount can fail for a moment
+                restored = self._read_arrays(step, abstract)
+            except Exception as error:
+                if _is_passing(error):
+                    raise
+                reason = str(error).partition(" [tensorstore_spec=")[0]
+                raise self._damaged(
+                    step, f"its arrays cannot be read ({reason})"
+                ) from None
         found = {k: np.asarray(v) for k, v in flatten_dict(restored).items()}
         if saved is not None:
             wrong = [k for k, v in _digests(found).items() if saved[k] != v]
@@ -324,6 +390,31 @@ class Checkpoints:
         # On top of the target's dict, which has the empty branches.
         whole = flatten_dict(serialization.to_state_dict(target), keep_empty_nodes=True)
         return serialization.from_state_dict(target, unflatten_dict(whole | found))
+
+    def _read_arrays(self, step: int, abstract: Tree) -> Tree:
+        """The arrays of a step as they are in its files."""
+        return self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=abstract,
+                    restore_args=jax.tree.map(
+                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
+                    ),
+                    partial_restore=True,
+                )
+            ),
+        )["state"]
+
+    def _check_readable(self, step: int) -> None:
+        """Reads every file of a step; tensorstore hides some errors of the system.
+
+        Raises:
+          OSError: a file exists but cannot be read.
+        """
+        for path in sorted((self._directory / str(step)).rglob("*")):
+            with contextlib.suppress(*_MISSING):
+                _read_bytes(path)
 
     def shapes(self, step: int) -> Tree:
         """The arrays of a step: a tree of dicts of `jax.ShapeDtypeStruct`.
@@ -343,6 +434,7 @@ class Checkpoints:
         try:
             saved = _flatten(ocp.PyTreeCheckpointHandler().metadata(path).tree)
         except Exception as error:
+            self._check_readable(step)
             raise self._damaged(step, f"its arrays cannot be read ({error})") from error
         return unflatten_dict(
             {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in saved.items()}
@@ -366,6 +458,49 @@ class Checkpoints:
                 "that it was trained with:\n  "
                 f"{shown}{more}"
             )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        error.filename = str(path)  # missing if the file could be opened
+        raise
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether an error of reading arrays says nothing about the files themselves."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return not isinstance(error, _MISSING)
+    passing = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EACCES)
+    return "RESOURCE_EXHAUSTED" in str(error) or any(
+        os.strerror(code) in str(error) for code in passing
+    )
+
+
+def _is_metric(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _why_invalid(record: Mapping[str, Any]) -> str:
+    """What training would not have written into ``meta``; "" if there is nothing."""
+    if not isinstance(record.get("content"), dict):
+        return "no content"
+    if not (record.get("metric") is None or _is_metric(record["metric"])):
+        return "no number as its metric"
+    arrays: Any = record.get("arrays")
+    try:
+        for dtype, shape, digest in arrays.values():
+            np.dtype(dtype)
+            if not isinstance(digest, str) or not all(
+                type(size) is int and 0 <= size < 2**40 for size in shape
+            ):
+                return "an array without shape and digest"
+    except (AttributeError, TypeError, ValueError):
+        return "no list of arrays"
+    return ""
 
 
 def _best(steps: Sequence[int], metric: Callable[[int], float]) -> int | None:

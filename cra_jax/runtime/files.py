@@ -1,6 +1,7 @@
 """Atomic writes, and locks that the system releases when the process ends."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -10,6 +11,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cra_jax.runtime.progress import print_line
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def advice(error: OSError | ValueError) -> str:
+    """What the user can do about a file that cannot be read or written.
+
+    Args:
+      error: of the system, or one of tensorstore that has its text.
+    """
+
+    def is_one_of(codes: tuple[int, ...]) -> bool:
+        if isinstance(error, OSError):
+            return error.errno in codes
+        return any(os.strerror(code) in str(error) for code in codes)
+
+    if is_one_of(_FULL):
+        return "free some space"
+    if is_one_of(_FORBIDDEN):
+        return "make it readable and writable, or choose another directory"
+    if is_one_of((errno.EMFILE, errno.ENFILE)):
+        return "raise the limit of open files (ulimit -n)"
+    return "check the file, its disk and its network mount"
 
 
 def partial_path(path: Path) -> Path:
@@ -47,9 +73,12 @@ def written_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by one that holds this text in UTF-8."""
+    """Replaces a file by one with this text in UTF-8; escapes what UTF-8 cannot hold.
+
+    Names of files can have such bytes.
+    """
     with written_atomically(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def check_no_links_out(directory: Path) -> None:
@@ -94,6 +123,8 @@ def locked(
       show: whether to report that this process waits.
       instead: what the user can do instead of waiting; if empty, this waits.
 
+    On a file system without locks (some network mounts) it warns and does not lock.
+
     Raises:
       ValueError: another process holds the lock, and `instead` is not empty.
     """
@@ -110,6 +141,15 @@ def locked(
             if show:
                 print_line(f"{title}: waiting for another process that uses it")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if show:
+                print_line(
+                    f"warning: the file system of {lock.parent} has no file locks "
+                    f"({os.strerror(error.errno)}): {title} is not protected from a "
+                    "second process, so start only one"
+                )
         if instead:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -134,7 +174,4 @@ def writing(target: Path, *, show: bool) -> Iterator[None]:
         with locked(lock, target.name, show=show):
             yield
     except OSError as error:
-        raise ValueError(
-            f"cannot write {target} ({error}): free some space, make the directory"
-            " writable, or choose another directory"
-        ) from error
+        raise ValueError(f"cannot write {target} ({error}): {advice(error)}") from error

@@ -160,13 +160,13 @@ def _gather_texts(text: str) -> list[str]:
     """The text of each host, on all hosts."""
     if jax.process_count() == 1:
         return [text]
-    encoded = np.frombuffer(text.encode(), np.uint8)
+    encoded = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
     lengths = multihost_utils.process_allgather(
         np.array([len(encoded)], np.int32)
     ).ravel()
     padded = np.pad(encoded, (0, int(lengths.max()) + 1 - len(encoded)))
     rows = multihost_utils.process_allgather(padded)
     return [
-        row[:n].tobytes().decode()
+        row[:n].tobytes().decode(errors="surrogatepass")
         for row, n in zip(rows, lengths.tolist(), strict=True)
     ]

@@ -1,7 +1,6 @@
 """The run directory: config, metrics, results, and a lock while the run is active."""
 
 import csv
-import errno
 import fnmatch
 import io
 import json
@@ -13,9 +12,8 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
-from cra_jax.runtime import files
+from cra_jax.runtime import files, provenance
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METRICS = "metrics.jsonl"
 SNAPSHOTS = "attention.jsonl"
 IMAGES = "images.json"
@@ -189,10 +187,10 @@ def locked(workdir: Path) -> Iterator[None]:
         # tensorstore reports system errors while saving as a ValueError.
         if not isinstance(error, OSError) and "os_error_code" not in str(error):
             raise
-        full = any(os.strerror(code) in str(error) for code in _FULL)
+        reason = str(error).partition(" [tensorstore_spec=")[0]
         raise ValueError(
-            f"{error}: {'free some space' if full else 'fix it'} and run the same "
-            f"command again, which resumes from {workdir}"
+            f"{reason}: {files.advice(error)}, and run the same command again, which "
+            f"resumes from {workdir}"
         ) from error
 
 
@@ -240,6 +238,24 @@ def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def check_is_unused(workdir: Path, *, had_checkpoints: bool) -> None:
+    """Checks that a training from the start overwrites no results.
+
+    A run that was killed before its first checkpoint has metrics, but an (empty)
+    directory of checkpoints beside them, and starts again.
+
+    Raises:
+      ValueError: a run has trained here, and its checkpoints were removed.
+    """
+    finished = any(x.get("outcome") == "finished" for x in provenance.read(workdir))
+    if finished or (not had_checkpoints and (workdir / METRICS).is_file()):
+        raise ValueError(
+            f"run directory {workdir} has the results of a training, but its "
+            "checkpoints were removed: restore checkpoints/, choose another --workdir, "
+            "or remove the directory to train again"
+        )
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

@@ -137,9 +137,9 @@ class Log:
 class _Board:
     """Event files of TensorBoard.
 
-    tensorboardX's `SummaryWriter` writes them in a thread. When that thread fails, as on
-    a full disk, its queue fills up and blocks the training for ever. Here errors reach
-    the caller.
+    tensorboardX's `SummaryWriter` writes them in a thread. If that thread fails, as on
+    a full disk, its queue fills up and blocks training forever. Here the caller gets
+    the error.
     """
 
     def __init__(self, folder: Path, first_step: int):

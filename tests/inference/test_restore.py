@@ -1,6 +1,10 @@
 """Restoring the plain backbone, and the attention head for figures."""
 
 import dataclasses
+import hashlib
+import json
+import shutil
+import threading
 from typing import Any
 
 import jax
@@ -13,7 +17,6 @@ from cra_jax.inference import run_options
 from cra_jax.inference.restore import (
     classification_variables,
     restore,
-    restore_attention,
 )
 from cra_jax.runtime import run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
@@ -59,7 +62,8 @@ def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind, head_kin
     # The bounds come from the checkpoint, not from the changed config.
     config.art.alpha_p, config.art.normalize_head = 0.5, True
     config.art.head = "pooled"
-    head = restore_attention(run_options.from_config(config), tmp_path)
+    options = run_options.from_config(config)
+    head = restore(options, tmp_path, attention=True).head
     if kind == "baseline":
         assert head is None
         return
@@ -78,9 +82,8 @@ def test_plain_backbone_and_attention_head_are_restored(tmp_path, kind, head_kin
 def test_missing_checkpoint_is_an_error(tmp_path):
     config, _ = _save_run(tmp_path, "cra")
     config.eval.checkpoint = "7"
-    for function in (restore, restore_attention):
-        with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
-            function(run_options.from_config(config), tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint '7'.*\[3\]"):
+        restore(run_options.from_config(config), tmp_path)
 
 
 def test_averages_are_restored_if_ema_decay_is_on(tmp_path):
@@ -93,7 +96,8 @@ def test_averages_are_restored_if_ema_decay_is_on(tmp_path):
         restored = restore(run_options.from_config(config), tmp_path)
         wanted = classification_variables(params, stats)
         jax.tree.map(assert_array_equal, restored.variables, wanted)
-        head = restore_attention(run_options.from_config(config), tmp_path)
+        options = run_options.from_config(config)
+        head = restore(options, tmp_path, attention=True).head
         assert head is not None
         assert_array_equal(head.params["bias"], params["attention_head"]["bias"])
 
@@ -110,12 +114,71 @@ def test_pretrained_weights_of_a_run_are_its_prediction_weights(tmp_path, decay)
 def test_missing_averages_are_an_error(tmp_path):
     config, state = _save_run(tmp_path, "cra")
     config.optim.ema_decay = 0.99
-    for function in (restore, restore_attention):
-        with pytest.raises(ValueError, match=r"optim.ema_decay asks.*checkpoint 3"):
-            function(run_options.from_config(config), tmp_path)
+    with pytest.raises(ValueError, match=r"optim.ema_decay asks.*checkpoint 3"):
+        restore(run_options.from_config(config), tmp_path)
     # A run without the key ema_decay in its config has no averages.
     old = config.to_dict()
     del old["optim"]["ema_decay"]
     restored = restore(run_options.from_config(run_directory.upgraded(old)), tmp_path)
     wanted = state.params["classification_stream"]
     jax.tree.map(assert_array_equal, restored.variables["params"], wanted)
+
+
+_NOT_OF_TRAINING = [
+    lambda r: r["content"].pop("class_names"),
+    lambda r: r["content"].update(class_names=5),
+    lambda r: r["content"].update(class_names="abc"),
+    lambda r: r["content"].update(class_names=[1, 2, 3]),
+    lambda r: r["content"].update(class_names=[]),
+    lambda r: r["content"].pop("epoch"),
+    lambda r: r["content"].update(epoch="1\x1b[2J"),
+    lambda r: r["content"].update(config=[]),
+    lambda r: r["content"]["config"].pop("art"),
+    lambda r: r["content"]["config"].update(model=3),
+    lambda r: r.update(content=[]),
+    lambda r: r.pop("content"),
+    lambda r: r.update(metric="high"),
+    lambda r: r.update(arrays=[]),
+    lambda r: r.pop("arrays"),
+    lambda r: r["arrays"].update(x=["nonsense", [1], "0"]),
+    lambda r: r["arrays"].update(x=["float32", [-1], "0"]),
+    lambda r: r["arrays"].update(x=["float32", ["1"], "0"]),
+    lambda r: r["arrays"].update(x=["float32", 1, "0"]),
+    lambda r: r["arrays"].update(x=["float32", [1]]),
+]
+
+
+def test_meta_that_training_does_not_write_is_an_error(tmp_path):
+    config, _ = _save_run(tmp_path, "cra")
+    options = run_options.from_config(config)
+    path = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
+    saved = path.read_text()
+    for change in _NOT_OF_TRAINING:
+        record = json.loads(saved)
+        record.pop("checksum")
+        change(record)
+        text = json.dumps(record, sort_keys=True)
+        record["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+        path.write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=r"checkpoint .*3 .*has"):
+            restore(options, tmp_path, attention=True)
+
+
+def test_checkpoint_that_training_removes_meanwhile_is_not_an_error(
+    tmp_path, monkeypatch
+):
+    config, _ = _save_run(tmp_path, "cra")
+    old, new = (tmp_path / "checkpoints" / str(step) for step in (3, 4))
+    read = Checkpoints.meta
+
+    def remove_first(checkpoints, step):
+        if step == 3:
+            shutil.copytree(old, new)
+            shutil.rmtree(old / "meta")  # first a part of it, and soon all
+            threading.Timer(0.3, lambda: shutil.rmtree(old)).start()
+        return read(checkpoints, step)
+
+    monkeypatch.setattr(Checkpoints, "meta", remove_first)
+    restored = restore(run_options.from_config(config), tmp_path, attention=True)
+    assert restored.step == 4
+    assert restored.head is not None

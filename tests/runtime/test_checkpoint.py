@@ -1,5 +1,7 @@
 """Checkpoints: save, restore, keep the latest and the best, and errors."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,39 @@ def test_checkpoint_of_another_model_is_an_error_that_names_the_arrays(tmp_path)
 def test_missing_checkpoints_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are no checkpoints at"):
         Checkpoints(tmp_path / "nowhere", writable=False)
+
+
+def test_metric_can_be_added_after_the_step_is_saved(tmp_path):
+    with Checkpoints(tmp_path / "c", keep_latest=1) as checkpoints:
+        for step, metric in ((1, 0.5), (2, 0.9), (3, 0.1)):
+            checkpoints.save(step, _state(step), {})
+            assert not checkpoints.has_metric(step)
+            checkpoints.add_metric(step, metric)
+            assert checkpoints.has_metric(step)
+        assert checkpoints.steps() == [2, 3]
+    with Checkpoints(tmp_path / "c", writable=False) as checkpoints:
+        assert checkpoints.best_step() == 2
+    (tmp_path / "c" / "2" / "metric.json").write_text('{"metric": 0.9}')
+    with Checkpoints(tmp_path / "c", writable=False) as checkpoints:
+        assert not checkpoints.has_metric(2)
+
+
+def test_error_that_passes_is_tried_again(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, _state(1), {})
+        checkpoints.wait()
+        read, failures = Checkpoints._read_arrays, [OSError(errno.EIO, "of a mount")]
+
+        def fail_once(self, *arguments):
+            if failures:
+                raise failures.pop()
+            return read(self, *arguments)
+
+        monkeypatch.setattr(Checkpoints, "_read_arrays", fail_once)
+        checkpoints.verify(1)
+        failures += [OSError(errno.EMFILE, "too many")] * 2
+        with pytest.raises(OSError, match="too many"):
+            checkpoints.verify(1)
 
 
 ODD_NAMES = {

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from cra_jax.datasets import sources
 from cra_jax.inference import evaluate, export, run_options
-from cra_jax.inference.restore import restore, restore_attention
+from cra_jax.inference.restore import restore
 from cra_jax.input.batches import center_batches
 from cra_jax.reports import report
 from cra_jax.runtime import run_directory, training_log
@@ -275,10 +275,10 @@ def test_run_saves_attention_snapshots_and_results_of_each_image(finished):
     assert np.abs(np.subtract(lines[-1]["matrix"], lines[7]["matrix"])).max() > 1e-4
     # The last snapshots equal the attention of the restored head.
     options = run_options.from_config(config)
-    head, restored = restore_attention(options, workdir), restore(options, workdir)
-    assert head is not None
+    restored = restore(options, workdir, attention=True)
+    assert restored.head is not None
     evaluator = evaluate.Evaluator(restored.backbone, options)
-    found = evaluator.center(restored.variables, split, head=head)
+    found = evaluator.center(restored.variables, split, head=restored.head)
     last = [x for x in lines if x["step"] == 18]
     for line in last:
         assert found.matrices is not None
