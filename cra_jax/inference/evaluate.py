@@ -36,7 +36,16 @@ from cra_jax.input.splits import (
     list_images,
     open_split,
 )
-from cra_jax.runtime import devices, hosts, prefetch, run_directory, training_log
+from cra_jax.runtime import (
+    devices,
+    files,
+    hosts,
+    prefetch,
+    progress,
+    run_directory,
+    signals,
+    training_log,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,7 @@ def predict_split(
     workers: int = 2,
     description: str = "",
     shared: bool = False,
+    interrupt: signals.StopRequest | None = None,
 ) -> Predictions:
     """Runs a step over a split, each image exactly once.
 
@@ -78,9 +88,13 @@ def predict_split(
       description: text of the progress bar; empty: no progress bar.
       shared: whether the batches contain this host's share of the rows, and all hosts
         call this function together.
+      interrupt: ends it at the next batch after a signal.
 
     Returns:
       Predictions in the split's order.
+
+    Raises:
+      Stopped: after a signal.
     """
     variables = devices.on_each_device(variables)  # once, and not for each batch
     found: dict[str, np.ndarray] = {}
@@ -96,9 +110,12 @@ def predict_split(
             desc=description,
             unit="batch",
             leave=False,
+            file=progress.bar_file(),
             disable=not (sys.stderr.isatty() and hosts.is_first()),
         )
     for batch in ahead:
+        if interrupt:
+            raise signals.Stopped(interrupt.number)
         valid, index = batch["valid"], batch["index"][batch["valid"]]
         inputs = {k: batch[k] for k in ("image", "extent_px") if k in batch}
         for name, values in step(variables, inputs).items():
@@ -153,8 +170,14 @@ class Evaluator:
         variables: Any,
         split: Split,
         head: TrainedHead | None = None,
+        *,
+        interrupt: signals.StopRequest | None = None,
     ) -> Predictions:
-        """Predicts with the protocol "center"; with a head, attention matrices too."""
+        """Predicts with the protocol "center"; with a head, attention matrices too.
+
+        Raises:
+          Stopped: `interrupt` has recorded a signal.
+        """
         batches = center_batches(
             split.images,
             split.labels,
@@ -164,7 +187,7 @@ class Evaluator:
         )
         if head:
             variables = {**variables, "head": head}
-        return self._run(self._center_step, variables, batches, split)
+        return self._run(self._center_step, variables, batches, split, interrupt)
 
     def full(self, variables: Any, split: Split) -> Predictions:
         """Predicts with the protocol "full"."""
@@ -208,7 +231,7 @@ class Evaluator:
         scores["data"] = digest(list_images(split.records))
         return scores | {"settings": self._settings}
 
-    def _run(self, step, variables, batches, split) -> Predictions:
+    def _run(self, step, variables, batches, split, interrupt=None) -> Predictions:
         return predict_split(
             step,
             variables,
@@ -217,6 +240,7 @@ class Evaluator:
             workers=self._workers,
             description="evaluate",
             shared=self._shard[1] > 1,
+            interrupt=interrupt,
         )
 
     def _attention_scores(
@@ -321,8 +345,8 @@ def run(options: RunOptions, workdir: Path, *, allow_data_change: bool = False) 
         foreign evaluation.
 
     Raises:
-      ValueError: there is no such checkpoint, it is of another model, or the data has
-        changed.
+      ValueError: there is no such checkpoint, it is of another model, the data has
+        changed, or the run directory cannot be written, after all scores are printed.
     """
     hosts.start(**options.hosts)
     with hosts.all_or_none():
@@ -365,6 +389,7 @@ def run(options: RunOptions, workdir: Path, *, allow_data_change: bool = False) 
         if trained:
             for warning in splits.warn_of_duplicates(trained, test_splits):
                 print(warning)
+    unwritten: dict[str, OSError] = {}
     for name, split in test_splits.items():
         reason = foreign[name]
         if reason and hosts.is_first():
@@ -374,6 +399,14 @@ def run(options: RunOptions, workdir: Path, *, allow_data_change: bool = False) 
             if not hosts.is_first():
                 continue
             scores = evaluator.scores(found, split, protocol)
+            said = "foreign, " if reason else ""
+            # First: the directory may be read-only or full.
+            print(
+                f"{name}, {protocol}: {said}{training_log.describe_scores(scores)}",
+                flush=True,
+            )
+            if name == "test" and (warning := accuracy.describe_chance(scores)):
+                print(f"warning: {warning}", flush=True)
             rows = results(
                 found,
                 split,
@@ -381,30 +414,29 @@ def run(options: RunOptions, workdir: Path, *, allow_data_change: bool = False) 
                 step=step,
                 settings=options.digest(),
             )
-            run_directory.write_results(
-                workdir,
-                name,
-                protocol,
-                rows,
-                foreign=f"{scores['data'][:8]}-{scores['settings'][:8]}"
-                if reason
-                else "",
-            )
-            said = "foreign, " if reason else ""
-            print(f"{name}, {protocol}: {said}{training_log.describe_scores(scores)}")
-            if name == "test" and (warning := accuracy.describe_chance(scores)):
-                print(f"warning: {warning}")
             line = {"step": step, "epoch": epoch, "split": name, **scores}
+            kind = ""
             if reason:
                 line[run_directory.FOREIGN] = reason
-            # A line of the training may have these numbers and the attention's.
-            known = run_directory.read_lines(workdir / run_directory.METRICS)
-            if not any(
-                line.items() <= other.items()
-                and (reason or run_directory.FOREIGN not in other)
-                for other in known
-            ):
-                run_directory.append_metrics(workdir, line)
+                kind = f"{scores['data'][:8]}-{scores['settings'][:8]}"
+            try:
+                run_directory.write_results(workdir, name, protocol, rows, foreign=kind)
+                # A line of the training may have these numbers and the attention's.
+                known = run_directory.read_lines(workdir / run_directory.METRICS)
+                if not any(
+                    line.items() <= other.items()
+                    and (reason or run_directory.FOREIGN not in other)
+                    for other in known
+                ):
+                    run_directory.append_metrics(workdir, line)
+            except OSError as error:
+                unwritten[f"{name}, {protocol}"] = error
+    if unwritten:
+        error = next(iter(unwritten.values()))
+        raise ValueError(
+            f"the scores of {'; '.join(unwritten)} are printed above but not written "
+            f"into {workdir} ({error}): {files.advice(error)}, and evaluate again"
+        )
 
 
 def _find_training_split(

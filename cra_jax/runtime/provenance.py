@@ -34,26 +34,20 @@ def recorded(
     *,
     devices: str,
     first_step: int,
-    total_steps: int,
     notes: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> Iterator[None]:
     """Adds this start of a run to `provenance.json`, and its outcome at the end.
 
-    A start of a finished run is not added. A start that was killed keeps
-    ``"ended": null``.
+    A start that was killed keeps ``"ended": null``.
 
     Args:
       workdir: the run directory.
       devices: in words, such as "8 x TPU v5e".
       first_step: the step that training resumes from.
-      total_steps: of the whole run.
       notes: on the data, for the report.
       warnings: about this start, for the report.
     """
-    if first_step >= total_steps:
-        yield
-        return
     start: dict[str, Any] = {
         "started": _now(),
         "ended": None,

@@ -27,22 +27,33 @@ class Log:
       first_step: the step that training resumes from; lines of later steps, from an
         interrupted run, are removed.
       total_steps: of the whole run.
+      is_evaluated: whether the evaluation after `first_step` is complete; if not, its
+        lines are removed.
       mute: whether nothing is written or printed; only one of several hosts logs.
     """
 
     def __init__(
-        self, workdir: Path, *, first_step: int, total_steps: int, mute: bool = False
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        is_evaluated: bool = True,
+        mute: bool = False,
     ):
         self._workdir = workdir
         self._total_steps = total_steps
         self._mute = mute
         if mute:
             return
+        last_tested = first_step if is_evaluated else first_step - 1
         for path in (workdir / METRICS, workdir / SNAPSHOTS):
             kept = [
                 x
                 for x in run_directory.read_lines(path)
-                if first_step and x["step"] <= first_step
+                if first_step
+                and x["step"]
+                <= (first_step if x.get("split") == "train" else last_tested)
             ]
             if path.exists():
                 files.write_atomically(path, run_directory.json_lines(kept))
@@ -145,18 +156,19 @@ class _Board:
     def __init__(self, folder: Path, first_step: int):
         # Imported late: it loads PyTorch if that is installed, which takes seconds.
         from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(exist_ok=True)
         start_s, host = int(time.time()), socket.gethostname()
         name = f"events.out.tfevents.{start_s}.{host}.{os.getpid()}"
-        self._event, self._summary = Event, summary
+        self._events: Any = event_pb2  # its names are made at runtime
+        self._summary = summary
         self._records = RecordWriter(str(folder / name))
         self._write(0, file_version="brain.Event:2")
         # TensorBoard then hides later steps of an interrupted run.
-        start = SessionLog(status=SessionLog.START)
-        self._write(first_step + 1, session_log=start)
+        start = self._events.SessionLog.START
+        self._write(first_step + 1, session_log={"status": start})
 
     def add(self, step: int, split: str, numbers: Mapping[str, Any]) -> None:
         for name, value in numbers.items():
@@ -171,7 +183,7 @@ class _Board:
         self._records.close()
 
     def _write(self, step: int, **content: Any) -> None:
-        event = self._event(step=step, wall_time=time.time(), **content)
+        event = self._events.Event(step=step, wall_time=time.time(), **content)
         self._records.write(event.SerializeToString())
 
 

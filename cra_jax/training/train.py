@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -135,10 +135,13 @@ def _open_directory(
       The checkpoints, and what the newest of them knows about the run.
     """
     stack.enter_context(run_directory.locked(workdir))
+    had_checkpoints = (workdir / "checkpoints").is_dir()
     checkpoints = Checkpoints(workdir / "checkpoints", keep_latest=keep_latest)
     stack.enter_context(checkpoints)
     # Without a checkpoint, a changed config does no harm.
-    if checkpoints.latest_step() is not None and not allow_change:
+    if checkpoints.latest_step() is None:
+        run_directory.check_is_unused(workdir, had_checkpoints=had_checkpoints)
+    elif not allow_change:
         run_directory.check_config(workdir, build.config_without_hosts(config))
     step = checkpoints.move_damaged(progress.print_line)
     return checkpoints, resume.read(checkpoints, step, workdir)
@@ -275,6 +278,8 @@ class Run:
         )
         self._window = Mean()
         self._window_before = []
+        # Whether the step that training resumes from lacks its evaluation.
+        self._is_unevaluated = False
         found = splits.warn_of_duplicates(self._data.train, self._data.tests)
         self._data_notes = [*dataset.notes, *found]
         self.data_warnings = [x for x in self._data_notes if x.startswith("warning: ")]
@@ -307,7 +312,8 @@ class Run:
             self._notes.append(f"resumes from step {first_step}")
             if checkpoints:
                 self._resume(checkpoints, first_step)
-        if self._warnings and self._first_step >= self._total_steps:
+        is_finished = self._first_step >= self._total_steps and not self._is_unevaluated
+        if self._warnings and is_finished:
             self._warnings.append(
                 "the run is finished, and its scores are of the data before the "
                 "change: --mode eval with --allow_data_change scores the data as it is"
@@ -331,33 +337,44 @@ class Run:
         check_average(checkpoints, step, averaged=self._loop.ema_decay > 0)
         self._state = checkpoints.restore(step, jax.eval_shape(lambda: self._state))
         self._window_before = checkpoints.meta(step)["window"]
+        self._is_unevaluated = self._is_evaluated_after(
+            step
+        ) and not checkpoints.has_metric(step)
 
     def _synchronize(self) -> None:
         """Checks that all hosts have the same data; copies the first host's state."""
         hosts.check_same(self._data.digest, "their data (data.source, data.path)")
         for numbers in hosts.broadcast_from_first(self._window_before):
             self._window.add(numbers)
+        self._is_unevaluated = hosts.broadcast_from_first(self._is_unevaluated)
         self._state = devices.on_each_device(hosts.broadcast_arrays(self._state))
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Trains to the end; returns the scores of each test split."""
         self._synchronize()
-        steps_left = {"first_step": self._first_step, "total_steps": self._total_steps}
+        first_step, total_steps = self._first_step, self._total_steps
         names = devices.describe_devices()
         with contextlib.ExitStack() as stack:
             if hosts.is_first():
                 self._keep()
+            if hosts.is_first() and (first_step < total_steps or self._is_unevaluated):
                 stack.enter_context(
                     provenance.recorded(
                         self._workdir,
                         devices=names,
+                        first_step=first_step,
                         notes=self._data_notes,
                         warnings=self._warnings,
-                        **steps_left,
                     )
                 )
             log = stack.enter_context(
-                training_log.Log(self._workdir, mute=not hosts.is_first(), **steps_left)
+                training_log.Log(
+                    self._workdir,
+                    first_step=first_step,
+                    total_steps=total_steps,
+                    is_evaluated=not self._is_unevaluated,
+                    mute=not hosts.is_first(),
+                )
             )
             for note in self._notes:
                 log.print_line(note)
@@ -366,6 +383,8 @@ class Run:
             with signals.stop_on_signal(
                 "this step is finished and saved"
             ) as stop_request:
+                if self._is_unevaluated:
+                    self._evaluate(log, first_step, stop_request, saved=True)
                 self._train(log, stop_request)
             if self._checkpoints:
                 self._checkpoints.wait()
@@ -419,28 +438,27 @@ class Run:
             logs = epoch_ends or step % loop.log_every_steps == 0
             if logs:
                 self._log_window(log, step, clock)
-            is_due = epoch_ends and (last or epoch % loop.evaluate_every_epochs == 0)
-            top1 = self._evaluate(log, step, epoch) if is_due else None
             # All hosts must stop at the same step, so they communicate at log lines.
             stop = (
                 hosts.max_over_hosts(stop_request.number)
                 if logs or hosts.is_only_host()
                 else 0
             )
-            if (
+            saves = (
                 last
                 or (epoch_ends and epoch % loop.save_every_epochs == 0)
-                or (every and step % every == 0)
-                or stop
-            ):
-                self._save(step, top1)
+                or (every > 0 and step % every == 0)
+            )
+            # Before the evaluation, which takes long and can fail.
+            if saves or stop:
+                self._save(step)
+            if self._is_evaluated_after(step) and not stop:
+                self._evaluate(log, step, stop_request, saved=saves)
+                stop = hosts.max_over_hosts(stop_request.number)
+                if stop and not saves:
+                    self._save(step)
             if stop:
-                if self._checkpoints:
-                    self._checkpoints.wait()
-                log.print_line(
-                    f"saved at step {step}: run the same command again to resume"
-                )
-                raise signals.Stopped(stop)
+                self._stop(log, step, stop)
             if epoch_ends:
                 clock.restart()
 
@@ -470,12 +488,41 @@ class Run:
             build.trained_head(self._config, params),
         )
 
-    def _evaluate(self, log: training_log.Log, step: int, epoch: int) -> float:
-        """Scores and logs the test splits; returns the metric of "best"."""
+    def _is_evaluated_after(self, step: int) -> bool:
+        """Whether the test splits are evaluated after a step."""
+        epoch, into_epoch = divmod(step, self._steps_per_epoch)
+        is_due = step == self._total_steps
+        is_due |= epoch % self._loop.evaluate_every_epochs == 0
+        return into_epoch == 0 and is_due
+
+    def _evaluate(
+        self,
+        log: training_log.Log,
+        step: int,
+        stop_request: signals.StopRequest,
+        *,
+        saved: bool,
+    ) -> None:
+        """Scores and logs the test splits.
+
+        Args:
+          log: of the run.
+          step: steps taken.
+          stop_request: ends the evaluation of a saved step at the next batch; the
+            resumed training repeats it.
+          saved: whether the step is saved; the metric of "best" is added to it then.
+        """
+        epoch = step // self._steps_per_epoch
+        interrupt = stop_request if saved and hosts.is_only_host() else None
         variables, head = self._network()
         top1 = {}
         for name, split in self._data.tests.items():
-            found = self._evaluator.center(variables, split, head=head)
+            try:
+                found = self._evaluator.center(
+                    variables, split, head=head, interrupt=interrupt
+                )
+            except signals.Stopped:
+                self._stop(log, step, stop_request.number)
             scores = self._evaluator.scores(found, split, "center")
             log.test(step=step, epoch=epoch, split=name, numbers=scores)
             top1[name] = scores["top1"]
@@ -491,7 +538,8 @@ class Run:
                     settings=scores["settings"],
                 )
                 run_directory.write_results(self._workdir, name, "center", rows)
-        return top1[self._metric_split]
+        if saved and self._checkpoints:
+            self._checkpoints.add_metric(step, top1[self._metric_split])
 
     def describe_best(self) -> str:
         """The checkpoint "best", and what it was chosen on; empty if there is none."""
@@ -524,7 +572,14 @@ class Run:
             matrices=dict(zip(self._snapshot_indices, matrices, strict=True)),
         )
 
-    def _save(self, step: int, top1: float | None) -> None:
+    def _stop(self, log: training_log.Log, step: int, number: int) -> NoReturn:
+        """Ends the training after a step that was saved."""
+        if self._checkpoints:
+            self._checkpoints.wait()
+        log.print_line(f"saved at step {step}: run the same command again to resume")
+        raise signals.Stopped(number)
+
+    def _save(self, step: int) -> None:
         self._monitor.check_steps(step, self._window.fetch())
         if not self._checkpoints:
             return
@@ -543,7 +598,7 @@ class Run:
             "config": build.config_without_hosts(self._config),
             "metric_split": self._metric_split,
         }
-        self._checkpoints.save(step, self._state, meta, metric=top1)
+        self._checkpoints.save(step, self._state, meta)
 
     def _scores(self) -> dict[str, dict[str, Any]]:
         """The newest scores of each test split."""

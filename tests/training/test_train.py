@@ -1,13 +1,16 @@
 """Complete tiny runs: training, resuming, evaluation, export and errors."""
 
 import dataclasses
+import errno
 import json
 import shutil
+import signal
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from numpy.testing import assert_array_equal
 
 from cra_jax.datasets import sources
@@ -15,7 +18,7 @@ from cra_jax.inference import evaluate, export, run_options
 from cra_jax.inference.restore import restore
 from cra_jax.input.batches import center_batches
 from cra_jax.reports import report
-from cra_jax.runtime import run_directory, training_log
+from cra_jax.runtime import provenance, run_directory, signals, training_log
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, preview, train
 from tests.helpers import tiny_config
@@ -88,6 +91,41 @@ def test_latest_and_best_checkpoints_are_kept_with_class_names(finished):
         assert checkpoints.choose("best") == best
         assert set(checkpoints.steps()) == {12, 18, best}
         assert len(checkpoints.meta(18)["class_names"]) == 8
+
+
+def test_finished_run_without_steps_to_train_is_not_recorded_again(finished):
+    config, workdir, scores = finished
+    before = (workdir / "provenance.json").read_bytes()
+    assert train.run(config, workdir) == scores
+    assert (workdir / "provenance.json").read_bytes() == before
+
+
+def test_run_whose_checkpoints_were_removed_is_not_overwritten(finished, tmp_path):
+    config, workdir, _ = finished
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    before.pop(copy / "lock")
+    for _ in range(2):  # also if the directory is there and empty
+        with pytest.raises(ValueError, match="its checkpoints were removed: restore"):
+            train.run(config, copy)
+        assert before == {path: path.read_bytes() for path in before}
+        (copy / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_scores_are_printed_before_they_are_written(finished, tmp_path, capsys):
+    config, workdir, scores = finished
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(copy / "results")
+    (copy / "results").write_text("in the way, as a read-only directory would be")
+    config = ConfigDict(config.to_dict())
+    config.eval.protocol = "center"
+    with pytest.raises(ValueError, match="of test, center; test_shifted, center are"):
+        evaluate.run(run_options.from_config(config), copy)
+    printed = capsys.readouterr().out
+    for split in ("test", "test_shifted"):
+        top1 = f"{100 * scores[split]['top1']:.1f} %"
+        assert f"\n{split}, center: top-1 {top1}, " in printed
 
 
 def test_val_chooses_the_best_checkpoint_and_test_reports(
@@ -208,19 +246,67 @@ def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(
     assert jax.tree.structure(arrays) == jax.tree.structure(expected)
     jax.tree.map(assert_array_equal, arrays, expected)
     assert len(jax.tree.leaves(arrays)) > 50
+    _assert_same_record(tmp_path, finished[1])
+
+
+def test_epoch_is_saved_before_its_evaluation(
+    finished, cache_dir, tmp_path, monkeypatch
+):
+    """The first evaluation fails, the others are ended by SIGTERM; all are repeated."""
+    config = tiny_config.config(cache_dir, **{"train.epochs": 3})
+    scores, calls = evaluate.Evaluator.scores, []
+
+    def fail(evaluator, found, split, protocol):
+        calls.append(split)
+        if len(calls) == 1:
+            return scores(evaluator, found, split, protocol)
+        raise OSError(errno.EIO, "of a disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Evaluator, "scores", fail)
+        with pytest.raises(ValueError, match="of a disk"):
+            train.run(config, tmp_path)
+    assert _arrays(tmp_path)[0] == 6
+
+    lines = run_directory.read_metrics(tmp_path)
+    assert [x["split"] for x in lines if x["step"] == 6] == ["train", "test"]
+    record = training_log.Log.test
+    for step in (12, 18):
+
+        def terminate(log, *, step, stop_at=step, **scores):
+            record(log, step=step, **scores)
+            if step == stop_at and scores["split"] == "test":
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training_log.Log, "test", terminate)
+            with pytest.raises(signals.Stopped) as stopped:
+                train.run(config, tmp_path)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert _arrays(tmp_path)[0] == step
+    assert train.run(config, tmp_path).keys() == finished[2].keys()
+    starts = provenance.read(tmp_path)
+    assert [x["first_step"] for x in starts] == [0, 6, 12, 18]
+    assert starts[-1]["outcome"] == "finished"
+    _assert_same_record(tmp_path, finished[1])
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert all(map(checkpoints.has_metric, checkpoints.steps()))
+
+
+def _assert_same_record(one, other):
+    """Checks that metrics, snapshots and results are equal, without times."""
     timed = {"images_per_second", "eta_seconds"}
-    stopped, whole = (
+    found, expected = (
         [
             {k: v for k, v in line.items() if k not in timed}
             for line in run_directory.read_metrics(folder)
         ]
-        for folder in (tmp_path, finished[1])
+        for folder in (one, other)
     )
-    assert stopped == whole
-    snapshots = run_directory.read_snapshots(tmp_path)
-    assert snapshots == run_directory.read_snapshots(finished[1])
-    assert run_directory.read_results(tmp_path, "test", "center") == (
-        run_directory.read_results(finished[1], "test", "center")
+    assert found == expected
+    assert run_directory.read_snapshots(one) == run_directory.read_snapshots(other)
+    assert run_directory.read_results(one, "test", "center") == (
+        run_directory.read_results(other, "test", "center")
     )
 
 
