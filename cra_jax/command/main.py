@@ -1,15 +1,15 @@
 """Runs the command: `main` is `cra-jax`, `python -m cra_jax` and `launch.py`."""
 
-import contextlib
 import re
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 import cra_jax
 from cra_jax.command import help_text, modes, parsing
+from cra_jax.runtime import files, progress
 
 
 def main() -> None:
@@ -17,15 +17,20 @@ def main() -> None:
 
     `-h`, `--help` and `--version` are answered before anything else is imported.
     """
+    with progress.protected_output():
+        _main()
+
+
+def _main() -> None:
     flags_given = sys.argv[1:]
     if "--" in flags_given:
         flags_given = flags_given[: flags_given.index("--")]
     if {"-h", "-help", "--help", "--helpshort"} & set(flags_given):
-        with contextlib.suppress(BrokenPipeError):  # a reader such as `head`
-            print(help_text.describe(_program()), flush=True)
+        print(help_text.describe(_program()))
     elif {"-version", "--version"} & set(flags_given):
         print(f"cra_jax {cra_jax.__version__}")
     else:
+        logging.get_absl_handler().python_handler.setStream(sys.stderr)
         app.run(_run, flags_parser=parsing.parse_flags)
 
 
@@ -44,7 +49,8 @@ def _run(argv: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir or f"runs/{name}")
     try:
         modes.run(workdir, argv[1:], flags.FLAGS)
-    except ValueError as error:
-        if not flags.FLAGS.traceback:
-            sys.exit(f"error: {error}\n(--traceback shows where it comes from)")
-        raise
+    except (ValueError, OSError) as error:
+        if flags.FLAGS.traceback:
+            raise
+        advice = f": {files.advice(error)}" if isinstance(error, OSError) else ""
+        sys.exit(f"error: {error}{advice}\n(--traceback shows where it comes from)")

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from cra_jax.datasets.listing import some
 from cra_jax.input import decoding
 from cra_jax.input.records import Dataset, Record
-from cra_jax.runtime import fonts
+from cra_jax.runtime import files, fonts
 from cra_jax.runtime.prefetch import prefetch
 from cra_jax.runtime.progress import Progress
 
@@ -291,7 +291,8 @@ def _write_sheet(
         next(thumbnails, None)  # so that the progress bar is closed in time
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        paper.save(file, "PNG")
+        with files.written_atomically(file) as written:
+            paper.save(written, "PNG")
     except OSError as error:
         raise ValueError(
             f"cannot write the contact sheet {file} ({error}): choose another path"

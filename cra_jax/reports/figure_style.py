@@ -22,7 +22,7 @@ from matplotlib.patches import Polygon, Rectangle
 
 from cra_jax.inference import overlay
 from cra_jax.reports import html_page
-from cra_jax.runtime import fonts
+from cra_jax.runtime import files, fonts
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
@@ -71,10 +71,9 @@ def save_figure(figure: Figure, directory: Path, name: str) -> Path:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # Texts other than class names may have characters that the font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(
-            directory / f"{name}.pdf", dpi=_DPI, metadata={"CreationDate": None}
-        )
-        figure.savefig(png, dpi=_DPI, metadata={"Software": None})
+        for kind, date in (("pdf", "CreationDate"), ("png", "Software")):
+            with files.written_atomically(directory / f"{name}.{kind}") as file:
+                figure.savefig(file, format=kind, dpi=_DPI, metadata={date: None})
     return png
 
 

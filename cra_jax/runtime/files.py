@@ -47,7 +47,8 @@ def partial_path(path: Path) -> Path:
 def written_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
     """Opens a file that replaces `path` when the block ends without an error.
 
-    After an error `path` is as it was, and the partial file is removed.
+    After an error `path` is as it was, and the partial file is removed. A second
+    process that writes the same file waits.
 
     Args:
       path: the file; its directory must exist.
@@ -55,21 +56,54 @@ def written_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]
         Otherwise a power failure can lose them.
     """
     partial = partial_path(path)
-    try:
-        with partial.open("wb") as file:
+    with _open_partial(partial) as file:
+        try:
             yield file
+            file.flush()
             if fsync:
-                file.flush()
                 os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     if fsync:
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # else two renames may reach the disk in any order
         finally:
             os.close(directory)
+
+
+def _open_partial(partial: Path) -> BinaryIO:
+    """Opens an empty partial file that this process alone writes."""
+    while True:
+        file = os.fdopen(_open_without_links(partial), "r+b")
+        try:
+            with contextlib.suppress(OSError):  # not all file systems have locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Another process may have renamed it while this one waited.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                    file.truncate()
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _open_without_links(path: Path) -> int:
+    """Opens a file for reading and writing; creates it, but follows no link.
+
+    A run directory from a stranger may have a link under this name.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a link: remove it") from None
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -128,7 +162,7 @@ def locked(
     Raises:
       ValueError: another process holds the lock, and `instead` is not empty.
     """
-    with lock.open("a+") as file:
+    with os.fdopen(_open_without_links(lock), "r+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -151,7 +185,8 @@ def locked(
                     "second process, so start only one"
                 )
         if instead:
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         yield

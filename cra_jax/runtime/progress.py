@@ -1,12 +1,123 @@
-"""Progress of a long job: a bar on a terminal, lines in a log; a clock for steps."""
+"""Standard output and error, and the progress of a long job; a clock for steps."""
 
+import contextlib
+import errno
+import os
+import re
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 LOG_EVERY_S = 10.0
+# C0 and C1 without tab and newline, DEL, line separators, and what reorders a line.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def escape_controls(text: str) -> str:
+    r"""Replaces control characters by escapes such as `\x1b`.
+
+    Names of files and classes may have some that move the cursor or hide text.
+    """
+    return _CONTROL.sub(lambda x: x[0].encode("unicode_escape").decode(), text)
+
+
+class Output:
+    """A standard stream on which a write cannot fail, so that no work is lost.
+
+    It escapes control characters, and characters that its encoding lacks. After an
+    error it discards what is written.
+
+    Attributes:
+      error: the first error; None without one.
+      bars: the same stream for progress bars, which move the cursor.
+    """
+
+    def __init__(self, stream: Any, *, escape: bool = True):
+        self._stream, self._escape = stream, escape
+        self.error: OSError | ValueError | None = None
+        self.bars: Any = Output(stream, escape=False) if escape else None
+        with contextlib.suppress(AttributeError):  # a stream of a test has none
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text; returns its length."""
+        self._attempt(
+            self._stream.write, escape_controls(text) if self._escape else text
+        )
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes several texts."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._attempt(self._stream.flush)
+
+    @property
+    def is_closed_by_reader(self) -> bool:
+        """Whether the reader of a pipe, such as `head`, or the terminal has gone."""
+        closed = (errno.EPIPE, errno.EIO)
+        return isinstance(self.error, OSError) and self.error.errno in closed
+
+    def _attempt(self, function: Any, *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
+            # Also for what is still buffered, and for libraries that are not Python.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def protected_output() -> Iterator[None]:
+    """Makes standard output and error an `Output`, also if they are closed.
+
+    Raises:
+      SystemExit: standard output could not be written, for another reason than a
+        reader that has gone.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file that is opened gets this number
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    output = Output(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
+    errors: Any = Output(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+    sys.stdout, sys.stderr = output, errors  # pyright: ignore[reportAttributeAccessIssue]
+    status: Any = None
+    try:
+        yield
+    except SystemExit as end:
+        status = end.code
+        raise
+    finally:
+        output.flush()
+        errors.flush()
+        if output.error and not output.is_closed_by_reader and not status:
+            sys.exit(f"error: standard output cannot be written ({output.error})")
+
+
+def bar_file() -> Any:
+    """Standard error, for a progress bar."""
+    return getattr(sys.stderr, "bars", sys.stderr)
+
+
+@contextlib.contextmanager
+def above_bars() -> Iterator[None]:
+    """Lines that are printed inside stand above the progress bars."""
+    with tqdm.external_write_mode(file=bar_file()):
+        yield
 
 
 class Progress:
@@ -33,7 +144,8 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=done,
-            desc=title,
+            desc=escape_controls(title),
+            file=bar_file(),
             unit=unit if unit == "B" else f" {unit}",
             unit_scale=unit == "B",
             dynamic_ncols=True,
@@ -97,5 +209,5 @@ class Clock:
 
 def print_line(text: str) -> None:
     """Prints a line on standard error, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    with above_bars():
+        print(escape_controls(text), file=sys.stderr, flush=True)

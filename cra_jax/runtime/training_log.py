@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cra_jax.runtime import files, run_directory
+from cra_jax.runtime import files, progress, run_directory
 from cra_jax.runtime.run_directory import METRICS, SNAPSHOTS
 
 Numbers = Mapping[str, float]
@@ -63,6 +63,7 @@ class Log:
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
+            file=progress.bar_file(),
             disable=not sys.stderr.isatty(),
         )
 
@@ -83,7 +84,7 @@ class Log:
     def print_line(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if not self._mute:
-            self._bar.write(text, file=sys.stderr)
+            progress.print_line(text)
 
     def train(self, *, step: int, epoch: int, numbers: Numbers) -> None:
         """Records the means over the last steps."""
