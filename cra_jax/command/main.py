@@ -46,8 +46,8 @@ def _run(argv: list[str]) -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     file = "compare" if flags.FLAGS.mode == "compare" else file
     name = re.sub(r"\W+", "-", re.sub(r"^.*/|\.py\b", "", file)).strip("-")
-    workdir = Path(flags.FLAGS.workdir or f"runs/{name}")
     try:
+        workdir = files.local_path(flags.FLAGS.workdir or f"runs/{name}", "--workdir")
         modes.run(workdir, argv[1:], flags.FLAGS)
     except (ValueError, OSError) as error:
         if flags.FLAGS.traceback:

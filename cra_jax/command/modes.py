@@ -4,7 +4,7 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -60,7 +60,12 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     devices.keep_memory_and_programs(image_cache.default_cache_dir(None) / "compiled")
     mode, subject = values.mode, values.config
     files.check_no_links_out(trained.output_directory(workdir))
-    baseline = values.baseline and Path(values.baseline)
+    baseline, output = (
+        values[name].value and files.local_path(values[name].value, f"--{name}")
+        for name in ("baseline", "output")
+    )
+    runs = [files.local_path(run, "RUN") for run in rest] if mode == "compare" else []
+    _check_paths(subject)
     if mode in _OF_A_RUN:
         given = any(re.match("--?config(=|$)", a) for a in sys.argv)
         changes = config_flags.get_override_values(values["config"])
@@ -85,6 +90,7 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
                     "keys of it with --config.KEY=VALUE"
                 )
             config = build.config_of_run(workdir, subject, changes)
+            _check_paths(config)
             subject = run_options.from_config(config)
     elif mode in ("train", "weights"):
         from cra_jax.training import check_config
@@ -102,10 +108,20 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
         "predict": {
             "images": [*values.images, *rest],
             "overlays": values.overlay,
+            "output": output,
             "untrusted": values.untrusted,
         },
         "demo": {"port": values.port},
-        "compare": {"runs": [Path(run) for run in rest]},
+        "compare": {"runs": runs},
     }.get(mode, {})
     with signals.exit_in_one_line():
         import_module(f"cra_jax.{MODES[mode].module}").run(subject, workdir, **more)
+
+
+def _check_paths(config: Any) -> None:
+    """Checks that no path of a config is an address."""
+    from cra_jax.runtime import files, run_directory
+
+    for key, value in run_directory.flatten(config.to_dict()).items():
+        if key.startswith(("data.", "model.")) and isinstance(value, str):
+            files.local_path(value, f"--config.{key}")

@@ -32,6 +32,7 @@ HELP = {
     "allow_data_change": FlagHelp("", "train, eval: use data that has changed"),
     "images": FlagHelp("IMAGE", "predict: file, directory, pattern, or - for stdin"),
     "overlay": FlagHelp("", "predict: draw activation and attention of images"),
+    "output": FlagHelp("FILE", "predict: file of the lines; must not exist"),
     "untrusted": FlagHelp("", "predict: decode with limits on time and memory"),
     "port": FlagHelp("PORT", "demo: port of the page; 0: any free port"),
     "baseline": FlagHelp("RUN", "figures, report: run directory to compare with"),
@@ -49,6 +50,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_bool("allow_data_change", False, text["allow_data_change"])
     flags.DEFINE_multi_string("images", [], text["images"])
     flags.DEFINE_bool("overlay", False, text["overlay"])
+    flags.DEFINE_string("output", None, text["output"])
     flags.DEFINE_bool("untrusted", False, text["untrusted"])
     flags.DEFINE_integer("port", 8000, text["port"])
     flags.DEFINE_string("baseline", None, text["baseline"])

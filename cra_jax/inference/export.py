@@ -1,6 +1,8 @@
 """Exports a trained network: weights for torch, and a StableHLO program."""
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cra_jax.inference.run_options import RunOptions
 from cra_jax.input import normalize
 from cra_jax.runtime import files
 
+_FILES = ("model.safetensors", "model.stablehlo", "config.json")
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -32,13 +35,15 @@ def run(options: RunOptions, workdir: Path) -> None:
       options: options of the run; ``eval.checkpoint`` names the checkpoint.
       workdir: the run directory.
 
+    The three files replace those of an earlier export together, once all are complete.
+    `config.json` has the SHA-256 of the other two.
+
     Raises:
-      ValueError: there is no such checkpoint, or it is of another backbone.
+      ValueError: there is no such checkpoint, it is of another backbone, or the
+        directory cannot be written.
     """
     restored = restore(options, workdir)
     folder = workdir / "export"
-    folder.mkdir(exist_ok=True)
-    weights.save_torch(folder / "model.safetensors", restored.variables)
     data = options.data
     program = serialize(
         restored.backbone,
@@ -47,8 +52,6 @@ def run(options: RunOptions, workdir: Path) -> None:
         mean=data.mean,
         std=data.std,
     )
-    with files.written_atomically(folder / "model.stablehlo") as file:
-        file.write(program)
     description = {
         "architecture": options.backbone,
         "width": options.width,
@@ -74,9 +77,24 @@ def run(options: RunOptions, workdir: Path) -> None:
             "order of class_names, before any softmax",
         },
     }
-    files.write_atomically(
-        folder / "config.json", json.dumps(description, indent=2) + "\n"
-    )
+    with files.writing(folder, show=True):
+        new = folder / ".new"
+        if new.is_dir():  # of an export that was killed
+            shutil.rmtree(new)
+        new.mkdir(parents=True)
+        try:
+            weights.save_torch(new / "model.safetensors", restored.variables)
+            (new / "model.stablehlo").write_bytes(program)
+            description["sha256"] = {
+                file.name: files.sha256(file) for file in sorted(new.iterdir())
+            }
+            files.write_atomically(
+                new / "config.json", json.dumps(description, indent=2) + "\n"
+            )
+            for name in _FILES:
+                os.replace(new / name, folder / name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     print(f"checkpoint {restored.step} (epoch {restored.epoch}) of {workdir}")
     print(f"exported to {folder}: model.safetensors, model.stablehlo, config.json")
 

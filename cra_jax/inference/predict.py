@@ -10,6 +10,7 @@ Example:
 """
 
 import collections
+import contextlib
 import glob
 import json
 import os
@@ -18,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from cra_jax.datasets import listing
 from cra_jax.inference import overlay, trained
@@ -26,7 +26,7 @@ from cra_jax.inference.predictor import Prediction, Predictor
 from cra_jax.inference.run_options import RunOptions
 from cra_jax.input.decoding import MAX_ASPECT
 from cra_jax.runtime import files
-from cra_jax.runtime.progress import Progress, print_line
+from cra_jax.runtime.progress import Progress, above_bars, print_line
 
 
 def load(path: str | Path, *, checkpoint: str = "latest") -> Predictor:
@@ -59,11 +59,13 @@ def run(
     images: Sequence[str],
     *,
     overlays: bool = False,
+    output: Path | None = None,
     untrusted: bool = False,
 ) -> None:
     """Prints a JSON line for each image, and writes the lines to `predictions.jsonl`.
 
-    Unreadable images get a line with an "error" field.
+    Unreadable images get a line with an "error" field. The file appears, or replaces
+    that of an earlier prediction, when all images are done and at least one was read.
 
     Args:
       options: options of the run, whose ``eval.checkpoint`` names the checkpoint; None:
@@ -73,51 +75,68 @@ def run(
       images: files, directories (searched recursively), patterns such as "*.jpg", or
         "-" for a list on standard input, one path per line.
       overlays: whether to draw activation, crop and attention of each image into
-        `overlays/`.
+        `overlays/`, or `<name>-overlays/` beside `output`.
+      output: another file for the lines, which must not exist.
       untrusted: whether each image is decoded in a process of its own, with limits on
         time and memory.
 
     Raises:
       ValueError: there is no such network, there are no images, none of them can be
-        read, or the directory cannot be written.
+        read, `output` exists, another process predicts into the same file, or the
+        directory cannot be written.
     """
+    file = output or trained.output_directory(workdir) / "predictions.jsonl"
+    if output and output.exists():
+        raise ValueError(
+            f"--output {output} exists: name another file, or remove this one"
+        )
     paths = find_images(images)
     predictor = open_predictor(options, workdir)
     print_line(f"{predictor.network.about}: {_count_images(len(paths))}")
-    folder = trained.output_directory(workdir)
-    file = folder / "predictions.jsonl"
+    drawings = file.with_name(f"{output.stem}-overlays" if output else "overlays")
     unreadable = long = 0
     taken: collections.Counter[str] = collections.Counter()
     try:
-        if overlays:
-            (folder / "overlays").mkdir(exist_ok=True)
         with (
+            files.locked(
+                file.with_name(f".{file.name}.lock"),
+                str(file),
+                instead="wait for it, or write to another file with --output",
+            ),
             files.written_atomically(file) as lines,
             Progress(len(paths), "predict", unit="images") as progress,
         ):
+            if overlays:
+                drawings.mkdir(exist_ok=True)
             answers = predictor.each(paths, keep=overlays, untrusted=untrusted)
             for path, answer in zip(paths, answers, strict=True):
                 if isinstance(answer, Prediction):
                     line = answer.to_json()
                     long += max(answer.size_px) > MAX_ASPECT * min(answer.size_px)
                     if overlays:
-                        drawn = folder / "overlays" / _overlay_name(path, taken)
-                        draw(answer).save(drawn)
+                        drawn = drawings / _overlay_name(path, taken)
+                        with files.written_atomically(drawn) as written:
+                            draw(answer).save(written, "PNG")
                         line["overlay"] = str(drawn)
                 else:
                     line = {"path": path, "error": str(answer)}
                     unreadable += 1
-                text = json.dumps(line)
+                text = json.dumps(line).replace("\x7f", "\\u007f")
                 lines.write(f"{text}\n".encode())
                 _print(text)
                 progress.advance()
+            if unreadable == len(paths):
+                raise ValueError(
+                    f"none of {_count_images(len(paths))} can be read: name others "
+                    f"with --images ({file} was not written)"
+                )
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_line(f"nothing reads the output: {file} was not written")
         return
     except OSError as error:
         raise ValueError(
-            f"cannot write into {folder} ({error}): make it writable, and free space "
-            "on its disk"
+            f"cannot write {file} ({error}): {files.advice(error)}, or name another "
+            "file with --output"
         ) from error
     print_line(
         f"{len(paths) - unreadable:,} predicted, {unreadable:,} unreadable: {file}"
@@ -127,8 +146,6 @@ def run(
             f"{_count_images(long)} longer than {MAX_ASPECT:g} to 1: their ends are "
             "cropped"
         )
-    if unreadable == len(paths):
-        raise ValueError(f"none of {_count_images(len(paths))} can be read: see {file}")
 
 
 def _count_images(count: int) -> str:
@@ -161,7 +178,7 @@ def find_images(images: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for name in images:
-        path = Path(name).expanduser()
+        path = files.local_path(name, "--images")
         if name == "-":
             listed = sys.stdin.buffer.read().splitlines()
             some, what = [os.fsdecode(x) for x in listed if x], "standard input"
@@ -197,8 +214,12 @@ def _overlay_name(path: str, taken: collections.Counter[str]) -> str:
 
 
 def _print(text: str) -> None:
-    """Prints a line to standard output; on a terminal, above the progress bar."""
-    if sys.stdout.isatty():
-        tqdm.write(text)
-    else:
+    """Prints a line to standard output; on a terminal, above the progress bar.
+
+    Raises:
+      BrokenPipeError: nothing reads it any more.
+    """
+    with above_bars() if sys.stdout.isatty() else contextlib.nullcontext():
         print(text, flush=True)
+    if getattr(sys.stdout, "is_closed_by_reader", False):
+        raise BrokenPipeError

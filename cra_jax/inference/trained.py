@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from cra_jax.backbones import families, weights
 from cra_jax.datasets import sources
 from cra_jax.inference import run_options
 from cra_jax.inference.run_options import RunOptions
+from cra_jax.runtime import files
 
 _LARGEST_PX = 4096  # limit of sizes in an export, whose config.json may be untrusted
 _EXPORT_KEYS = (
@@ -154,32 +156,51 @@ def of_export(folder: Path) -> TrainedNetwork:
     """
     file = folder / "config.json"
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_bytes())
         arch, width, stem, names, mean, std, short_side_px, crop_px, step = (
             about[key] for key in _EXPORT_KEYS
         )
-        class_names = tuple(map(str, names))
-        cut_px = about.get("cut_bottom_px", 0)  # exports of before have none
-        sound = isinstance(cut_px, int) and 0 <= cut_px <= _LARGEST_PX
-        sound = sound and 1 <= crop_px <= short_side_px <= _LARGEST_PX
-        normalization = tuple(map(float, mean)), tuple(map(float, std))
-        sound = sound and list(map(len, normalization)) == [3, 3] and class_names
-        if not sound:
-            raise ValueError("sizes, classes or normalisation out of range")
+        cut_px = about.setdefault("cut_bottom_px", 0)  # exports of before have none
+        for key, is_sound in {
+            "architecture": type(arch) is str,
+            "width": type(width) is int and 1 <= width <= _LARGEST_PX,
+            "stem": type(stem) is str,
+            "class_names": type(names) is list
+            and names
+            and all(type(name) is str for name in names),
+            "mean": _are_channels(mean),
+            "std": _are_channels(std) and min(std) > 0,
+            "cut_bottom_px": type(cut_px) is int and 0 <= cut_px <= _LARGEST_PX,
+            "resize_short_side_px": type(short_side_px) is int
+            and 1 <= short_side_px <= _LARGEST_PX,
+            "crop_px": type(crop_px) is int and 1 <= crop_px <= short_side_px,
+            "checkpoint_step": type(step) is int,
+        }.items():
+            if not is_sound:
+                raise ValueError(f"{key}={str(about[key])[:80]} is not valid")
+        class_names = tuple(names)
         backbone = families.create_backbone(
             arch, len(class_names), width=width, stem=stem
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sha256 = about.get("sha256", {}).get("model.safetensors")
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
         raise ValueError(
             f"{file} does not describe an export ({error!r}): export the run again"
         ) from error
-    variables = weights.load_torch(
-        folder / "model.safetensors", arch=arch, num_classes=len(class_names)
-    )
+    weight_file = folder / "model.safetensors"
+    if sha256 and files.sha256(weight_file) != sha256:
+        raise ValueError(
+            f"{weight_file} is not the file that config.json next to it describes "
+            "(sha256): export the run again"
+        )
+    variables = weights.load_torch(weight_file, arch=arch, num_classes=len(class_names))
     wanted = families.variable_shapes(backbone, crop_px)
     if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
         raise ValueError(
-            f"{folder / 'model.safetensors'} is not the {arch} of width {width} that "
+            f"{weight_file} is not the {arch} of width {width} that "
             "config.json next to it describes: export the run again"
         )
     return TrainedNetwork(
@@ -189,8 +210,17 @@ def of_export(folder: Path) -> TrainedNetwork:
         class_names=class_names,
         short_side_px=short_side_px,
         crop_px=crop_px,
-        mean=normalization[0],
-        std=normalization[1],
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
         about=f"checkpoint {step} of the export {folder}",
         cut_bottom_px=cut_px,
+    )
+
+
+def _are_channels(values: Any) -> bool:
+    """Whether a value is three finite numbers."""
+    return (
+        type(values) is list
+        and len(values) == 3
+        and all(type(x) in (int, float) and math.isfinite(x) for x in values)
     )

@@ -1,9 +1,12 @@
 """Atomic writes, and locks that the system releases when the process ends."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import hashlib
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
@@ -38,6 +41,30 @@ def advice(error: OSError | ValueError) -> str:
     return "check the file, its disk and its network mount"
 
 
+def local_path(path: str, option: str) -> Path:
+    """A path on this machine; `~` is the home directory.
+
+    Args:
+      path: as the user has typed it.
+      option: the flag or config key, for the message.
+
+    Raises:
+      ValueError: it is an address, such as that of a bucket.
+    """
+    if address := re.match(r"([a-zA-Z][\w+.-]*)://", path):
+        raise ValueError(
+            f"{option}={path} is an address ({address[1]}), and only paths on this "
+            "machine are read and written: copy it here (and results back), or mount "
+            "it, such as a bucket with gcsfuse; on Colab mount Google Drive (from "
+            "google.colab import drive; drive.mount('/content/drive')) and use a path "
+            "below /content/drive/MyDrive"
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: a name that begins with ~
+        return Path(path)
+
+
 def partial_path(path: Path) -> Path:
     """The hidden name, in the same directory, under which `path` is written."""
     return path.with_name(f".{path.name}.partial")
@@ -63,8 +90,10 @@ def written_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]
             if fsync:
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno:
+                error.filename = error.filename or str(path)
             raise
     if fsync:
         directory = os.open(path.parent, os.O_RDONLY)
@@ -113,6 +142,20 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with written_atomically(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two paths at once; returns False if the file system cannot do so."""
+    here, exchange_flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = here, os.fsencode(one), here, os.fsencode(other)
+    return rename is not None and rename(*paths, exchange_flag) == 0
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_no_links_out(directory: Path) -> None:

@@ -272,6 +272,23 @@ def test_directory_without_a_network_is_an_error(tmp_path):
         {"architecture": "resnet9"},
         {"architecture": ["resnet10"]},
         {"stem": "large"},
+        {"crop_px": 32.5},
+        {"crop_px": True},
+        {"resize_short_side_px": 36.5},
+        {"class_names": "abcdef"},
+        {"class_names": list(range(6))},
+        {"std": [0, 0, 0]},
+        {"std": [0.2, -0.2, 0.2]},
+        {"mean": [float("nan")] * 3},
+        {"mean": ["0.5"] * 3},
+        {"mean": [10**400] * 3},
+        {"width": 10**7},
+        {"width": 8.0},
+        {"stem": []},
+        {"checkpoint_step": "\x1b[2J"},
+        {"sha256": []},
+        {"sha256": {"model.safetensors": "0"}},
+        "[" * 100_000,
         {"width": 10},
         {"class_names": ["auk", "boobook"]},
         "not json",
@@ -424,6 +441,47 @@ def test_command_line_reads_a_list_and_ends_if_its_output_is_closed(
     assert process.returncode == 0
 
 
+def test_failed_prediction_keeps_the_earlier_predictions(run, image_dir, capsys):
+    options, file = run_options.from_config(run[0]), run[1] / "predictions.jsonl"
+    predict.run(options, run[1], [str(image_dir)])
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="none of 1 image can be read"):
+        predict.run(options, run[1], [str(image_dir / "misspelt.png")])
+    assert file.read_bytes() == before
+
+
+def test_output_is_another_file_that_must_not_exist(run, image_dir, tmp_path, capsys):
+    options, kept = run_options.from_config(run[0]), run[1] / "predictions.jsonl"
+    kept.write_text("of another prediction")
+    file = tmp_path / "new.jsonl"
+    images = [str(image_dir / "b2.png")]
+    predict.run(options, run[1], images, output=file, overlays=True)
+    (line,) = _lines(file.read_text())
+    assert line["overlay"] == str(tmp_path / "new-overlays" / "b2.png")
+    assert kept.read_text() == "of another prediction"
+    with pytest.raises(ValueError, match=r"new\.jsonl exists: name another file"):
+        predict.run(options, run[1], images, output=file)
+
+
+def test_second_prediction_into_the_same_file_is_refused(
+    run, image_dir, tmp_path, capsys, monkeypatch
+):
+    options, images = run_options.from_config(run[0]), [str(image_dir / "b2.png")]
+    file, refused = tmp_path / "a.jsonl", []
+    printed = predict._print
+
+    def predict_again(text):
+        with pytest.raises(ValueError, match="in use by another process") as caught:
+            predict.run(options, run[1], images, output=file)
+        refused.append(caught.value)
+        printed(text)
+
+    monkeypatch.setattr(predict, "_print", predict_again)
+    predict.run(options, run[1], images * 3, output=file)
+    assert len(refused) == 3
+    assert len(_lines(file.read_text())) == 3
+
+
 def test_file_name_that_is_no_unicode_is_reported(run, image_dir, capsys):
     name = os.path.join(os.fsencode(image_dir), b"caf\xe9.png")
     with open(name, "wb") as file:
@@ -440,7 +498,7 @@ def test_unwritable_run_directory_is_an_error(run, image_dir):
     blocked = run[1] / ".predictions.jsonl.partial"
     blocked.mkdir()
     try:
-        with pytest.raises(ValueError, match="cannot write into"):
+        with pytest.raises(ValueError, match=r"cannot write .*predictions\.jsonl"):
             predict.run(run_options.from_config(run[0]), run[1], [str(image_dir)])
     finally:
         blocked.rmdir()
