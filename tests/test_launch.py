@@ -134,6 +134,11 @@ def test_train_then_eval(cache, tmp_path):
             "error: /nowhere: there is no such folder; expected cars_train/",
         ),
         (["--mode=eval", "--workdir=empty"], "error: empty holds no run"),
+        (["--workdir=gs://bucket/run"], "error: --workdir=gs://bucket/run is an addr"),
+        (
+            ["--config.data.path=s3://bucket/birds"],
+            "error: --config.data.path=s3://bucket/birds is an address (s3), and only",
+        ),
     ],
 )
 def test_user_error_ends_in_one_message(cache, tmp_path, arguments, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from cra_jax.runtime import run_directory
+from cra_jax.runtime import progress, run_directory
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, monitor, train
 
@@ -66,10 +66,11 @@ def main(arguments: list[str]) -> int:
     try:
         step = int(arguments[1]) if arguments[1:] else None
         return 0 if replay(Path(arguments[0]), step) else 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with progress.protected_output():
+        sys.exit(main(sys.argv[1:]))

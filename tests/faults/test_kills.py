@@ -24,10 +24,12 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Child processes handle SIGINT, which background jobs ignore by default."""
+    """Child processes handle SIGINT and SIGHUP, which background jobs may ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def arguments(folder, *more):
@@ -85,7 +87,7 @@ def test_sigkill_at_each_kind_of_moment(compiled, whole, tmp_path, seed, note):
 
 @pytest.mark.slow
 def test_a_stopped_run_is_stopped_again(compiled, whole, tmp_path, note):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         step = _stop(compiled, tmp_path, number, note)
     assert f"resumes from step {step}\n" in finish(compiled, tmp_path, whole).text
 
@@ -126,6 +128,38 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     )
 
 
+def test_a_closed_terminal_ends_the_process_once(tmp_path):
+    """It sends SIGHUP more than once, and what is then printed is an error."""
+    code = """
+        import os, signal
+        from cra_jax.runtime import signals
+        os.close(2)
+        with signals.stop_on_signal("it is written down") as asked:
+            for name in ("HUP", "HUP", "TERM", "HUP"):
+                os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+                assert asked.number == signal.SIGHUP
+        with signals.exit_in_one_line(), signals.stop_on_signal("again") as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            print(asked.number)
+    """
+    done = _python(code)
+    assert (done.returncode, done.stdout) == (0, "15\n")
+
+
+def test_ignored_signals_stay_ignored(tmp_path):
+    """As under nohup."""
+    code = """
+        import os, signal
+        from cra_jax.runtime import signals
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with signals.exit_in_one_line(), signals.stop_on_signal("heard") as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked
+    """
+    assert _python(code).returncode == 0
+
+
 def test_sigterm_is_handled_after_jax_distributed_initialize():
     """`jax.distributed.initialize` installs its own handler of SIGTERM."""
     code = """
@@ -146,7 +180,11 @@ def test_sigterm_is_handled_after_jax_distributed_initialize():
 
 @pytest.mark.parametrize(
     ("name", "code", "message"),
-    [("SIGINT", 130, "\nstopped by Ctrl-C\n"), ("SIGTERM", 143, "tidied\n")],
+    [
+        ("SIGINT", 130, "\nstopped by Ctrl-C\n"),
+        ("SIGTERM", 143, "tidied\n"),
+        ("SIGHUP", 129, "tidied\n"),
+    ],
 )
 def test_other_commands_end_with_one_line(name, code, message):
     text = f"""
@@ -157,7 +195,7 @@ def test_other_commands_end_with_one_line(name, code, message):
                 os.kill(os.getpid(), signal.{name})
                 time.sleep(60)
             finally:
-                if "{name}" == "SIGTERM":
+                if "{name}" != "SIGINT":
                     print("tidied", file=sys.stderr)
     """
     done = _python(text)

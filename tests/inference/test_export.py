@@ -1,6 +1,8 @@
 """An export has only the plain network and runs without this package."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -16,13 +18,14 @@ from safetensors.numpy import load_file
 from benchmarks import free_at_test_time
 from configs import cub
 from cra_jax.backbones import efficientnet, resnet, weights
-from cra_jax.inference import export, run_options
+from cra_jax.inference import export, predict, run_options
 from cra_jax.inference.restore import restore
 from cra_jax.input import batches, normalize
 from cra_jax.input.decoding import read
+from cra_jax.runtime import files
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build
-from tests.helpers import photographs, tiny_config
+from tests.helpers import photographs, tiny_config, tiny_run
 from tests.helpers.torch_or_skip import safetensors_torch, torch
 from tests.oracles.torch_resnet import TorchResNet, randomize, to_linen
 
@@ -249,3 +252,44 @@ def test_cra_cnn_has_the_parameters_and_flops_of_the_baseline(tmp_path):
         assert (row.parameters, row.flops) == (baseline.parameters, baseline.flops)
     times = free_at_test_time.latencies_ms(rows, repeats=2)
     assert all(len(t) == 2 and min(t) > 0 for t in times.values())
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_failed_export_keeps_the_earlier_one(tmp_path, monkeypatch):
+    """The files of two checkpoints are never mixed without an error."""
+    options = run_options.from_config(tiny_run.save(tmp_path))
+    export.run(options.at_checkpoint("6"), tmp_path)
+    before = _contents(tmp_path / "export")
+    (tmp_path / "export" / ".new").mkdir()  # of an export that was killed
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", fail)
+        with pytest.raises(ValueError, match=r"cannot write .*free some space"):
+            export.run(options, tmp_path)
+    assert _contents(tmp_path / "export") == before
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def stop(source, target):
+        if str(target).endswith("export/model.stablehlo"):
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:  # between two renames
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(Killed):
+            export.run(options, tmp_path)
+    with pytest.raises(ValueError, match=r"not the file that config\.json .*describes"):
+        predict.load(tmp_path / "export")
+    export.run(options, tmp_path)
+    assert "checkpoint 7" in predict.load(tmp_path / "export").network.about
+    assert len(list((tmp_path / "export").iterdir())) == 3

@@ -1,8 +1,11 @@
 """Atomic writes and locks; test_image_cache.py checks the order of fsync calls."""
 
+import errno
+import fcntl
 import os
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +75,99 @@ def test_second_lock_is_an_error_or_waits(tmp_path, capsys):
     assert capsys.readouterr().err == waiting
     with lock_or_fail():
         pass
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path, begun, go_on = tmp_path / "a", threading.Event(), threading.Event()
+
+    def write_slowly():
+        with files.written_atomically(path) as file:
+            file.write(b"one")
+            begun.set()
+            go_on.wait()
+            file.write(b"one")
+
+    first = threading.Thread(target=write_slowly)
+    first.start()
+    begun.wait()
+    second = threading.Thread(target=files.write_atomically, args=(path, "two"))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert not path.exists()
+    go_on.set()
+    first.join()
+    second.join()
+    assert path.read_text() == "two"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_links_are_not_followed_when_writing(tmp_path):
+    """A stranger's run directory may have links under the names of these files."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "lock").symlink_to(precious)
+    files.partial_path(tmp_path / "a").symlink_to(precious)
+    lock = files.locked(tmp_path / "lock", "the run", instead="wait")
+    with pytest.raises(ValueError, match="lock is a link: remove it"), lock:
+        pass
+    with pytest.raises(ValueError, match="is a link: remove it"):
+        files.write_atomically(tmp_path / "a", "new")
+    assert precious.read_text() == "kept"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_system_without_locks_is_a_warning(tmp_path, capsys, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.locked(tmp_path / "lock", "the run", instead="wait"):
+        files.write_atomically(tmp_path / "a", "new")
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: the file system of {tmp_path} has no file lo")
+    assert "start only one" in warning
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_other_errors_of_locks_are_errors(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.EIO, "of a disk")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="of a disk"), files.locked(tmp_path / "l", "run"):
+        pass
+
+
+def test_text_that_is_no_utf_8_is_escaped(tmp_path):
+    files.write_atomically(tmp_path / "a", "gr\xfcn \udcff.png")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "gr\xfcn \\udcff.png"
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EROFS, "make it readable and writable"),
+        (errno.EMFILE, "raise the limit of open files"),
+        (errno.EIO, "check the file, its disk"),
+    ],
+)
+def test_advice_fits_the_error(code, advice):
+    text = os.strerror(code)
+    assert files.advice(OSError(code, text)).startswith(advice)
+    assert files.advice(ValueError(f"of tensorstore: {text}")).startswith(advice)
+
+
+def test_paths_are_on_this_machine(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/auk")
+    assert files.local_path("~/runs/a", "--workdir") == Path("/home/auk/runs/a")
+    for path in ("~no-such-user.png", "runs/a:b", "a//b", "://"):
+        assert files.local_path(path, "--workdir") == Path(path)
+    for path in ("gs://bucket/a", "s3://b", "hdfs://a/b", "https://a.org/b.png"):
+        with pytest.raises(ValueError, match=f"--workdir={path} is an address .*Colab"):
+            files.local_path(path, "--workdir")
 
 
 @pytest.mark.parametrize("at", ["lock", "results/test-center.csv", "export", "a/.x"])
