@@ -1,9 +1,10 @@
 """Exports a trained network: weights for torch, and a StableHLO program."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +78,50 @@ def run(options: RunOptions, workdir: Path) -> None:
             "order of class_names, before any softmax",
         },
     }
-    with files.writing(folder, show=True):
-        new = folder / ".new"
-        if new.is_dir():  # of an export that was killed
-            shutil.rmtree(new)
-        new.mkdir(parents=True)
-        try:
-            weights.save_torch(new / "model.safetensors", restored.variables)
-            (new / "model.stablehlo").write_bytes(program)
-            description["sha256"] = {
-                file.name: files.sha256(file) for file in sorted(new.iterdir())
-            }
-            files.write_atomically(
-                new / "config.json", json.dumps(description, indent=2) + "\n"
-            )
-            for name in _FILES:
-                os.replace(new / name, folder / name)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    with files.writing(folder, show=True), _replacing(folder) as new:
+        weights.save_torch(new / "model.safetensors", restored.variables)
+        (new / "model.stablehlo").write_bytes(program)
+        description["sha256"] = {
+            file.name: files.sha256(file) for file in sorted(new.iterdir())
+        }
+        files.write_atomically(
+            new / "config.json", json.dumps(description, indent=2) + "\n"
+        )
     print(f"checkpoint {restored.step} (epoch {restored.epoch}) of {workdir}")
     print(f"exported to {folder}: model.safetensors, model.stablehlo, config.json")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A directory whose files replace those of an export together, at the end.
+
+    Other files of the export stay.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    for path in (folder, new):
+        if path.is_symlink():  # of a stranger
+            raise ValueError(f"{path} is a link: remove it")
+    folder.mkdir(exist_ok=True)
+    if new.is_dir():  # of an export that was killed
+        _move_others(new, folder)
+        shutil.rmtree(new)
+    new.mkdir()
+    try:
+        yield new
+        if files.exchange(new, folder):
+            _move_others(new, folder)
+        else:  # between these, a kill leaves a mixture, which is refused when read
+            for name in _FILES:
+                os.replace(new / name, folder / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _move_others(source: Path, target: Path) -> None:
+    """Moves what is no file of an export, and is not in the target."""
+    for path in source.iterdir():
+        if path.name not in _FILES and not os.path.lexists(target / path.name):
+            os.rename(path, target / path.name)
 
 
 def serialize(

@@ -262,8 +262,9 @@ def test_failed_export_keeps_the_earlier_one(tmp_path, monkeypatch):
     """The files of two checkpoints are never mixed without an error."""
     options = run_options.from_config(tiny_run.save(tmp_path))
     export.run(options.at_checkpoint("6"), tmp_path)
+    (tmp_path / "export" / "notes.txt").write_text("of the user")
     before = _contents(tmp_path / "export")
-    (tmp_path / "export" / ".new").mkdir()  # of an export that was killed
+    (tmp_path / ".export.new").mkdir()  # of an export that was killed
 
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -274,22 +275,52 @@ def test_failed_export_keeps_the_earlier_one(tmp_path, monkeypatch):
             export.run(options, tmp_path)
     assert _contents(tmp_path / "export") == before
 
-    class Killed(BaseException):
-        pass
-
+    # Killed between two renames, on a file system that cannot exchange directories.
     replace = os.replace
 
     def stop(source, target):
         if str(target).endswith("export/model.stablehlo"):
-            raise Killed
+            raise KeyboardInterrupt
         replace(source, target)
 
-    with monkeypatch.context() as patch:  # between two renames
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "exchange", lambda one, other: False)
         patch.setattr(os, "replace", stop)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             export.run(options, tmp_path)
     with pytest.raises(ValueError, match=r"not the file that config\.json .*describes"):
         predict.load(tmp_path / "export")
     export.run(options, tmp_path)
     assert "checkpoint 7" in predict.load(tmp_path / "export").network.about
-    assert len(list((tmp_path / "export").iterdir())) == 3
+    assert _contents(tmp_path / "export").keys() == before.keys()
+    assert not (tmp_path / ".export.new").exists()
+
+
+def test_export_replaces_all_files_at_once(tmp_path, monkeypatch):
+    """Between two system calls of an export, its directory has one checkpoint."""
+    options, exchange = run_options.from_config(tiny_run.save(tmp_path)), files.exchange
+    export.run(options.at_checkpoint("6"), tmp_path)
+    before = _contents(tmp_path / "export")
+    (tmp_path / ".export.new").mkdir()
+    (tmp_path / ".export.new" / "notes.txt").write_text("of the user")
+
+    def compare_and_exchange(one, other):
+        assert _contents(other) == before | {"notes.txt": b"of the user"}
+        exchanged = exchange(one, other)
+        assert exchanged
+        assert {**before, **_contents(other)} != before
+        assert _contents(other).keys() == before.keys()
+        return exchanged
+
+    monkeypatch.setattr(files, "exchange", compare_and_exchange)
+    export.run(options, tmp_path)
+    assert _contents(tmp_path / "export").keys() == {*before, "notes.txt"}
+
+
+def test_export_follows_no_link(tmp_path):
+    options = run_options.from_config(tiny_run.save(tmp_path / "run"))
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "run" / "export").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="export is a link: remove it"):
+        export.run(options, tmp_path / "run")
+    assert _contents(tmp_path / "precious") == {}
