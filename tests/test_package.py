@@ -122,7 +122,7 @@ def test_the_metadata_of_the_wheel(wheel):
     )
     assert f"Author: {authors[0]}" in lines
     found = {x.partition(": ")[2] for x in lines if x.startswith("Provides-Extra")}
-    assert found == {"tfds", "tfds-build", "lite0"}
+    assert found == {"tfds", "tfds-build", "demo", "lite0"}
 
 
 def test_requirements_are_the_dependencies_and_those_of_tfds():
@@ -130,6 +130,12 @@ def test_requirements_are_the_dependencies_and_those_of_tfds():
     listed = [x.partition("#")[0].strip() for x in lines]
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["tfds"]]
     assert sorted(filter(None, listed)) == sorted(wanted)
+
+
+def test_requirements_of_tests_have_those_of_the_demo():
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    listed = {x.partition("#")[0].strip() for x in lines}
+    assert {*PROJECT["optional-dependencies"]["demo"]} <= listed
 
 
 def test_the_changelog_has_this_version():

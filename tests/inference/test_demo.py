@@ -22,7 +22,7 @@ import pytest
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from cra_jax.inference import demo, predict
+from cra_jax.inference import demo, demo_server, predict
 from tests.helpers import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,10 +200,14 @@ def _too_many_pixels():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 422, "not an image"),
         (_png(), {"Content_Type": "image/png"}, 415, "octet-stream"),
         (_png(), {"Content_Type": "text/plain"}, 415, "octet-stream"),
-        (_png(), {"Content_Length": "-1"}, 411, "length"),
-        (_png(), {"Content_Length": "1e3"}, 411, "length"),
         (_png(), {"Content_Length": None}, 411, "length"),
-        (b"x" * (demo.LARGEST_BYTES + 1), {}, 413, "larger than 20 MB"),
+        (
+            b"0\r\n\r\n",
+            {"Content_Length": None, "Transfer_Encoding": "chunked"},
+            411,
+            "length",
+        ),
+        (b"x" * (demo_server.LARGEST_BYTES + 1), {}, 413, "larger than 20 MB"),
     ],
     ids=[
         "empty",
@@ -214,9 +218,8 @@ def _too_many_pixels():
         "postscript",
         "image",
         "text",
-        "negative",
-        "real",
         "unknown",
+        "chunked",
         "large",
     ],
 )
@@ -229,12 +232,12 @@ def test_invalid_uploads_are_refused(server, body, headers, status, message):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/predict", 404),
+        ("GET", "/predict", 405),
         ("GET", "/../../etc/passwd", 404),
         ("GET", "/demo.html", 404),
-        ("POST", "/", 404),
-        ("OPTIONS", "/predict", 501),  # refuses the CORS preflight of other sites
-        ("PUT", "/predict", 501),
+        ("POST", "/", 405),
+        ("OPTIONS", "/predict", 405),  # refuses the CORS preflight of other sites
+        ("PUT", "/predict", 405),
     ],
 )
 def test_other_paths_and_methods_are_refused(server, method, path, status):
@@ -252,7 +255,7 @@ def test_simultaneous_uploads_are_limited(server):
     )
     with contextlib.ExitStack() as stack:
         uploads = []
-        for _ in range(demo.MOST_UPLOADS):
+        for _ in range(demo_server.MOST_UPLOADS):
             one = socket.create_connection(("127.0.0.1", server.server_port), 30)
             uploads.append(stack.enter_context(one))
             one.sendall(head.encode())
@@ -271,11 +274,11 @@ def test_simultaneous_uploads_are_limited(server):
 
 def test_simultaneous_connections_are_limited(predictor):
     with _serving(predictor) as server, contextlib.ExitStack() as stack:
-        for _ in range(demo.MOST_CONNECTIONS):
+        for _ in range(demo_server.MOST_CONNECTIONS):
             one = socket.create_connection(("127.0.0.1", server.server_port), 30)
             stack.enter_context(one)
-        # Shorter than the timeout of the idle connections.
-        timeout_s = demo.TIMEOUT_S / 2
+        # Shorter than the deadline of the idle connections.
+        timeout_s = demo_server.HEAD_S / 2
         with socket.create_connection(
             ("127.0.0.1", server.server_port), timeout_s
         ) as late:
@@ -290,26 +293,140 @@ def test_simultaneous_connections_are_limited(predictor):
             pytest.fail("the server does not accept connections again")
 
 
-def test_idle_connections_are_closed(predictor, monkeypatch):
-    assert demo.Handler.timeout == demo.TIMEOUT_S
-    monkeypatch.setattr(demo.Handler, "timeout", 0.2)
+def _trickle(connection, start):
+    """Sends a byte at a time until the server closes; returns what it has sent."""
+    connection.settimeout(0.02)
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        connection.sendall(start)
+        for _ in range(500):
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                part = connection.recv(1 << 16)
+                if not part:
+                    return answer
+                answer += part
+        pytest.fail("the server does not close the connection")
+    return answer
+
+
+def test_slow_requests_end_at_their_deadlines(predictor, monkeypatch):
+    """No matter how often a client sends something, or whether it reads."""
+    assert demo_server.HEAD_S < demo_server.UPLOAD_S < demo_server.CONNECTION_S <= 120
+    monkeypatch.setattr(demo_server, "HEAD_S", 0.5)
+    monkeypatch.setattr(demo_server, "UPLOAD_S", 0.5)
+    monkeypatch.setattr(demo_server, "CONNECTION_S", 2.0)
     with _serving(predictor) as server:
         address = "127.0.0.1", server.server_port
+        head = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % address[1]
+        kind = b"Content-Type: application/octet-stream\r\n"
+        upload = b"Content-Length: 1000000\r\n\r\n"
         with socket.create_connection(address, 10) as silent:
             assert silent.recv(1) == b""
-        with socket.create_connection(address, 10) as stuck:
-            stuck.sendall(
-                b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % address[1]
-            )
-            assert stuck.recv(1) == b""
-        assert server.uploads.acquire(blocking=False)  # no upload is left
-        server.uploads.release()
+        with socket.create_connection(address, 10) as slow:
+            assert _trickle(slow, head + b"A: ") == b""
+        with socket.create_connection(address, 10) as slow:
+            assert _trickle(slow, head + kind + upload).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(address, 10) as slow:  # of another type: refused
+            assert _trickle(slow, head + upload).startswith(b"HTTP/1.1 415 ")
+        assert server.uploads == 0
+        # A response that nobody reads.
+        monkeypatch.setattr(demo, "describe", lambda answer: {"image": "x" * 10**8})
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(address)
+            size = b"Content-Length: %d\r\n\r\n" % len(_png())
+            deaf.sendall(head + kind + size + _png())
+            time.sleep(3)
+            deaf.settimeout(10)
+            received = 0
+            with contextlib.suppress(ConnectionError):
+                while part := deaf.recv(1 << 20):
+                    received += len(part)
+            assert received < 10**8
+        assert not server._uvicorn.server_state.connections
 
 
-def test_an_unusable_port_is_an_error(server):
+@pytest.mark.parametrize("length", ["9" * 20, "9" * 5000, "-1", "1e3", "\u0664", "1,2"])
+def test_invalid_lengths_are_refused_with_an_answer(server, length):
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+        f"Content-Type: application/octet-stream\r\nContent-Length: {length}\r\n\r\n"
+    )
+    address = "127.0.0.1", server.server_port
+    with socket.create_connection(address, 10) as connection:
+        connection.sendall(head.encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 "))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (MemoryError(), 507, "not enough memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: of XLA"), 507, "not enough memory"),
+        (RuntimeError("of XLA"), 500, "see the terminal"),
+        (KeyError("a mistake"), 500, "see the terminal"),
+        (ValueError("of the image"), 422, "of the image"),
+    ],
+)
+def test_every_error_of_a_prediction_is_answered(predictor, error, status, message):
+    class Failing:
+        network = predictor.network
+
+        def each(self, several, *, keep):
+            raise error
+
+    with _serving(Failing()) as server:
+        code, headers, body = _predict(server, _png())
+    assert (code, message in json.loads(body)["error"]) == (status, True)
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_only_one_origin_and_content_type_are_accepted(server):
+    """A second header cannot hide behind a first one."""
+    address = f"127.0.0.1:{server.server_port}"
+    for name, values in (
+        ("Origin", (f"http://{address}", "http://evil.example")),
+        ("Sec-Fetch-Site", ("same-origin", "cross-site")),
+        ("Content-Type", ("application/octet-stream", "text/plain")),
+    ):
+        connection = http.client.HTTPConnection(address, timeout=30)
+        with contextlib.closing(connection):
+            connection.putrequest("POST", "/predict")
+            for value in values:
+                connection.putheader(name, value)
+            if name != "Content-Type":
+                connection.putheader("Content-Type", "application/octet-stream")
+            connection.putheader("Content-Length", str(len(_png())))
+            connection.endheaders(_png())
+            assert connection.getresponse().status in (403, 415)
+
+
+def test_a_missing_package_is_an_error_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    install = r"needs the package starlette, .*: pip install \"cra_jax\[demo\]\" "
+    with pytest.raises(ValueError, match=install):
+        demo.run(None, tmp_path / "nowhere")
+
+
+def test_an_upload_that_is_cut_off_is_answered(server):
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+        "Content-Type: application/octet-stream\r\nContent-Length: 1000\r\n\r\n"
+    )
+    address = "127.0.0.1", server.server_port
+    with socket.create_connection(address, 10) as connection:
+        connection.sendall(head.encode() + _png()[:500])
+        connection.shutdown(socket.SHUT_WR)
+        assert b"cut off" in connection.makefile("rb").read()
+    assert server.uploads == 0
+
+
+def test_an_unusable_port_is_an_error(server, predictor):
     for port in (server.server_port, 70_000):
         with pytest.raises(ValueError, match=f"port {port} cannot be used"):
-            demo.make_server(server.predictor, port=port)
+            demo.make_server(predictor, port=port)
 
 
 def test_demo_prints_its_address_and_stops_with_ctrl_c(tmp_path):
@@ -513,7 +630,7 @@ def test_a_file_that_is_no_image_is_an_error_and_the_next_one_works(opened, tmp_
 
 def test_a_file_that_is_too_large_is_not_sent(opened, tmp_path):
     large = tmp_path / "large.png"
-    large.write_bytes(b"\0" * (demo.LARGEST_BYTES + 1))
+    large.write_bytes(b"\0" * (demo_server.LARGEST_BYTES + 1))
     _choose(opened, large)
     assert "larger than 20 MB" in _text(opened, "error")
 
