@@ -1,5 +1,6 @@
 """The command line: modes, variants, overrides and one-line errors."""
 
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from PIL import Image
 
 from cra_jax.input.normalize import normalize
 from cra_jax.runtime.checkpoint import Checkpoints
@@ -148,6 +150,33 @@ def test_user_error_ends_in_one_message(cache, tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_ascii_terminal_and_closed_streams_do_not_end_a_run(cache, tmp_path):
+    """Names of classes and directories are not ASCII; nothing reads the output."""
+    for split, name in itertools.product(("train", "test"), ("grün", "\x1b[31mrot")):
+        folder = tmp_path / "ü" / split / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (40, 40), (9 * i, 0, 0)).save(folder / f"{i}.png")
+    command = _command(
+        *("--config=quickstart:baseline", f"--workdir={tmp_path}/läufe"),
+        *(*tiny_config.flags(), "--config.train.epochs=1"),
+        *("--config.data.source=folder", f"--config.data.path={tmp_path}/ü"),
+    )
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" 2>&1 >&- | head -n 3', "", *command],
+        env={**_environment(cache), **ascii_locale},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    with Checkpoints(tmp_path / "läufe" / "checkpoints", writable=False) as checkpoints:
+        assert checkpoints.latest_step() == 1
+    assert done.stdout.isascii()
+    assert b"\x1b" not in done.stdout
 
 
 def test_an_own_config_builds_on_a_shipped_one(cache, tmp_path):

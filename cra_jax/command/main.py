@@ -1,5 +1,7 @@
 """Runs the command: `main` is `cra-jax`, `python -m cra_jax` and `launch.py`."""
 
+import codecs
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,6 +19,9 @@ def main() -> None:
 
     `-h`, `--help` and `--version` are answered before anything else is imported.
     """
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8":
+        # tensorstore names files in UTF-8 whatever the locale is.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     with progress.protected_output():
         _main()
 
