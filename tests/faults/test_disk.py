@@ -1,6 +1,7 @@
 """Tests of full and read-only disks, clocks, and deleted datasets."""
 
 import contextlib
+import errno
 import shutil
 import subprocess
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from cra_jax.runtime import run_directory
+from cra_jax.runtime import run_directory, training_log
 from cra_jax.runtime.checkpoint import Checkpoints
 from cra_jax.training import build, train
 from tests.helpers import tiny_config
@@ -63,6 +64,61 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, note):
         "the disk is full while training",
         "an error; with free space, the same command resumes to bit-identical arrays",
     )
+
+
+def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path, monkeypatch, note):
+    """Every number fails to be written: none may wait for room in a queue."""
+    (tmp_path / "tensorboard").mkdir()
+    numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 75.0}
+    opened = open
+
+    def open_full(path, *arguments, **options):
+        is_event_file = "tfevents" in str(path)
+        return opened("/dev/full" if is_event_file else path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", open_full)
+
+    def log_for_long():
+        with training_log.Log(tmp_path, first_step=0, total_steps=999) as log:
+            for step in range(999):
+                log.train(step=step, epoch=1, numbers=numbers)
+
+    with pytest.raises(OSError, match="No space left"):
+        log_for_long()
+    assert len(run_directory.read_metrics(tmp_path)) < 100
+    note(
+        "the disk is full for TensorBoard's event files",
+        "an error; no thread and no queue waits",
+    )
+
+
+def _files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_file_of_a_checkpoint_cannot_be_read(tmp_path, note):
+    """The first byte of /proc/self/mem cannot be read: EIO, as of a failing disk."""
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": np.full(3, step)}, {})
+    refused, needless = set(), "the file is not needed: training resumes from it"
+    for path in _files(tmp_path / "c" / "2"):
+        kept = path.rename(tmp_path / "kept")
+        path.symlink_to("/proc/self/mem")
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            try:
+                assert checkpoints.move_damaged(pytest.fail) == 2
+                outcome = needless
+            except OSError as error:
+                refused.add((path.name, error.errno, error.filename == str(path)))
+                outcome = "an error that names the file; no file is moved"
+        note("a file of the newest checkpoint cannot be read (EIO)", outcome)
+        path.unlink()
+        kept.rename(path)
+    names = {name for name, *_ in refused}
+    assert {"metadata", "_METADATA", "manifest.ocdbt"} <= names
+    assert {tuple(found) for _, *found in refused} == {(errno.EIO, True)}
+    assert not (tmp_path / "damaged_checkpoints").exists()
 
 
 def test_a_read_only_run_directory(tmp_path, note):

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from cra_jax.runtime import run_directory, training_log
 
 
@@ -66,28 +64,6 @@ def test_run_without_attention_has_no_snapshots_file(tmp_path):
     with training_log.Log(tmp_path, first_step=0, total_steps=8):
         pass
     assert not (tmp_path / run_directory.SNAPSHOTS).exists()
-
-
-def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path, monkeypatch):
-    """Every number fails to be written: none may wait for room in a queue."""
-    (tmp_path / "tensorboard").mkdir()
-    numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 75.0}
-    opened = open
-
-    def open_full(path, *arguments, **options):
-        is_event_file = "tfevents" in str(path)
-        return opened("/dev/full" if is_event_file else path, *arguments, **options)
-
-    monkeypatch.setattr("builtins.open", open_full)
-
-    def log_for_long():
-        with training_log.Log(tmp_path, first_step=0, total_steps=999) as log:
-            for step in range(999):
-                log.train(step=step, epoch=1, numbers=numbers)
-
-    with pytest.raises(OSError, match="No space left"):
-        log_for_long()
-    assert len(run_directory.read_metrics(tmp_path)) < 100
 
 
 def test_tensorboard_has_every_number(tmp_path):
