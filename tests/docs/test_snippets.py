@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ import pytest
 from absl import flags
 
 from cra_jax.backbones import resnet, weights
+from cra_jax.inference import demo_server
 from cra_jax.runtime import devices, files
 from cra_jax.training import build, check_config, prepare
 from cra_jax.training import train as training
@@ -271,7 +271,7 @@ def start(words: list[str], *, until: str = "end") -> None:
         if until == "config":
             inner.setattr(prepare, "run", train_or_check)
         inner.setattr(devices, "keep_memory_and_programs", lambda folder: None)
-        inner.setattr(ThreadingHTTPServer, "serve_forever", _interrupt)
+        inner.setattr(demo_server.Server, "serve_forever", _interrupt)
         code: Any = 0
         try:
             entry_point(words)()
