@@ -44,6 +44,7 @@ def decode(
     command = [sys.executable, "-m", __name__, path, name, str(max_pixels)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONUTF8": "1",  # in any locale, the same name and message
         "OPENBLAS_NUM_THREADS": "1",  # each thread reserves address space
     }
     try:
