@@ -61,8 +61,8 @@ def run(workdir: Path, rest: list[str], values: flags.FlagValues) -> None:
     mode, subject = values.mode, values.config
     files.check_no_links_out(trained.output_directory(workdir))
     baseline, output = (
-        values[name].value and files.local_path(values[name].value, f"--{name}")
-        for name in ("baseline", "output")
+        path and files.local_path(path, f"--{name}")
+        for name, path in (("baseline", values.baseline), ("output", values.output))
     )
     runs = [files.local_path(run, "RUN") for run in rest] if mode == "compare" else []
     _check_paths(subject)

@@ -1,6 +1,8 @@
 """The metrics of a run and of a resumed run, in files and on the terminal."""
 
+import importlib
 import json
+from typing import Any
 
 from cra_jax.runtime import run_directory, training_log
 
@@ -67,7 +69,7 @@ def test_run_without_attention_has_no_snapshots_file(tmp_path):
 
 
 def test_tensorboard_has_every_number(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
+    event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
 
     with training_log.Log(tmp_path, first_step=2, total_steps=8) as log:
         numbers = {"top1": 0.5, "count": 4, "protocol": "center"}
@@ -76,7 +78,7 @@ def test_tensorboard_has_every_number(tmp_path):
     data, events = file.read_bytes(), []
     while data:  # length, checksum, event, checksum
         end = 12 + int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12:end]))
+        events.append(event_pb2.Event.FromString(data[12:end]))
         data = data[end + 4 :]
     assert [event.step for event in events] == [0, 3, 4, 4]
     values = [value for event in events for value in event.summary.value]

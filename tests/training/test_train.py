@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from numpy.testing import assert_array_equal
 
 from cra_jax.datasets import sources
@@ -118,8 +117,7 @@ def test_scores_are_printed_before_they_are_written(finished, tmp_path, capsys):
     copy = shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(copy / "results")
     (copy / "results").write_text("in the way, as a read-only directory would be")
-    config = ConfigDict(config.to_dict())
-    config.eval.protocol = "center"
+    config = _changed(config, **{"eval.protocol": "center"})
     with pytest.raises(ValueError, match="of test, center; test_shifted, center are"):
         evaluate.run(run_options.from_config(config), copy)
     printed = capsys.readouterr().out
