@@ -255,7 +255,7 @@ def test_share_of_the_training_images_is_held_out(tmp_path):
     )
     assert names(load(0.3, needs_train=False), "val") == val
     assert names(load(0.3, seed=1), "val") != val
-    with pytest.raises(ValueError, match=r"data\.val_share is 1\.5: set it to 0, or"):
+    with pytest.raises(ValueError, match=r"data\.val_share.*1\.5"):
         load(1.5)
     tree(tmp_path, *(f"val/{c}/1.png" for c in "abc"))
     with pytest.raises(ValueError, match=r"0\.3, but .* has a validation split: s"):
