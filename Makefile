@@ -1,4 +1,4 @@
-# make run    set up and run the main job (python launch.py, the quickstart)
+# make run    set up and train the quickstart (python launch.py) and its baseline
 # make test   set up and run the tests (under 10 minutes on 2 cores)
 # make test-slow  the longer proofs
 # make test-python PYTHON=python3.12  a part of the tests (about 5 minutes on 2 cores) on
@@ -17,15 +17,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-slow test-python lock check format reproduce study scale faults \
+.PHONY: run quickstart quickstart-baseline test test-slow test-python lock check \
+	format reproduce study scale faults \
 	soak docs docs-serve clean
 
 # Both at once. The baseline ends first, and the report of the other run shows its scores.
 run: $(VENV)/.runtime
 	mkdir -p runs
-	$(BIN)/python launch.py --config configs/quickstart.py:baseline,plus \
-		--workdir runs/quickstart-baseline > runs/quickstart-baseline.log 2>&1 & \
-	$(BIN)/python launch.py; wait
+	$(MAKE) --no-print-directory -j2 quickstart-baseline quickstart
+
+quickstart:
+	$(BIN)/python launch.py
+
+quickstart-baseline:
+	$(BIN)/python launch.py --config configs/quickstart.py:baseline,plus --workdir runs/quickstart-baseline > runs/quickstart-baseline.log 2>&1
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal

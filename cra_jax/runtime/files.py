@@ -36,6 +36,8 @@ def advice(error: OSError | ValueError) -> str:
         return "free some space"
     if is_one_of(_FORBIDDEN):
         return "make it readable and writable, or choose another directory"
+    if is_one_of((errno.EEXIST, errno.ENOTDIR)):
+        return "a file has the name of a directory: choose another"
     if is_one_of((errno.EMFILE, errno.ENFILE)):
         return "raise the limit of open files (ulimit -n)"
     return "check the file, its disk and its network mount"

@@ -358,7 +358,7 @@ def run_make(words: list[str], patch: pytest.MonkeyPatch, *, until: str) -> None
     assert made.returncode == 0, made.stderr
     for line in made.stdout.splitlines():
         if found := re.search(r"\bpython (launch\.py.*|-m benchmarks\..*)", line):
-            run(f"python {found[1]}", patch, until=until)
+            run(f"python {found[1].partition(' > ')[0]}", patch, until=until)
 
 
 def run(line: str, patch: pytest.MonkeyPatch, *, until: str = "data") -> None:
