@@ -311,6 +311,12 @@ def test_options_of_cra_cnn_are_refused_elsewhere_or_turned_off(
     assert f"options of CRA-CNN are off: {key}" in capsys.readouterr().err
 
 
+def test_swap_and_mixed_labels_exclude_each_other(tmp_path):
+    changes = {"mix.kind": "cutmix", "swap.weight": 1.0}
+    with pytest.raises(ValueError, match=r"mix\.kind='cutmix'.*swap\.weight=1\.0"):
+        check_config.check(tiny_config.config(tmp_path, **changes))
+
+
 def test_freezing_n_cls_contradicts_shared_weights(tmp_path):
     changes = {"optim.freeze_first_epochs": 1, "optim.freeze_period_epochs": 1}
     changes["model.shared_weights"] = True

@@ -125,7 +125,13 @@ def _check_optim(config: build.Config) -> None:
 
 
 def _check_kind(config: build.Config) -> None:
-    """Refuses options that only CRA-CNN has."""
+    """Refuses options that only CRA-CNN has, and those that exclude each other."""
+    if config.mix.kind and config.swap.weight:
+        raise ValueError(
+            f"mix.kind={config.mix.kind!r} gives an image two labels, and the swap of "
+            f"swap.weight={config.swap.weight} needs one: set mix.kind='' or "
+            "swap.weight=0"
+        )
     kind = config.model.kind
     reason = "has no attention"
     if kind == "stn":
