@@ -262,6 +262,14 @@ def test_share_of_the_training_images_is_held_out(tmp_path):
         load(0.3)
 
 
+def test_files_with_the_name_of_heic_are_counted(tmp_path):
+    root = tree(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(3)))
+    for c in "ab":
+        (root / c / "1.png").rename(root / c / "1.HEIC")
+    (note,) = [x for x in sources.load("folder", root).notes if "heic" in x]
+    assert note.startswith(f"2 files of {tmp_path} are named .heic")
+
+
 def test_class_may_have_the_name_train(tmp_path):
     files = [f"{c}/{i}.png" for c in ("bus", "train", "tram") for i in range(2)]
     assert sources.load("folder", tree(tmp_path, *files)).class_names == (
