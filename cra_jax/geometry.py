@@ -164,7 +164,7 @@ def beside(gamma_res: Array, grid: Array) -> Array:
     """
     centre, scale, angle_rad = gamma_res[:, :2], gamma_res[:, 2:3], gamma_res[:, 3:]
     half = jnp.abs(scale) * (jnp.abs(jnp.cos(angle_rad)) + jnp.abs(jnp.sin(angle_rad)))
-    # Towards the centre of the image there is more room: the other side is mirrored.
+    # The strip is wider on the side of the image's centre; the other side is mirrored.
     side = jnp.where(centre > 0, -1.0, 1.0)
     start = side * centre + half
     width = jnp.maximum(1 - start, 0)

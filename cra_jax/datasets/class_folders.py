@@ -84,16 +84,6 @@ def class_folders(path: Path, *, seed: int = 0, test_share: float = 0.2) -> List
             " images were drawn for testing (with data.test_share=1, --mode eval"
             " scores all of them)"
         )
-    heic = sum(
-        entry.file.suffix.lower() in (".heic", ".heif")
-        for entries in splits.values()
-        for entry in entries
-    )
-    if heic:
-        notes.append(
-            f"{heic} files of {root} are named .heic or .heif: those that are in this"
-            " format cannot be read; save them as JPEG or PNG"
-        )
     notes = (*notes, *skipped.notes())
     return Listing(root, tuple(names), splits, notes, drawn=not groups)
 

@@ -260,8 +260,24 @@ def _from_listing(name: str, listing: Listing) -> Dataset:
             f"{root}: {len(missing)} listed images are missing: {some(missing)};"
             " unpack the archive again"
         )
-    notes = *listing.notes, *_linked(root, identities)
+    linked = _linked(root, identities)
+    notes = *listing.notes, *_named_heic(root, splits), *linked
     return Dataset(name, listing.class_names, splits, root, notes, drawn=listing.drawn)
+
+
+def _named_heic(root: Path, splits: Mapping[str, Sequence[Record]]) -> list[str]:
+    """A note on files with the endings of HEIC, whose content may be another format."""
+    count = sum(
+        record.name.lower().endswith((".heic", ".heif"))
+        for records in splits.values()
+        for record in records
+    )
+    if not count:
+        return []
+    return [
+        f"{count} files of {root} are named .heic or .heif: those that are in this"
+        " format cannot be read; save them as JPEG or PNG"
+    ]
 
 
 def _linked(

@@ -67,7 +67,7 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, note):
 
 
 def test_a_full_disk_is_an_error_and_not_a_wait(tmp_path, monkeypatch, note):
-    """Every number fails to be written: none may wait for room in a queue."""
+    """Every number fails to be written: none may wait for a place in a queue."""
     (tmp_path / "tensorboard").mkdir()
     numbers = {"loss": 1.0, "top1": 0.5, "images_per_second": 9.0, "eta_seconds": 75.0}
     opened = open
